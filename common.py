@@ -1,0 +1,69 @@
+"""What the commands share: the device, safe file writing, and errors of one line."""
+
+import argparse
+import os
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import torch
+
+
+def pick_device():
+    """cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class replacing:
+    """`with replacing(path) as temporary:` writes beside the path, then renames onto it."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{os.getpid()}.{self.path.name}")
+
+    def __enter__(self):
+        return self.temporary
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, exit code 2, and that reads dataclasses."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        print(f"error: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+    def add_dataclass(self, kind, title):
+        """One flag for each field; a field that is not given stays out of the namespace."""
+        group = self.add_argument_group(title)
+        for f in fields(kind):
+            default = None if f.default is MISSING else f.default
+            options = dict(default=argparse.SUPPRESS,
+                           help=f"{f.metadata.get('help', '')} (default: {default})".strip())
+            if f.type is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif f.type is tuple:
+                options.update(type=str, nargs="+")
+            else:
+                options["type"] = f.type
+            group.add_argument("--" + f.name.replace("_", "-"), **options)
+
+
+def run(main):
+    """Call main; what a user can mend ends in one line and exit code 2 instead of a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,105 @@
+"""The generation tower G: a diffusion transformer over latent patches.
+
+The timestep does not enter here (MoS App. A): it reaches the tower through the router alone.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import RMSNorm, SwiGLU, apply_rope, rope_table
+
+
+def rope_axes(head_width):
+    """Channels of a head for the axes (image index, y, x): 1/8, 7/16, 7/16, all even."""
+    index = head_width // 8
+    spatial = (head_width - index) // 2
+    if head_width % 2 or index % 2 or spatial % 2:
+        raise ValueError(f"a head of width {head_width} cannot be split into three even axes of "
+                         "1/8, 7/16 and 7/16; expected a multiple of 32")
+    return index, spatial, spatial
+
+
+class Block(nn.Module):
+    """Pre-norm joint attention over [context; registers; visual tokens], then SwiGLU.
+
+    Both modalities share the projections; the norms are per modality (MoS App. A). The context's
+    output is thrown away, because the next block gets its own mixture: a context token therefore
+    needs a norm, a key and a value, and neither query nor feed-forward network.
+    """
+
+    def __init__(self, width, heads, kv_heads, hidden):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
+        self.norm1, self.norm_context, self.norm2 = RMSNorm(width), RMSNorm(width), RMSNorm(width)
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(self.head_width), RMSNorm(self.head_width)
+        self.k_norm_context = RMSNorm(self.head_width)
+        self.out = nn.Linear(width, width, bias=False)
+        self.ffn = SwiGLU(width, hidden)
+
+    def forward(self, x, context, rope, mask):
+        """x: (B, R+T, Dg), context: (B, S, Dg), mask: (B, 1, 1, S+R+T). Returns x's successor."""
+        split = [self.heads, self.kv_heads, self.kv_heads]
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))     # (B, R+T, H+2Hk, Dh)
+        q, k, v = (a.transpose(1, 2) for a in qkv.split(split, 2))             # (B, H or Hk, R+T, Dh)
+        kv_rows = self.qkv.weight[self.heads * self.head_width:]               # (2*Hk*Dh, Dg)
+        kv = F.linear(self.norm_context(context), kv_rows)                     # (B, S, 2*Hk*Dh)
+        kv = kv.unflatten(-1, (2, self.kv_heads, self.head_width))             # (B, S, 2, Hk, Dh)
+        kc, vc = kv.permute(2, 0, 3, 1, 4)                                     # (B, Hk, S, Dh) each
+        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
+        k = torch.cat((self.k_norm_context(kc), k), 2)                         # (B, Hk, S+R+T, Dh)
+        v = torch.cat((vc, v), 2)                                              # (B, Hk, S+R+T, Dh)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        x = x + self.out(a.transpose(1, 2).flatten(2))                         # (B, R+T, Dg)
+        return x + self.ffn(self.norm2(x))
+
+
+class Generation(nn.Module):
+    """The tower G of MoS sec. 3.1: patchify, N blocks, unpatchify.
+
+    channels: C, patch: side of a visual token in latent pixels, context_width: Du.
+    """
+
+    def __init__(self, channels, context_width, width, depth, heads, kv_heads, hidden, patch=1,
+                 registers=4):
+        super().__init__()
+        if width % heads or heads % kv_heads:
+            raise ValueError(f"the generation tower's width {width} must be a multiple of its "
+                             f"{heads} heads, and those of its {kv_heads} key-value heads")
+        self.patch, self.axes = patch, rope_axes(width // heads)
+        self.embed = nn.Linear(channels * patch * patch, width, bias=False)
+        self.proj = nn.Linear(context_width, width)  # MoS eq. (4): Proj, shared by all blocks
+        self.registers = nn.Parameter(0.02 * torch.randn(registers, width))
+        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, hidden) for _ in range(depth))
+        self.norm = RMSNorm(width)
+        self.head = nn.Linear(width, channels * patch * patch, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0, 0.02)
+        # NOTE (ours): Proj's bias must not start at 0. The block's norm would remove the scale of
+        # an unbiased mixture, and with it the router's gradient.
+        nn.init.normal_(self.proj.bias, 0, 0.02)
+        for block in self.blocks:
+            for layer in (block.out, block.ffn.down):
+                nn.init.normal_(layer.weight, 0, 0.02 / (2 * depth) ** 0.5)
+        nn.init.zeros_(self.head.weight)
+
+    def patchify(self, z):
+        """Latents (B, C, h, w) to tokens (B, T, Dg) and their positions (image index, y, x): (T, 3)."""
+        patches = F.pixel_unshuffle(z, self.patch)                             # (B, C*p*p, h/p, w/p)
+        rows, columns = (torch.arange(n, device=z.device) for n in patches.shape[2:])
+        places = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)  # (T, 3)
+        return self.embed(patches.flatten(2).mT), places                       # (B, T, Dg), (T, 3)
+
+    def add_registers(self, x, places):
+        """Put the R registers before the visual tokens. MoS App. A. Returns x and the rope table."""
+        R = len(self.registers)
+        x = torch.cat((self.registers.type_as(x).expand(x.shape[0], -1, -1), x), 1)  # (B, R+T, Dg)
+        return x, rope_table(F.pad(places, (0, 0, R, 0)), self.axes)           # position 0: no turn
+
+    def unpatchify(self, x, height, width):
+        """Drop the registers and read the velocity off: (B, R+T, Dg) to (B, C, height, width)."""
+        v = self.head(self.norm(x[:, len(self.registers):]))                   # (B, T, C*p*p)
+        v = v.mT.unflatten(2, (height // self.patch, width // self.patch))     # (B, C*p*p, h/p, w/p)
+        return F.pixel_shuffle(v, self.patch)                                  # (B, C, h, w)

@@ -1,0 +1,372 @@
+"""Mixture of States: understand the prompt once, then route and generate at every step.
+
+    B batch        S context tokens    M understanding layers   Du width of the understanding tower
+    K chosen       T visual tokens     N generation blocks      Dg width of the generation tower
+    C channels     R registers         H heads                  Dr width of the router
+
+Time: t = 0 is data, t = 1 is noise; z_t = (1 - t) z0 + t z1 and v = z1 - z0.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common import replacing
+from dit import Generation
+from kernels import mix_states, rms_norm
+from router import INPUTS, Router, routing_weights, select
+from towers import Tokenizer, Understanding
+from vae import VAE
+
+SCHEDULES = ("uniform", "linear-quadratic")
+
+
+@dataclass
+class MoSConfig:
+    """Everything that decides the model; the defaults are the `tiny` preset."""
+    vae_channels: int = 32        # C
+    vae_width: int = 20           # of the encoder's first stage
+    vae_decoder_width: int = 24   # of the decoder's last stage
+    und_width: int = 160          # Du
+    und_depth: int = 8            # M
+    und_heads: int = 5
+    und_kv_heads: int = 1
+    und_hidden: int = 384
+    gen_width: int = 256          # Dg
+    gen_depth: int = 10           # N
+    gen_heads: int = 8
+    gen_kv_heads: int = 4
+    gen_hidden: int = 608
+    gen_patch: int = 1
+    registers: int = 4
+    router_width: int = 128       # Dr
+    router_heads: int = 4
+    router_depth: int = 2
+    router_inputs: tuple = INPUTS  # of prompt, latent, time
+    tokenwise: bool = True        # False: one routing for the whole prompt
+    k: int = 2                    # states chosen for each token and block
+    epsilon: float = 0.05         # share of random choices in training
+    renormalize: bool = False     # let the chosen weights sum to 1
+    state_norm: str = "post"      # "pre" normalises each state before mixing
+    max_tokens: int = 48          # longest prompt
+    size: int = 128               # of the training pictures, pixels
+    t_sampling: str = "logit-normal"  # or "mode", with `shift`
+    shift: float = 1.0            # of t, in training and on the uniform sampling schedule
+    sampling_steps: int = 50
+    guidance: float = 3.0
+    rescale: float = 0.7
+    schedule: str = "uniform"
+
+    def __post_init__(self):
+        self.router_inputs = tuple(self.router_inputs)
+        for name, allowed in (("state_norm", ("pre", "post")), ("schedule", SCHEDULES),
+                              ("t_sampling", ("logit-normal", "mode"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, "
+                                 f"got {getattr(self, name)!r}")
+        if not 1 <= self.k <= self.und_depth:
+            raise ValueError(f"k={self.k} states cannot be chosen from und_depth={self.und_depth} "
+                             f"layers; expected 1 <= k <= {self.und_depth}")
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"epsilon must lie in [0, 1], got {self.epsilon}")
+
+
+PRESETS = {
+    "tiny": {},
+    "laptop": dict(gen_width=128, gen_depth=6, gen_heads=4, gen_kv_heads=2, gen_hidden=320,
+                   router_width=64, router_heads=2),
+}
+
+
+class Context(NamedTuple):
+    """What the understanding tower says about B prompts."""
+    inputs: torch.Tensor  # (B, S, Du) its input embeddings, for the router
+    states: torch.Tensor  # (B, S, M, Du), or (B, S, M, Dg) once projected
+    mask: torch.Tensor    # (B, S) True at real tokens
+    projected: bool = False
+
+
+class MoS(nn.Module):
+    """The three learned parts of MoS and the VAE. `forward` is the velocity G(z_t, t, R(...))."""
+
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        c = self.config = config
+        self.tokenizer = tokenizer
+        self.vae = VAE(c.vae_channels, c.vae_width, c.vae_decoder_width)
+        self.understanding = Understanding(len(tokenizer), c.und_width, c.und_depth, c.und_heads,
+                                           c.und_kv_heads, c.und_hidden)
+        self.generation = Generation(c.vae_channels, c.und_width, c.gen_width, c.gen_depth,
+                                     c.gen_heads, c.gen_kv_heads, c.gen_hidden, c.gen_patch,
+                                     c.registers)
+        self.router = Router(c.und_width, c.gen_width, c.router_width, c.router_heads, c.und_depth,
+                             c.gen_depth, self.generation.axes, c.router_depth, c.router_inputs,
+                             c.tokenwise)
+        self.vae.requires_grad_(False)
+        self.understanding.requires_grad_(False)
+
+    # --- the model -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def understand(self, tokens):
+        """Read prompts (B, S) of token ids once. MoS eq. (2)."""
+        inputs = self.understanding.embed(tokens)                     # (B, S, Du)
+        states = self.understanding(inputs)                           # (B, S, M, Du)  MoS eq. (2)
+        if self.config.state_norm == "pre":
+            states = rms_norm(states, states.new_ones(states.shape[-1]))
+        return Context(inputs, states, tokens != Tokenizer.PAD)
+
+    def project(self, context):
+        """Apply Proj to all states at once: at sampling, they are mixed anew at every step.
+
+        Proj is linear, so mixing after it is exact. Raises RuntimeError where a gradient is due:
+        in training M projections cost more than N.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError("project() is for sampling: call it under torch.no_grad()")
+        states = F.linear(context.states, self.generation.proj.weight)  # (B, S, M, Dg)
+        return context._replace(states=states, projected=True)
+
+    def mix(self, context, index, weight):
+        """What one block sees of the context: Proj(S_j^c) of MoS eq. (4), (B, S, Dg)."""
+        mixture = mix_states(context.states, index, weight)           # (B, S, Du or Dg)  MoS eq. (4)
+        proj = self.generation.proj
+        return mixture + proj.bias.type_as(mixture) if context.projected else proj(mixture)
+
+    def forward(self, z, t, context, uniform=None):
+        """The velocity (B, C, h, w) of latents z (B, C, h, w) at times t (B,).
+
+        uniform: (B, S, M + 1, N) in [0, 1) makes the routing epsilon-greedy; without it the
+        routing is deterministic.
+        """
+        G = self.generation
+        epsilon = 0.0 if uniform is None else self.config.epsilon
+        x, places = G.patchify(z)                                     # (B, T, Dg), (T, 3)
+        logits = self.router(context.inputs, context.mask, x, places, t)  # (B, S, M, N)
+        weights = routing_weights(logits)                             # (B, S, M, N)  MoS eq. (3)
+        index, weight = select(weights, self.config.k, epsilon, uniform,
+                               self.config.renormalize)               # (B, S, K, N) each
+        x, rope = G.add_registers(x, places)                          # (B, R+T, Dg)
+        mask = F.pad(context.mask, (0, x.shape[1]), value=True)[:, None, None]  # (B, 1, 1, S+R+T)
+        for j, block in enumerate(G.blocks):
+            c = self.mix(context, index[..., j], weight[..., j])      # (B, S, Dg)  MoS eq. (4)
+            x = block(x, c, rope, mask)                               # (B, R+T, Dg)
+        return G.unpatchify(x, *z.shape[2:])                          # (B, C, h, w)
+
+    # --- rectified flow --------------------------------------------------------------------------
+
+    def loss(self, z0, tokens, t, z1, uniform=None):
+        """Squared error of the velocity, a mean for each sample: (B,). MoS eq. (1).
+
+        z0: latents (B, C, h, w), tokens: (B, S), t: (B,), z1: standard normal like z0.
+        """
+        at = t[:, None, None, None]
+        z = (1 - at) * z0 + at * z1                                   # MoS sec. 3.1
+        v = self(z, t, self.understand(tokens), uniform)              # (B, C, h, w)
+        return (v.float() - (z1 - z0)).square().mean((1, 2, 3))       # MoS eq. (1)
+
+    @torch.no_grad()
+    def generate(self, prompts, steps=None, guidance=None, rescale=None, schedule=None, seed=0,
+                 size=None, negative="", progress=None):
+        """Pictures of prompts, a list of PIL images. MoS Algorithm 2.
+
+        seed: of the first picture; picture i uses seed + i, whatever the batch around it. Or one
+        seed for each picture.
+        size: side in pixels or (height, width), multiples of 32. negative: what guidance moves
+        away from. progress: wraps the iterable of steps, for example tqdm.
+        Settings left out are the config's. Raises ValueError for what cannot be drawn.
+        """
+        c = self.config
+        steps, guidance, rescale, schedule = (
+            default if given is None else given for given, default in
+            ((steps, c.sampling_steps), (guidance, c.guidance), (rescale, c.rescale), (schedule, c.schedule)))
+        height, width = check_size(c.size if size is None else size)
+        check_sampling(steps, guidance, rescale)
+        if isinstance(prompts, str) or not all(prompt.strip() for prompt in prompts):
+            raise ValueError("prompts must be a list of texts, none of them empty")
+        device = self.generation.registers.device
+        B, f = len(prompts), self.vae.factor
+        both = guidance != 1  # the unguided branch is needed
+        tokens = self.tokenizer.batch([*prompts, *[negative] * (B if both else 0)])
+        if tokens.shape[1] > c.max_tokens:
+            longest = max(prompts, key=lambda text: len(Tokenizer.split(text)))
+            raise ValueError(f"prompt of {len(self.tokenizer.encode(longest))} tokens is too long, "
+                             f"at most {c.max_tokens} are read: {longest!r}")
+        seeds = range(seed, seed + B) if isinstance(seed, int) else seed
+        noise = [torch.randn(c.vae_channels, height // f, width // f,
+                             generator=torch.Generator().manual_seed(s)) for s in seeds]
+        z = torch.stack(noise).to(device)                             # (B, C, h, w)
+        sigmas = make_schedule(steps, schedule, c.shift)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            context = self.project(self.understand(tokens.to(device)))
+            for now, then in (progress or iter)(list(zip(sigmas, sigmas[1:]))):
+                zz = torch.cat((z, z)) if both else z                 # (2B, C, h, w)
+                v = self(zz, z.new_full(zz.shape[:1], now), context).float()
+                v = guide(*v.chunk(2), guidance, rescale) if both else v
+                z = z + (then - now) * v                              # Euler
+        pixels = (self.vae.decode(z) + 1) * 127.5                     # (B, 3, H, W)
+        pixels = pixels.round().byte().permute(0, 2, 3, 1).cpu()      # (B, H, W, 3)
+        return [Image.fromarray(p.numpy()) for p in pixels]
+
+    # --- folders ---------------------------------------------------------------------------------
+
+    PARTS = {"vae": ("vae",), "understanding": ("understanding",), "mos": ("router", "generation")}
+
+    def save_pretrained(self, folder, parts=tuple(PARTS)):
+        """Write config.json, vocab.json and a bf16 safetensors file for each part."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            tensors = {name: p.detach().bfloat16() if isinstance(p, nn.Parameter) else p
+                       for module in self.PARTS[part] for name, p in
+                       getattr(self, module).state_dict(prefix=module + ".", keep_vars=True).items()}
+            tensors = {name: p.contiguous().cpu() for name, p in tensors.items()}
+            with replacing(folder / f"{part}.safetensors") as path:
+                save_file(tensors, path)
+        with replacing(folder / "config.json") as path:
+            path.write_text(json.dumps(asdict(self.config), indent=1))
+        with replacing(folder / "vocab.json") as path:
+            self.tokenizer.save(path)
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", parts=tuple(PARTS)):
+        """The model of a folder that `save_pretrained` wrote, in fp32, ready to sample.
+
+        Raises FileNotFoundError or ValueError that names what is missing, broken or misshaped.
+        """
+        folder = Path(folder)
+        model = cls(read_config(folder), read_vocabulary(folder))
+        for part in parts:
+            model.load_part(folder, part)
+        return model.to(device).eval()
+
+    def load_part(self, folder, part):
+        """Load one of PARTS from a folder; every tensor must be there with the right shape."""
+        path = Path(folder) / f"{part}.safetensors"
+        try:
+            tensors = load_file(require(path))
+        except SafetensorError as e:
+            raise ValueError(f"{path} is damaged ({e}); copy or train it again") from None
+        own = {name: p for module in self.PARTS[part] for name, p in
+               getattr(self, module).state_dict(prefix=module + ".").items()}
+        for name in sorted(own.keys() ^ tensors.keys()):
+            raise ValueError(f"{path}: tensor {name} is "
+                             + ("missing" if name in own else "not part of this model"))
+        for name, p in own.items():
+            if p.shape != tensors[name].shape:
+                raise ValueError(f"{path}: tensor {name} has shape {tuple(tensors[name].shape)}, "
+                                 f"config.json asks for {tuple(p.shape)}")
+            p.copy_(tensors[name])
+
+
+# ------------------------------------------------------------------------------------------------
+# Rectified flow: times, schedules, guidance
+
+def sample_t(n, how, shift, generator):
+    """n training times in (0, 1) on the generator's device. MoS App. A, Esser et al. 2024."""
+    if how == "logit-normal":
+        t = torch.randn(n, generator=generator, device=generator.device).sigmoid()
+    else:
+        t = mode_density(torch.rand(n, generator=generator, device=generator.device))
+    return shift_time(t, shift)
+
+
+def mode_density(u, scale=0.8):
+    """Mode sampling: maps uniform u to t, denser in the middle for scale > 0 (Esser et al. 2024)."""
+    return 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+
+
+def shift_time(t, shift):
+    """Move times towards noise, as higher resolutions need it: more than 1 means more noise."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def make_schedule(steps, schedule="uniform", shift=1.0):
+    """The steps + 1 times from 1 to 0.
+
+    "uniform" with shift, or "linear-quadratic" (Movie Gen): half of the steps cover the first
+    theta = 0.025, the others grow quadratically.
+    """
+    if schedule == "uniform":
+        return [shift_time(1 - i / steps, shift) for i in range(steps + 1)]
+    if schedule != "linear-quadratic":
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if steps == 1:
+        return [1.0, 0.0]
+    theta, L = 0.025, steps // 2
+    Q = steps - L
+    d = L - theta * steps
+    a, b, c = d / (L * Q * Q), theta / L - 2 * d / (Q * Q), d * L / (Q * Q)
+    past = [i * theta / L if i < L else a * i * i + b * i + c for i in range(steps)]
+    return [1 - x for x in past] + [0.0]
+
+
+def guide(v_c, v_u, guidance, rescale):
+    """Classifier-free guidance on all channels (Ho & Salimans), rescaled (Lin et al. 2024).
+
+    v_c, v_u: conditional and unconditional velocity (B, C, h, w). rescale: 0 keeps plain guidance,
+    1 gives the guided velocity the conditional one's standard deviation.
+    """
+    v = v_u + guidance * (v_c - v_u)
+    ratio = v_c.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True)
+    return (rescale * ratio + 1 - rescale) * v
+
+
+# ------------------------------------------------------------------------------------------------
+# Checks and files
+
+def check_size(size):
+    """(height, width) of a size given as side or pair; both must be positive multiples of 32."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height % 32 or width % 32 or height <= 0 or width <= 0:
+        raise ValueError(f"size must be a multiple of 32 on each side, got {height}x{width}")
+    return height, width
+
+
+def check_sampling(steps, guidance, rescale):
+    """Raise ValueError for settings that cannot give a picture."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number from 1, got {steps}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, got {guidance}")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale must lie in [0, 1], got {rescale}")
+
+
+def require(path):
+    """The path, or FileNotFoundError that says how to get a checkpoint."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}: expected a folder that "
+                                "train.py or save_pretrained wrote")
+    return path
+
+
+def read_config(folder):
+    """The MoSConfig of a folder. Raises ValueError for broken JSON or unknown fields."""
+    path = require(Path(folder) / "config.json")
+    try:
+        values = json.loads(path.read_text())
+        unknown = values.keys() - {f.name for f in fields(MoSConfig)}
+    except (json.JSONDecodeError, AttributeError) as e:
+        raise ValueError(f"{path} is not a configuration: {e}") from None
+    if unknown:
+        raise ValueError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")
+    return MoSConfig(**values)
+
+
+def read_vocabulary(folder):
+    """The Tokenizer of a folder. Raises ValueError for broken JSON."""
+    path = require(Path(folder) / "vocab.json")
+    try:
+        return Tokenizer.load(path)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not a vocabulary: {e}") from None

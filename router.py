@@ -1,0 +1,135 @@
+"""The router R: which understanding states each context token hands to each generation block.
+
+`Router` predicts the logits W of MoS sec. 3.2, `routing_weights` normalises them (eq. 3) and
+`select` picks the top-k states with epsilon-greedy exploration; `kernels.mix_states` sums (eq. 4).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import RMSNorm, SwiGLU, apply_rope, rope_table
+
+INPUTS = ("prompt", "latent", "time")
+
+
+def routing_weights(logits):
+    """Softmax over the understanding layers in fp32. MoS eq. (3). (B, S, M, N) to the same."""
+    return logits.float().softmax(2)                                        # MoS eq. (3)
+
+
+def select(weights, k, epsilon=0.0, uniform=None, renormalize=False):
+    """The k chosen layers of every (sample, token, block) and their weights. MoS sec. 3.2, eq. (4).
+
+    weights: (B, S, M, N). uniform: (B, S, M + 1, N) in [0, 1), needed where epsilon > 0: its first
+    row decides whether to explore, the others rank the layers at random. Whatever the choice, the
+    weights are those of eq. (3), so that their sum stays below 1 unless `renormalize`.
+    Returns index and weight, both (B, S, K, N). Raises ValueError where k exceeds M.
+    """
+    if not 1 <= k <= weights.shape[2]:
+        raise ValueError(f"k={k} states cannot be chosen from M={weights.shape[2]} layers; "
+                         f"expected 1 <= k <= {weights.shape[2]}")
+    score = weights.detach()
+    if epsilon > 0:  # NOTE (ours): decided for each sample, token and block on its own
+        score = torch.where(uniform[:, :, :1] < epsilon, uniform[:, :, 1:], score)
+    index = score.topk(k, 2).indices                                        # (B, S, K, N)
+    chosen = weights.gather(2, index)                                       # (B, S, K, N)
+    return index, chosen / chosen.sum(2, keepdim=True) if renormalize else chosen
+
+
+def time_embedding(t, width=256):
+    """Sinusoids of t in [0, 1], cosines first, period up to 1e4 at t*1000 (DDPM): (B, width)."""
+    rate = 1e4 ** (-torch.arange(width // 2, device=t.device) / (width // 2))
+    angle = 1000 * t.float()[:, None] * rate                                # (B, width/2)
+    return torch.cat((angle.cos(), angle.sin()), -1)                        # (B, width)
+
+
+class RouterBlock(nn.Module):
+    """Pre-norm bidirectional attention with QK-norm, SwiGLU."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.head_width = width // heads
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(self.head_width), RMSNorm(self.head_width)
+        self.out = nn.Linear(width, width, bias=False)
+        self.ffn = SwiGLU(width, 2 * width)
+
+    def forward(self, x, rope, mask):
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, -1, self.head_width))  # (B, L, 3, H, Dh)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, L, Dh) each
+        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # (B, H, L, Dh)
+        x = x + self.out(a.transpose(1, 2).flatten(2))                      # (B, L, Dr)
+        return x + self.ffn(self.norm2(x))
+
+
+class Router(nn.Module):
+    """A two-block transformer over [time; context; latent] that reads W off the context tokens.
+
+    context_width: Du, latent_width: Dg, width: Dr, layers: M, blocks: N.
+    inputs: which of prompt, latent and time it sees (the paper's Table 1).
+    tokenwise: False lets one learned [CLS] token decide for all tokens (Table 2).
+    """
+
+    def __init__(self, context_width, latent_width, width, heads, layers, blocks, axes, depth=2,
+                 inputs=INPUTS, tokenwise=True):
+        super().__init__()
+        unknown = set(inputs) - set(INPUTS)
+        if unknown or "prompt" not in inputs:
+            raise ValueError(f"router inputs must hold 'prompt' and come from {INPUTS}, got {inputs}")
+        if width % heads:
+            raise ValueError(f"the router's width {width} must be a multiple of its {heads} heads")
+        self.layers, self.inputs, self.axes = layers, tuple(inputs), axes
+        self.context = nn.Linear(context_width, width)
+        self.context_norm = RMSNorm(width)                                  # MoS App. A: one norm
+        if "latent" in inputs:                                              # per modality
+            self.latent, self.latent_norm = nn.Linear(latent_width, width), RMSNorm(width)
+        if "time" in inputs:
+            self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+            self.time_norm = RMSNorm(width)
+        self.cls = None if tokenwise else nn.Parameter(0.02 * torch.randn(width))
+        self.blocks = nn.ModuleList(RouterBlock(width, heads) for _ in range(depth))
+        self.norm = RMSNorm(width)
+        self.logits = nn.Linear(width, layers * blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # NOTE (ours): also the logit layer. Zeros would break every tie the same way.
+                nn.init.normal_(module.weight, 0, 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for layer in (block.out, block.ffn.down):
+                nn.init.normal_(layer.weight, 0, 0.02 / (2 * depth) ** 0.5)
+
+    def forward(self, context, mask, latent, places, t):
+        """Logits W in fp32: (B, S, M, N).
+
+        context: U's input embeddings (B, S, Du), mask: (B, S) True at real tokens,
+        latent: G's patchified tokens (B, T, Dg), places: their positions (T, 3), t: (B,).
+        """
+        B, S, _ = context.shape
+        c = self.context_norm(self.context(context))                        # (B, S, Dr)
+        # NOTE (ours): input embeddings carry no order, so context token s stands at (2 + s, 0, 0),
+        # behind the picture (0, y, x) and a reference picture (1, y, x).
+        order = F.pad(torch.arange(2, 2 + S, device=c.device)[:, None], (0, 2))  # (S, 3)
+        tokens, spots = [c], [order]
+        if "latent" in self.inputs:
+            tokens.append(self.latent_norm(self.latent(latent)))            # (B, T, Dr)
+            spots.append(places)
+        extra = []
+        if "time" in self.inputs:
+            wave = time_embedding(t).type_as(latent)                        # (B, 256)
+            extra.append(self.time_norm(self.time(wave))[:, None])          # (B, 1, Dr)
+        if self.cls is not None:
+            extra.append(self.cls.expand(B, 1, -1).type_as(c))              # (B, 1, Dr)
+        E = len(extra)
+        x = torch.cat(extra + tokens, 1)                                    # (B, L, Dr)
+        rope = rope_table(F.pad(torch.cat(spots), (0, 0, E, 0)), self.axes)  # extras: not rotated
+        keys = F.pad(F.pad(mask, (E, 0), value=True), (0, x.shape[1] - E - S), value=True)
+        for block in self.blocks:
+            x = block(x, rope, keys[:, None, None])                         # (B, L, Dr)
+        readout = x[:, E:E + S] if self.cls is None else x[:, E - 1:E].expand(-1, S, -1)
+        w = F.linear(self.norm(readout).float(), self.logits.weight.float(), self.logits.bias.float())
+        return w.unflatten(-1, (self.layers, -1))                           # (B, S, M, N)

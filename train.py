@@ -1,0 +1,670 @@
+"""Train a MoS from nothing: the VAE, then the understanding tower, then router and generation tower.
+
+    python train.py                                      # all three stages, defaults for this machine
+    torchrun --nproc-per-node 8 train.py                 # the same on eight GPUs
+    python train.py --stage image --data my_pictures     # own pictures
+"""
+
+import contextlib
+import csv
+import functools
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+import evaluate
+import shapes
+from common import CommandLine, pick_device, replacing, run
+from data import Collate, Folder, Shapes, loader, vocabulary
+from mos import PRESETS, MoS, MoSConfig, read_config, read_vocabulary, sample_t
+from towers import Tokenizer
+
+STAGES = ("vae", "understand", "image")
+PART = {"vae": "vae", "understand": "understanding", "image": "mos"}
+
+
+def setting(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    """How to train. What is None comes from the stage's recipe for this machine."""
+    stage: str = setting("", "vae, understand or image; empty: all three, one after the other")
+    preset: str = setting("", "model preset; empty: tiny on a GPU, laptop on a CPU")
+    out: str = setting("runs/mos", "folder for checkpoint, log, plot and pictures")
+    init: str = setting("", "folder with the parts that earlier stages trained; empty: --out")
+    data: str = setting("shapes", "shapes, or a folder of pictures with captions")
+    tasks: tuple = setting((), "train on these tasks of the small world only")
+    resume: bool = setting(False, "go on from the last checkpoint in --out")
+    seed: int = setting(0, "of weights, data order and noise")
+    steps: int = setting(None, "optimizer steps")
+    batch: int = setting(None, "global batch size")
+    micro_batch: int = setting(None, "largest batch for one process; the rest is accumulated")
+    lr: float = setting(None, "peak learning rate")
+    final_lr: float = setting(0.02, "last learning rate, as a share of the peak")
+    warmup: int = setting(None, "steps of linear warm-up")
+    weight_decay: float = setting(0.01, "AdamW's; not on norms, biases, registers, embeddings")
+    clip: float = setting(1.0, "largest gradient norm")
+    ema: float = setting(None, "decay of the averaged weights that are evaluated and saved; 0: none")
+    prompt_dropout: float = setting(0.1, "share of empty prompts, for guidance")
+    kl_weight: float = setting(1e-4, "of the VAE's KL term")
+    scenes: int = setting(None, "scenes in the image stage's table of latents")
+    compile: bool = setting(None, "use torch.compile")
+    workers: int = setting(None, "data processes")
+    log_every: int = setting(50, "steps between rows of the log")
+    eval_every: int = setting(None, "steps between validations with pictures and scores")
+    eval_prompts: int = setting(8, "prompts of each task in a validation")
+    save_every: int = setting(None, "steps between checkpoints")
+
+
+RECIPES = {  # (stage, kind of machine): what its None settings become
+    ("vae", "gpu"): dict(steps=9000, batch=256, lr=2e-3, warmup=200, ema=0.999, eval_every=3000,
+                         save_every=3000),
+    ("understand", "gpu"): dict(steps=3000, batch=512, lr=2e-3, warmup=200, ema=0.995,
+                                eval_every=1000, save_every=1000),
+    ("image", "gpu"): dict(steps=12000, batch=1024, lr=1.5e-3, warmup=500, ema=0.9995,
+                           scenes=400_000, eval_every=3000, save_every=2000),
+    ("vae", "cpu"): dict(steps=3000, batch=16, lr=2e-3, warmup=200, ema=0.99, eval_every=500,
+                         save_every=250),
+    ("understand", "cpu"): dict(steps=2000, batch=16, lr=2e-3, warmup=200, ema=0.99, eval_every=500,
+                                save_every=250),
+    ("image", "cpu"): dict(steps=5000, batch=32, lr=2e-3, warmup=200, ema=0.998, scenes=20_000,
+                           eval_every=1000, save_every=250),
+}
+MACHINES = {"gpu": dict(preset="tiny", micro_batch=1024, compile=True, workers=12),
+            "cpu": dict(preset="laptop", micro_batch=64, compile=False, workers=0)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes
+
+@dataclass
+class World:
+    """This process among all: rank 0 writes and speaks."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls):
+        """Join the group that torchrun announces, or stay alone."""
+        device = pick_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if not dist.is_torchelastic_launched():
+            return cls(0, 1, device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def say(self, text):
+        if self.first:
+            print(text, flush=True)
+
+    def share(self, batch):
+        """This process's slice of a global batch."""
+        return slice(self.rank * batch // self.size, (self.rank + 1) * batch // self.size)
+
+    def sum(self, tensor):
+        """The sum of a tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+@functools.lru_cache(2)
+def permutation(length, seed, epoch):
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+
+
+def order(step, batch, length, seed):
+    """Sample indices of a global step: every epoch is a new permutation, epochs join seamlessly."""
+    place = torch.arange(step * batch, (step + 1) * batch)
+    return torch.cat([permutation(length, seed, int(epoch))[place[place // length == epoch] % length]
+                      for epoch in (place // length).unique()])
+
+
+# ------------------------------------------------------------------------------------------------
+# Stages: what one step of each computes. All randomness is a function of seed and step, and drawn
+# for the global batch, so that the number of processes and a resume change nothing.
+
+class Stage(nn.Module):
+    """One stage's loss as a module (so that DDP and compile can wrap it) and its data."""
+
+    def __init__(self, model, dataset, c, world):
+        super().__init__()
+        self.c, self.world, self.dataset = c, world, dataset
+        self.model = model
+        self.trained = getattr(model, PART[c.stage], None)
+
+    def generator(self, step):
+        return torch.Generator(self.world.device).manual_seed(self.c.seed * 1_000_003 + step)
+
+    def start(self, step):
+        """Open a data loader whose first batch is that of `step`."""
+        collate = Collate(self.c.stage, self.model.tokenizer, self.model.config.max_tokens)
+        mine = self.world.share(self.c.batch)
+        if isinstance(self.dataset, Folder):
+            batches = (order(s, self.c.batch, len(self.dataset), self.c.seed)[mine].tolist()
+                       for s in range(step, self.c.steps))
+        else:  # the small world never repeats
+            batches = (range(s * self.c.batch + mine.start, s * self.c.batch + mine.stop)
+                       for s in range(step, self.c.steps))
+        self.loader = iter(loader(self.dataset, list(batches), collate, self.c.workers))
+
+    def next(self):
+        """The next batch of this process, on its device, pictures drawn."""
+        pictures, *rest = (a.to(self.world.device, non_blocking=True) for a in next(self.loader))
+        return self.dataset.draw(pictures), *rest
+
+    def report(self, sums, steps):
+        """Log values from the metrics' sums over steps and processes."""
+        return {name: (value / steps / self.world.size).item() for name, value in sums.items()}
+
+    def validation_items(self, number):
+        """Items that training does not see: the validation split, or the folder itself."""
+        dataset = self.dataset
+        if isinstance(dataset, Shapes):
+            dataset = Shapes(dataset.size, self.c.seed, "val", dataset.tasks)
+        number = min(number, len(dataset)) if isinstance(dataset, Folder) else number
+        return [dataset[i] for i in range(number)]
+
+
+class VaeStage(Stage):
+    def parameters_of_stage(self):
+        return self.model.vae
+
+    def inputs(self, step):
+        (pictures,) = self.next()
+        shape = (self.c.batch, self.model.config.vae_channels,
+                 *(side // self.model.vae.factor for side in pictures.shape[2:]))
+        noise = torch.randn(shape, generator=self.generator(step), device=self.world.device)
+        return pictures, noise[self.world.share(self.c.batch)]
+
+    def forward(self, pictures, noise):
+        return self.model.vae.loss(pictures, noise, self.c.kl_weight)
+
+    @torch.no_grad()
+    def validate(self, step, folder):
+        vae, items = self.model.vae, self.validation_items(200)
+        true = self.dataset.draw(torch.stack([i[0] for i in items]).to(self.world.device))
+        latents = [vae.posterior(part)[0] for part in true.split(50)]
+        seen = torch.cat([vae.reconstruct(part) for part in latents]).clamp(-1, 1)
+        error = (seen - true).square().mean()
+        std, mean = torch.std_mean(torch.cat(latents), (0, 2, 3))
+        vae.set_statistics(mean, std)
+        save_grid(torch.cat((true[:8], seen[:8])), folder / f"vae_{step:06d}.png", 8)
+        values = {"val_psnr": (10 * torch.log10(4 / error)).item()}
+        if isinstance(self.dataset, Shapes):
+            right, _ = evaluate.score_judge(100, vae=vae, seed=1, split="val")
+            values["val_judge"] = right / 100
+        return values
+
+
+class UnderstandStage(Stage):
+    def parameters_of_stage(self):
+        return self.model.understanding
+
+    def inputs(self, step):
+        return self.next()
+
+    def forward(self, pictures, captions, caption_targets, about, about_targets):
+        U = self.model.understanding
+        blind, _ = U.loss(captions, caption_targets)
+        seeing, metrics = U.loss(about, about_targets, pictures)
+        return blind + seeing, {"caption_loss": blind.detach(), "picture_loss": seeing.detach(),
+                                **metrics}
+
+    @torch.no_grad()
+    def validate(self, step, folder):
+        collate = Collate("understand", self.model.tokenizer, self.model.config.max_tokens)
+        batch = [a.to(self.world.device) for a in collate(self.validation_items(200))]
+        loss, _ = self(self.dataset.draw(batch[0]), *batch[1:])
+        values = {"val_loss": loss.item()}
+        if isinstance(self.dataset, Shapes):
+            values["val_answers"] = evaluate.score_understanding(self.model, 400) / 400
+        return values
+
+
+class ImageStage(Stage):
+    """The main stage: router and generation tower on stored latents, everything else frozen."""
+
+    def parameters_of_stage(self):
+        return nn.ModuleList([self.model.router, self.model.generation])
+
+    @torch.no_grad()
+    def encode(self, dataset, indices):
+        """Latents (L, C, h, w) and prompts (L, S) of these items; the VAE runs in fp32."""
+        collate = Collate("image", self.model.tokenizer, self.model.config.max_tokens)
+        size = 500 if self.world.device.type == "cuda" else 50
+        batches = [indices[i:i + size] for i in range(0, len(indices), size)]
+        latents, tokens = [], []
+        for pictures, prompts in loader(dataset, batches, collate, self.c.workers):
+            latents.append(self.model.vae.encode(dataset.draw(pictures.to(self.world.device))))
+            tokens.append(prompts)
+        return torch.cat(latents), torch.cat(tokens).to(self.world.device)
+
+    def start(self, step):
+        begin = time.time()
+        number = len(self.dataset) if isinstance(self.dataset, Folder) else self.c.scenes
+        self.latents, self.tokens = self.encode(self.dataset, range(number))
+        if isinstance(self.dataset, Shapes):
+            held = Shapes(self.dataset.size, self.c.seed, "val", self.dataset.tasks)
+            self.val = self.encode(held, range(256))
+        else:
+            self.val = self.latents[:256], self.tokens[:256]
+        self.world.say(f"encoded {number} pictures in {time.time() - begin:.0f} s")
+
+    def draws(self, batch, tokens, generator):
+        """Times, noise, exploration and prompt dropout of a global batch; this process's share."""
+        m, c, mine = self.model.config, self.c, self.world.share(batch)
+        uniform = functools.partial(torch.rand, generator=generator, device=generator.device)
+        t = sample_t(batch, m.t_sampling, m.shift, generator)
+        z1 = torch.randn(batch, *self.latents.shape[1:], generator=generator, device=generator.device)
+        explore = uniform(batch, tokens.shape[1], m.und_depth + 1, m.gen_depth)
+        empty = (uniform(batch) < c.prompt_dropout)[mine, None]
+        blank = tokens.clone()
+        blank[:, 1:] = Tokenizer.PAD  # <bos> stays
+        return torch.where(empty, blank, tokens), t[mine], z1[mine], explore[mine]
+
+    def inputs(self, step):
+        index = order(step, self.c.batch, len(self.latents), self.c.seed)
+        index = index[self.world.share(self.c.batch)].to(self.world.device)
+        return self.latents[index], *self.draws(self.c.batch, self.tokens[index], self.generator(step))
+
+    def forward(self, z0, tokens, t, z1, explore):
+        each = self.model.loss(z0, tokens, t, z1, explore)                        # (B,)
+        bins = nn.functional.one_hot((t.detach() * 10).long().clamp(max=9), 10).float()
+        return each.mean(), {"bins": each.detach() @ bins, "counts": bins.sum(0)}
+
+    def report(self, sums, steps):
+        means = (sums["bins"] / sums["counts"]).tolist()
+        return {f"loss_t{i}": mean for i, mean in enumerate(means)}
+
+    @torch.no_grad()
+    def validate(self, step, folder):
+        z0, tokens = self.val
+        z1 = torch.randn(z0.shape, generator=torch.Generator().manual_seed(1)).to(z0.device)
+        losses = [self.model.loss(z0, tokens, torch.full_like(z0[:, 0, 0, 0], (i + 0.5) / 8), z1).mean()
+                  for i in range(8)]
+        values = {"val_loss": torch.stack(losses).mean().item()}
+        values |= {f"val_t{i}": loss.item() for i, loss in enumerate(losses)}
+        if isinstance(self.dataset, Shapes):
+            tasks = [task for task in shapes.TASKS if task in self.dataset.tasks]
+            prompts = [p.text for task in tasks for p in shapes.benchmark(task, 24 // len(tasks), 9)]
+            table = evaluate.score_tasks(self.model, self.c.eval_prompts, 1, seed=7, batch=256,
+                                         held=(False,), tasks=tasks, steps=25)
+            values["score"] = evaluate.overall(table, "seen")
+            values |= {f"score_{task.replace(' ', '_')}": row["seen"][0] / row["seen"][1]
+                       for task, row in table.items()}
+        else:
+            prompts = [item[1] for item in self.validation_items(8)]
+        images = self.model.generate(prompts, seed=0, steps=25)
+        save_grid(torch.stack([evaluate.to_tensor(image) for image in images]),
+                  folder / f"image_{step:06d}.png", 8)
+        return values
+
+
+KINDS = {"vae": VaeStage, "understand": UnderstandStage, "image": ImageStage}
+
+
+def save_grid(pictures, path, columns):
+    """Pictures (B, 3, H, W) in [-1, 1] as one PNG, row by row."""
+    B, _, H, W = pictures.shape
+    sheet = Image.new("RGB", (columns * W, -(-B // columns) * H))
+    for i, p in enumerate(((pictures.cpu() + 1) * 127.5).round().byte().permute(0, 2, 3, 1)):
+        sheet.paste(Image.fromarray(p.numpy()), (i % columns * W, i // columns * H))
+    with replacing(path) as temporary:
+        sheet.save(temporary, "PNG")
+
+
+# ------------------------------------------------------------------------------------------------
+# The engine
+
+def decayed_groups(module, weight_decay):
+    """AdamW's two groups: matrices decay; norms, biases, registers and embeddings do not."""
+    decay, rest = [], []
+    for name, p in module.named_parameters():
+        plain = p.ndim < 2 or "registers" in name or "embedding" in name or "gamma" in name
+        (rest if plain else decay).append(p)
+    return [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+
+
+def learning_rate(step, c):
+    """Linear warm-up, then a cosine from lr to final_lr * lr. MoS App. A."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    progress = (step - c.warmup) / max(1, c.steps - c.warmup)
+    cosine = 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * progress)).item()
+    return c.lr * (c.final_lr + (1 - c.final_lr) * cosine)
+
+
+class Average:
+    """An exponential moving average of parameters; with decay 0 it is the parameters themselves."""
+
+    def __init__(self, parameters, decay):
+        self.parameters, self.decay = list(parameters), decay
+        self.shadow = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))  # young averages forget their start
+        torch._foreach_lerp_(self.shadow, self.parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """The averaged weights stand in the model within this block."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self):
+        for p, shadow in zip(self.parameters, self.shadow):
+            p.data, shadow.data = shadow.data, p.data
+
+
+def save_state(path, step, named, average, optimizer):
+    """Everything that a bit-exact resume needs, as safetensors; random states follow from the step."""
+    tensors = {}
+    for (name, p), shadow in zip(named, average.shadow):
+        state = optimizer.state[p]
+        tensors |= {f"weight/{name}": p.detach(), f"average/{name}": shadow,
+                    f"exp_avg/{name}": state["exp_avg"], f"exp_avg_sq/{name}": state["exp_avg_sq"]}
+    with replacing(path) as temporary:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary,
+                  metadata={"step": str(step)})
+
+
+@torch.no_grad()
+def load_state(path, named, average, optimizer, device):
+    """Put a saved state back; returns the step to go on with."""
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            step = int(file.metadata()["step"])
+            for (name, p), shadow in zip(named, average.shadow):
+                p.copy_(file.get_tensor(f"weight/{name}"))
+                shadow.copy_(file.get_tensor(f"average/{name}"))
+                optimizer.state[p] = {
+                    "step": torch.tensor(float(step), device=device if optimizer.defaults["fused"]
+                                         else "cpu"),
+                    **{key: file.get_tensor(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq")}}
+    except (SafetensorError, RuntimeError) as e:
+        raise ValueError(f"{path} does not fit this run ({str(e).splitlines()[0]}); "
+                         "train into another --out") from None
+    return step
+
+
+class Log:
+    """A CSV with one row for each log point, and a plot of it; rank 0 only."""
+
+    def __init__(self, path, start):
+        self.path, self.rows = path, []
+        if start and path.is_file():
+            with path.open() as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+
+    def add(self, step, **values):
+        self.rows.append({"step": step} | {k: f"{v:.6g}" for k, v in values.items()})
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        with replacing(self.path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def plot(self):
+        """Loss, validation and score over the steps; without matplotlib the CSV has to do."""
+        try:
+            import matplotlib
+        except ImportError:
+            return
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        names = [n for n in ("loss", "val_loss", "val_psnr", "val_answers", "score")
+                 if any(row.get(n) for row in self.rows)]
+        figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
+        for name, axis in zip(names, axes[0]):
+            points = [(int(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
+            axis.plot(*zip(*points), ".-" if len(points) < 30 else "-", linewidth=1)
+            axis.set(title=name, xlabel="step", yscale="log" if name.endswith("loss") else "linear")
+        figure.tight_layout()
+        with replacing(self.path.with_suffix(".png")) as temporary:
+            figure.savefig(temporary, format="png")
+        plt.close(figure)
+
+
+def progress_bar(steps, start, visible):
+    """A tqdm bar, or None where it is not wanted or not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=steps, initial=start, disable=not visible, mininterval=5, dynamic_ncols=True)
+
+
+def fit(stage, c, model, folder):
+    """Train one stage from its last state to the end; returns whether it got there."""
+    world, device = stage.world, stage.world.device
+    module = stage.parameters_of_stage().requires_grad_(True).train()
+    named = list(module.named_parameters())
+    average = Average((p for _, p in named), c.ema)
+    optimizer = torch.optim.AdamW(decayed_groups(module, c.weight_decay), lr=c.lr, betas=(0.9, 0.95),
+                                  fused=device.type == "cuda")
+    state = folder / f"{c.stage}.state.safetensors"
+    start = load_state(state, named, average, optimizer, device) if c.resume and state.is_file() else 0
+    if start >= c.steps:
+        world.say(f"stage {c.stage}: finished at step {start} already")
+        return True
+    accumulate = -(-c.batch // (world.size * c.micro_batch))
+    introduce(stage, c, model, module, accumulate)
+    stage.start(start)
+    wrapped = DistributedDataParallel(stage) if world.size > 1 else stage
+    compute = torch.compile(wrapped) if c.compile else wrapped
+    log, bar = Log(folder / f"{c.stage}.csv", start), progress_bar(c.steps, start, world.first)
+    interrupted = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    sums, since, begin = {}, start, time.time()
+    for step in range(start, c.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c)
+        loss, metrics = accumulated_backward(stage, wrapped, compute, step, accumulate)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), c.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(step)
+        for name, value in {"loss": loss, "grad_norm": norm, **metrics}.items():
+            sums[name] = sums.get(name, 0) + value
+        done, last = step + 1, step + 1 == c.steps
+        if done % c.log_every == 0 or done % c.save_every == 0 or last:
+            values = gather(stage, sums, done - since)
+            if not torch.isfinite(torch.tensor(values["loss"])):
+                world.say(f"the loss is {values['loss']} at step {done}; the last good checkpoint "
+                          f"is kept in {state}; try a smaller --lr")
+                sys.exit(1)
+            values["images_per_s"] = (done - since) * c.batch / (time.time() - begin)
+            if world.first:
+                log.add(done, lr=learning_rate(step, c), **values)
+            if bar:
+                bar.update(done - bar.n)
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s")
+            sums, since = {}, done
+        stop = bool(interrupted) if world.size == 1 else done % 10 == 0 and bool(
+            world.sum(torch.tensor(float(len(interrupted)), device=device)))
+        if world.first and (done % c.eval_every == 0 or last):
+            with average.applied(), autocast(device):
+                values = stage.validate(done, folder)
+                export(model, c.stage, folder)
+            log.add(done, **values)
+            log.plot()
+            print(f"\n{c.stage} step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()),
+                  flush=True)
+        if world.first and (done % c.save_every == 0 or last or stop):
+            save_state(state, done, named, average, optimizer)
+        if world.size > 1:
+            dist.barrier()
+        if stop:
+            world.say(f"\nstopped at step {done}; go on with --resume")
+            return False
+        begin = time.time() if not sums else begin
+    signal.signal(signal.SIGINT, handler)
+    if bar:
+        bar.close()
+    if device.type == "cuda":
+        world.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    return True
+
+
+def autocast(device):
+    """bf16 on a GPU, fp32 elsewhere. MoS App. A."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def accumulated_backward(stage, wrapped, compute, step, accumulate):
+    """Forward and backward over this step's micro-batches; gradients meet once, at the last."""
+    inputs = [a.chunk(accumulate) for a in stage.inputs(step)]
+    total, metrics = 0, {}
+    for i, part in enumerate(zip(*inputs)):
+        alone = stage.world.size > 1 and i + 1 < accumulate
+        with wrapped.no_sync() if alone else contextlib.nullcontext():
+            with autocast(stage.world.device):
+                loss, values = compute(*part)
+            (loss / accumulate).backward()
+        total = total + loss.detach() / accumulate
+        for name, value in values.items():
+            metrics[name] = metrics.get(name, 0) + value / accumulate
+    return total, metrics
+
+
+def gather(stage, sums, steps):
+    """The log values of all processes since the last row."""
+    loss = (stage.world.sum(sums.pop("loss")) / steps / stage.world.size).item()
+    norm = (sums.pop("grad_norm") / steps).item()
+    sums = {name: stage.world.sum(value) for name, value in sums.items()}
+    return {"loss": loss, "grad_norm": norm, **stage.report(sums, steps)}
+
+
+def export(model, stage, folder):
+    """Write what `sample.py` and the next stage read."""
+    parts = tuple(MoS.PARTS) if stage == "image" else (PART[stage],)
+    model.save_pretrained(folder, parts)
+
+
+def introduce(stage, c, model, module, accumulate):
+    """The first lines of a log: what runs, on what, and what it will need."""
+    say, device = stage.world.say, stage.world.device
+    trainable = sum(p.numel() for p in module.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    say(f"stage {c.stage} | revision {revision()} | torch {torch.__version__} | {name} x "
+        f"{stage.world.size} | {'compiled' if c.compile else 'eager'} PyTorch kernels")
+    say(f"model {json.dumps(asdict(model.config))}")
+    say(f"training {json.dumps(asdict(c))}")
+    say(f"parameters: {trainable:,} trainable, {everything - trainable:,} frozen | global batch "
+        f"{c.batch} = {stage.world.size} processes x {accumulate} accumulated")
+    states = 4 * 5 * trainable + 4 * (everything - trainable)
+    say(f"memory estimate: weights, gradients, AdamW and average {states / 2**20:.0f} MiB a process, "
+        "activations on top")
+
+
+def revision():
+    """The git revision of this folder, or "unknown"."""
+    try:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always",
+                               "--dirty"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+def complete(c, stage, device):
+    """The configuration of one stage, its open settings filled from the recipe."""
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    recipe = {**MACHINES[kind], "scenes": 0, **RECIPES[stage, kind]}
+    c = replace(c, stage=stage, init=c.init or c.out)
+    for name, value in recipe.items():
+        if getattr(c, name) in (None, ""):
+            setattr(c, name, value)
+    for name in ("steps", "batch", "micro_batch", "log_every", "eval_every", "save_every"):
+        if getattr(c, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
+    if c.preset not in PRESETS:
+        raise ValueError(f"unknown preset {c.preset!r}, expected one of: {', '.join(PRESETS)}")
+    return c
+
+
+def build(c, overrides, dataset):
+    """The model of a stage: preset and flags, and what earlier stages have trained."""
+    torch.manual_seed(c.seed)
+    values = {**PRESETS[c.preset], **overrides}
+    if c.stage != "image":
+        model = MoS(MoSConfig(**values), vocabulary(dataset))
+        return model
+    frozen = asdict(read_config(c.init))  # the frozen parts are as they were trained
+    values |= {k: v for k, v in frozen.items() if k.startswith(("vae_", "und_"))}
+    model = MoS(MoSConfig(**values), read_vocabulary(c.init))
+    for part in ("vae", "understanding"):
+        model.load_part(c.init, part)
+    return model
+
+
+def train_stage(c, overrides, world):
+    """Build, train and export one stage; returns whether it finished."""
+    folder = Path(c.out)
+    if (folder / f"{c.stage}.state.safetensors").is_file() and not c.resume:
+        raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
+                         "or choose another --out")
+    size = MoSConfig(**overrides).size
+    dataset = Shapes(size, c.seed, tasks=c.tasks) if c.data == "shapes" else Folder(c.data, size)
+    if getattr(dataset, "broken", 0):
+        world.say(f"{dataset.broken} pictures could not be read and are left out")
+    model = build(c, overrides, dataset).to(world.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    return fit(KINDS[c.stage](model, dataset, c, world), c, model, folder)
+
+
+def parse(arguments=None):
+    """The training configuration and the model's overrides of a command line."""
+    parser = CommandLine(__doc__.split("\n\n")[0])
+    parser.add_dataclass(TrainConfig, "training")
+    parser.add_dataclass(MoSConfig, "model (defaults: the tiny preset)")
+    given = vars(parser.parse_args(arguments))
+    training = {f.name for f in fields(TrainConfig)}
+    c = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
+                       if k in training})
+    if c.stage and c.stage not in STAGES:
+        raise ValueError(f"unknown stage {c.stage!r}, expected one of: {', '.join(STAGES)}")
+    return c, {k: v for k, v in given.items() if k not in training}
+
+
+def main():
+    c, overrides = parse()
+    world = World.join()
+    torch.set_float32_matmul_precision("high")
+    for stage in [c.stage] if c.stage else STAGES:
+        if not train_stage(complete(c, stage, world.device), overrides, world):
+            break
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
