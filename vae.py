@@ -184,7 +184,7 @@ class VAE(nn.Module):
     def posterior(self, x):
         """Mean and log-variance of the latent, unnormalised: (B, C, H/16, W/16) each.
 
-        Raises ValueError where a side is no multiple of 16 or values leave [-1, 1].
+        Raises ValueError where a side is no multiple of 16.
         """
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise ValueError(f"pictures must be a multiple of {self.factor} pixels on each side, "
@@ -194,7 +194,10 @@ class VAE(nn.Module):
         return self.quant_conv(self.encoder(x)).chunk(2, 1)               # (B, C, H/16, W/16) each
 
     def encode(self, x):
-        """The normalised latent z0 = E(x) of MoS sec. 3.1: the posterior's mean."""
+        """The normalised latent z0 = E(x) of MoS sec. 3.1: the posterior's mean.
+
+        Raises ValueError where values leave [-1, 1].
+        """
         low, high = x.aminmax()
         if low < -1.001 or high > 1.001:
             raise ValueError(f"pictures must lie in [-1, 1], got [{low:.3f}, {high:.3f}]")
