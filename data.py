@@ -42,9 +42,9 @@ class Shapes(torch.utils.data.Dataset):
         scene, prompt, question, answer = self.scene(index)
         return shapes.pack([scene])[0], prompt.text, question, answer
 
-    def draw(self, packed):
-        """Packed scenes (B, 21) to pictures (B, 3, size, size) in [-1, 1]."""
-        return shapes.render(packed, self.size, self.size)
+    def draw(self, packed, device):
+        """Packed scenes (B, 21) to pictures (B, 3, size, size) in [-1, 1] on the device."""
+        return shapes.render(packed, self.size, self.size, device)
 
 
 class Folder(torch.utils.data.Dataset):
@@ -113,9 +113,9 @@ class Folder(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return self.pictures[index], self.captions[index], None, None
 
-    def draw(self, pictures):
-        """Bytes (B, 3, size, size) to pictures in [-1, 1]."""
-        return pictures.float() / 127.5 - 1
+    def draw(self, pictures, device):
+        """Bytes (B, 3, size, size) to pictures in [-1, 1] on the device."""
+        return pictures.to(device).float() / 127.5 - 1
 
 
 def vocabulary(dataset, samples=5000):

@@ -115,7 +115,7 @@ def score_judge(number, height=128, width=128, vae=None, seed=0, split="any"):
             rng = shapes.random.Random(f"judge {seed} {i}")
             task = shapes.draw_task(rng, dataset.tasks)
             scenes.append(shapes.draw_scene(rng, task, split, width / unit, height / unit))
-        true = shapes.render(shapes.pack(scenes).to(device), height, width)
+        true = shapes.render(shapes.pack(scenes), height, width, device)
         seen = true if vae is None else vae.decode(vae.encode(true))
         error += (seen - true).square().mean((1, 2, 3)).sum().item()
         bytes_ = ((seen + 1) * 127.5).round() / 127.5 - 1
@@ -132,11 +132,10 @@ def score_understanding(model, number, split="val", seed=0, batch=100):
     collate, right = Collate("understand", model.tokenizer, model.config.max_tokens), 0
     for start in range(0, 2 * number, 2 * batch):  # every other item of a batch is a question
         items = [dataset[i] for i in range(start, min(start + 2 * batch, 2 * number))]
-        pictures, _, _, tokens, target = (a.to(device) for a in collate(items))
-        asked = slice(1, None, 2)
-        _, metrics = model.understanding.loss(tokens[asked], target[asked],
-                                              dataset.draw(pictures)[asked])
-        right += round(metrics["text_accuracy"].item() * len(tokens[asked]))
+        pictures, _, _, tokens, target = (a[1::2] for a in collate(items))
+        _, metrics = model.understanding.loss(tokens.to(device), target.to(device),
+                                              dataset.draw(pictures, device))
+        right += round(metrics["text_accuracy"].item() * len(tokens))
     return right
 
 

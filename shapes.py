@@ -364,23 +364,26 @@ def _palette(table, device):
     return torch.tensor(list(table.values()), dtype=torch.float32, device=device)
 
 
-def render(packed, height=128, width=128):
-    """Draw packed scenes (B, 21) on their device: (B, 3, height, width), values in [-1, 1]."""
-    device, unit = packed.device, min(height, width)
-    background = _palette(BACKGROUNDS, device)[packed[:, 0].long()]                   # (B, 3)
-    image = background[:, :, None, None].repeat(1, 1, height, width)                  # (B, 3, H, W)
+def render(packed, height=128, width=128, device="cpu"):
+    """Draw packed scenes (B, 21) on the device: (B, 3, height, width), values in [-1, 1].
+
+    The scenes should lie in host memory: sorting objects by shape there keeps a GPU from waiting.
+    """
+    unit, radii = min(height, width), torch.tensor(list(SIZES.values()))
+    backgrounds = _palette(BACKGROUNDS, packed.device)[packed[:, 0].long()]           # (B, 3)
+    image = backgrounds.to(device)[:, :, None, None].repeat(1, 1, height, width)      # (B, 3, H, W)
     objects = packed[:, 1:].unflatten(1, (MAX_OBJECTS, 5))                            # (B, 4, 5)
     py = torch.arange(height, device=device)[:, None] + 0.5
     px = torch.arange(width, device=device)[None, :] + 0.5
-    radii = torch.tensor(list(SIZES.values()), device=device)
     for index, shape in enumerate(SHAPES):
         picture, slot = (objects[:, :, 0] == index).nonzero(as_tuple=True)            # (O,), (O,)
-        _, colour, size, x, y = objects[picture, slot].unbind(1)
-        x, y, radius = (a[:, None, None] * unit for a in (x, y, radii[size.long()]))
+        _, colour, size, x, y = objects[picture, slot].unbind(1)                      # (O,) each
+        paint = _palette(COLOURS, packed.device)[colour.long()] - backgrounds[picture]  # (O, 3)
+        place = torch.stack((x, y, radii.to(packed.device)[size.long()])) * unit      # (3, O)
+        x, y, radius = place.to(device)[:, :, None, None].unbind()                    # (O, 1, 1)
         alpha = coverage(shape, px - x, py - y, radius)[:, None]                      # (O, 1, H, W)
-        paint = _palette(COLOURS, device)[colour.long()] - background[picture]        # (O, 3)
-        image.index_add_(0, picture, alpha * paint[:, :, None, None])  # objects never overlap
-    return image / 127.5 - 1
+        image.index_add_(0, picture.to(device), alpha * paint.to(device)[:, :, None, None])
+    return image / 127.5 - 1  # objects never overlap, so adding is painting
 
 
 # ------------------------------------------------------------------------------------------------

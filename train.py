@@ -60,7 +60,7 @@ class TrainConfig:
     clip: float = setting(1.0, "largest gradient norm")
     ema: float = setting(None, "decay of the averaged weights that are evaluated and saved; 0: none")
     prompt_dropout: float = setting(0.1, "share of empty prompts, for guidance")
-    kl_weight: float = setting(1e-4, "of the VAE's KL term")
+    kl_weight: float = setting(3e-5, "of the VAE's KL term")
     scenes: int = setting(None, "scenes in the image stage's table of latents")
     compile: bool = setting(None, "use torch.compile")
     workers: int = setting(None, "data processes")
@@ -71,12 +71,12 @@ class TrainConfig:
 
 
 RECIPES = {  # (stage, kind of machine): what its None settings become
-    ("vae", "gpu"): dict(steps=8500, batch=128, lr=2e-3, warmup=200, ema=0.999, eval_every=2500,
+    ("vae", "gpu"): dict(steps=7000, batch=128, lr=2e-3, warmup=200, ema=0.999, eval_every=2500,
                          save_every=2500),
     ("understand", "gpu"): dict(steps=2000, batch=512, lr=2e-3, warmup=200, ema=0.995,
                                 eval_every=1000, save_every=1000),
-    ("image", "gpu"): dict(steps=10000, batch=1024, lr=1.5e-3, warmup=500, ema=0.9995,
-                           scenes=400_000, eval_every=3000, save_every=2000),
+    ("image", "gpu"): dict(steps=16000, batch=512, lr=1.2e-3, warmup=500, ema=0.9995,
+                           scenes=400_000, eval_every=4000, save_every=4000),
     ("vae", "cpu"): dict(steps=3000, batch=16, lr=2e-3, warmup=200, ema=0.99, eval_every=500,
                          save_every=250),
     ("understand", "cpu"): dict(steps=2000, batch=16, lr=2e-3, warmup=200, ema=0.99, eval_every=500,
@@ -170,8 +170,9 @@ class Stage(nn.Module):
 
     def next(self):
         """The next batch of this process, on its device, pictures drawn."""
-        pictures, *rest = (a.to(self.world.device, non_blocking=True) for a in next(self.loader))
-        return self.dataset.draw(pictures), *rest
+        pictures, *rest = next(self.loader)
+        return (self.dataset.draw(pictures, self.world.device),
+                *(a.to(self.world.device) for a in rest))
 
     def report(self, sums, steps):
         """Log values from the metrics' sums over steps and processes."""
@@ -203,7 +204,7 @@ class VaeStage(Stage):
     @torch.no_grad()
     def validate(self, step, folder):
         vae, items = self.model.vae, self.validation_items(200)
-        true = self.dataset.draw(torch.stack([i[0] for i in items]).to(self.world.device))
+        true = self.dataset.draw(torch.stack([i[0] for i in items]), self.world.device)
         latents = [vae.posterior(part)[0] for part in true.split(50)]
         seen = torch.cat([vae.reconstruct(part) for part in latents]).clamp(-1, 1)
         error = (seen - true).square().mean()
@@ -234,8 +235,9 @@ class UnderstandStage(Stage):
     @torch.no_grad()
     def validate(self, step, folder):
         collate = Collate("understand", self.model.tokenizer, self.model.config.max_tokens)
-        batch = [a.to(self.world.device) for a in collate(self.validation_items(200))]
-        loss, _ = self(self.dataset.draw(batch[0]), *batch[1:])
+        pictures, *rest = collate(self.validation_items(200))
+        loss, _ = self(self.dataset.draw(pictures, self.world.device),
+                       *(a.to(self.world.device) for a in rest))
         values = {"val_loss": loss.item()}
         if isinstance(self.dataset, Shapes):
             values["val_answers"] = evaluate.score_understanding(self.model, 400) / 400
@@ -256,7 +258,7 @@ class ImageStage(Stage):
         batches = [indices[i:i + size] for i in range(0, len(indices), size)]
         latents, tokens = [], []
         for pictures, prompts in loader(dataset, batches, collate, self.c.workers):
-            latents.append(self.model.vae.encode(dataset.draw(pictures.to(self.world.device))))
+            latents.append(self.model.vae.encode(dataset.draw(pictures, self.world.device)))
             tokens.append(prompts)
         return torch.cat(latents), torch.cat(tokens).to(self.world.device)
 
