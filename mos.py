@@ -190,7 +190,7 @@ class MoS(nn.Module):
             default if given is None else given for given, default in
             ((steps, c.sampling_steps), (guidance, c.guidance), (rescale, c.rescale), (schedule, c.schedule)))
         height, width = check_size(c.size if size is None else size)
-        check_sampling(steps, guidance, rescale)
+        check_sampling(steps, guidance, rescale, schedule)
         if isinstance(prompts, str) or not all(prompt.strip() for prompt in prompts):
             raise ValueError("prompts must be a list of texts, none of them empty")
         device = self.generation.registers.device
@@ -298,8 +298,6 @@ def make_schedule(steps, schedule="uniform", shift=1.0):
     """
     if schedule == "uniform":
         return [shift_time(1 - i / steps, shift) for i in range(steps + 1)]
-    if schedule != "linear-quadratic":
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if steps == 1:
         return [1.0, 0.0]
     theta, L = 0.025, steps // 2
@@ -332,8 +330,10 @@ def check_size(size):
     return height, width
 
 
-def check_sampling(steps, guidance, rescale):
+def check_sampling(steps, guidance, rescale, schedule):
     """Raise ValueError for settings that cannot give a picture."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number from 1, got {steps}")
     if not math.isfinite(guidance):

@@ -260,7 +260,9 @@ class ImageStage(Stage):
         for pictures, prompts in loader(dataset, batches, collate, self.c.workers):
             latents.append(self.model.vae.encode(dataset.draw(pictures, self.world.device)))
             tokens.append(prompts)
-        return torch.cat(latents), torch.cat(tokens).to(self.world.device)
+        tokens = torch.cat(tokens)                                                # (L, S)
+        longest = (tokens != Tokenizer.PAD).any(0).sum()
+        return torch.cat(latents), tokens[:, :longest].to(self.world.device)
 
     def start(self, step):
         begin = time.time()
