@@ -1,0 +1,44 @@
+"""Shared by all tests: one thread, and a tiny model with a width of its own for every letter."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mos import MoS, MoSConfig
+from towers import Tokenizer
+
+ROOT = Path(__file__).parent
+torch.set_num_threads(1)
+
+WORDS = ("a photo of red blue green circle square star ring above below left right and two three "
+         "stars circles on the gray background").split()
+SMALL = dict(vae_channels=6, vae_width=4, vae_decoder_width=4, und_width=40, und_depth=5, und_heads=5,
+             und_kv_heads=1, und_hidden=48, gen_width=64, gen_depth=3, gen_heads=2, gen_kv_heads=1,
+             gen_hidden=72, registers=3, router_width=32, router_heads=1, max_tokens=16, size=64,
+             sampling_steps=3)
+
+
+def make_model(seed=0, **changes):
+    """A small MoS with random weights everywhere, its output layer and norms included."""
+    torch.manual_seed(seed)
+    model = MoS(MoSConfig(**{**SMALL, **changes}), Tokenizer(WORDS)).eval()
+    with torch.no_grad():
+        for name, p in [*model.generation.named_parameters(), *model.router.named_parameters()]:
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def run_script(script, *arguments, timeout=120, **environment):
+    """Run one of the commands in a process of its own, single-threaded."""
+    import os
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], env=env,
+                          capture_output=True, text=True, timeout=timeout)
