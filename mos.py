@@ -82,7 +82,7 @@ class MoSConfig:
 
 PRESETS = {
     "tiny": {},
-    "laptop": dict(gen_width=128, gen_depth=6, gen_heads=4, gen_kv_heads=2, gen_hidden=320,
+    "laptop": dict(gen_width=192, gen_depth=6, gen_heads=6, gen_kv_heads=3, gen_hidden=512, gen_patch=2,
                    router_width=64, router_heads=2),
 }
 
