@@ -118,7 +118,7 @@ def score_judge(number, height=128, width=128, vae=None, seed=0, split="any"):
         true = shapes.render(shapes.pack(scenes), height, width, device)
         seen = true if vae is None else vae.decode(vae.encode(true))
         error += (seen - true).square().mean((1, 2, 3)).sum().item()
-        bytes_ = ((seen + 1) * 127.5).round() / 127.5 - 1
+        bytes_ = ((seen.cpu() + 1) * 127.5).round() / 127.5 - 1
         right += sum(same_scene(a, b, unit) for a, b in zip(scenes, shapes.judge(bytes_)))
     psnr = 10 * math.log10(4 * number / error) if error else math.inf
     return right, psnr

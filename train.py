@@ -9,6 +9,7 @@ import contextlib
 import csv
 import functools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -151,7 +152,6 @@ class Stage(nn.Module):
         super().__init__()
         self.c, self.world, self.dataset = c, world, dataset
         self.model = model
-        self.trained = getattr(model, PART[c.stage], None)
 
     def generator(self, step):
         return torch.Generator(self.world.device).manual_seed(self.c.seed * 1_000_003 + step)
@@ -273,7 +273,10 @@ class ImageStage(Stage):
             self.val = self.encode(held, range(256))
         else:
             self.val = self.latents[:256], self.tokens[:256]
-        self.world.say(f"encoded {number} pictures in {time.time() - begin:.0f} s")
+        visual = self.latents[0, 0].numel() // self.model.config.gen_patch ** 2
+        self.world.say(f"encoded {number} pictures in {time.time() - begin:.0f} s | tokens a step: "
+                       f"{self.c.batch * visual:,} visual, {self.c.batch * self.tokens.shape[1]:,} "
+                       "context (with padding)")
 
     def draws(self, batch, tokens, generator):
         """Times, noise, exploration and prompt dropout of a global batch; this process's share."""
@@ -360,7 +363,7 @@ def learning_rate(step, c):
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
     progress = (step - c.warmup) / max(1, c.steps - c.warmup)
-    cosine = 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * progress)).item()
+    cosine = 0.5 + 0.5 * math.cos(math.pi * progress)
     return c.lr * (c.final_lr + (1 - c.final_lr) * cosine)
 
 
@@ -471,6 +474,7 @@ def progress_bar(steps, start, visible):
 def fit(stage, c, model, folder):
     """Train one stage from its last state to the end; returns whether it got there."""
     world, device = stage.world, stage.world.device
+    model.requires_grad_(False)
     module = stage.parameters_of_stage().requires_grad_(True).train()
     named = list(module.named_parameters())
     average = Average((p for _, p in named), c.ema)
@@ -503,7 +507,7 @@ def fit(stage, c, model, folder):
         done, last = step + 1, step + 1 == c.steps
         if done % c.log_every == 0 or done % c.save_every == 0 or last:
             values = gather(stage, sums, done - since)
-            if not torch.isfinite(torch.tensor(values["loss"])):
+            if not math.isfinite(values["loss"]):
                 world.say(f"the loss is {values['loss']} at step {done}; the last good checkpoint "
                           f"is kept in {state}; try a smaller --lr")
                 sys.exit(1)
@@ -531,7 +535,8 @@ def fit(stage, c, model, folder):
         if stop:
             world.say(f"\nstopped at step {done}; go on with --resume")
             return False
-        begin = time.time() if not sums else begin
+        if not sums:  # a row was just written: the next rate counts no validation
+            begin = time.time()
     signal.signal(signal.SIGINT, handler)
     if bar:
         bar.close()
