@@ -71,16 +71,18 @@ def main():
     c = train.TrainConfig(stage="image", preset="laptop", init=args.init, seed=args.seed,
                           tasks=("colours",), steps=args.steps, scenes=4000, warmup=100)
     c = train.complete(c, "image", world.device)
-    print(f"{c.steps} steps of {c.batch}, seed {c.seed}, torch {torch.__version__}, {world.device.type}, "
-          f"revision {train.revision()}")
-    print(f"{'states':12} {'arm':24} {'val loss':>9} {'router gradient: first':>24} {'last tenth':>11}")
+    print(f"{c.steps} steps of {c.batch}, seed {c.seed}, torch {torch.__version__}, "
+          f"{world.device.type}, revision {train.revision()}")
+    print(f"{'':37} {'':>9} {'router gradient in the':>24}")
+    print(f"{'states':12} {'arm':24} {'val loss':>9} {'first tenth':>12} {'last tenth':>11}")
     data = {}
     for k in (2, 1):
         for rescaled in (False, True):
             for name, (norm, bias) in SCALE_TRAP.items():
-                loss, early, late = train_arm(c, dict(k=k, state_norm=norm), bias, rescaled, data, world)
+                overrides = dict(k=k, state_norm=norm)
+                loss, early, late = train_arm(c, overrides, bias, rescaled, data, world)
                 states = "1 to 100" if rescaled else "as trained"
-                print(f"{states:12} {f'k={k}, {name}':24} {loss:9.4f} {early:24.1e} {late:11.1e}",
+                print(f"{states:12} {f'k={k}, {name}':24} {loss:9.4f} {early:12.1e} {late:11.1e}",
                       flush=True)
 
 

@@ -20,22 +20,25 @@ from towers import Tokenizer
 class Shapes(torch.utils.data.Dataset):
     """Scenes of the small world, drawn by (seed, index).
 
-    split: "train", "val" or "held" (see shapes.draw_scene). tasks: which tasks, all if empty.
+    split: "train", "val" or "held", grid: of the centres (see shapes.draw_scene). tasks: which
+    tasks, all if empty.
     """
 
-    def __init__(self, size, seed, split="train", tasks=()):
+    def __init__(self, size, seed, split="train", tasks=(), grid=shapes.GRID):
         unknown = set(tasks) - set(shapes.MIXTURE)
         if unknown:
             raise ValueError(f"unknown task {min(unknown)!r}, expected some of: "
                              + ", ".join(shapes.MIXTURE))
-        self.size, self.seed, self.split = size, seed, split
+        if grid < 4:
+            raise ValueError(f"grid must be at least 4 to hold four objects, got {grid}")
+        self.size, self.seed, self.split, self.grid = size, seed, split, grid
         self.tasks = tuple(tasks) or tuple(shapes.MIXTURE)
 
     def scene(self, index):
         """Scene, caption (shapes.Prompt), question and answer of one index."""
         rng = random.Random(f"{self.seed} {self.split} {index}")
         task = shapes.draw_task(rng, self.tasks)
-        scene = shapes.draw_scene(rng, task, self.split)
+        scene = shapes.draw_scene(rng, task, self.split, grid=self.grid)
         return scene, shapes.describe(rng, scene, task), *shapes.ask(rng, scene)
 
     def __getitem__(self, index):

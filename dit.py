@@ -42,7 +42,7 @@ class Block(nn.Module):
         """x: (B, R+T, Dg), context: (B, S, Dg), mask: (B, 1, 1, S+R+T). Returns x's successor."""
         split = [self.heads, self.kv_heads, self.kv_heads]
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))     # (B, R+T, H+2Hk, Dh)
-        q, k, v = (a.transpose(1, 2) for a in qkv.split(split, 2))             # (B, H or Hk, R+T, Dh)
+        q, k, v = (a.transpose(1, 2) for a in qkv.split(split, 2))           # (B, H or Hk, R+T, Dh)
         kv_rows = self.qkv.weight[self.heads * self.head_width:]               # (2*Hk*Dh, Dg)
         kv = F.linear(self.norm_context(context), kv_rows)                     # (B, S, 2*Hk*Dh)
         kv = kv.unflatten(-1, (2, self.kv_heads, self.head_width))             # (B, S, 2, Hk, Dh)
@@ -86,14 +86,14 @@ class Generation(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def patchify(self, z):
-        """Latents (B, C, h, w) to tokens (B, T, Dg) and their positions (image index, y, x): (T, 3)."""
-        patches = F.pixel_unshuffle(z, self.patch)                             # (B, C*p*p, h/p, w/p)
+        """Latents (B, C, h, w) to tokens (B, T, Dg) and positions (image index, y, x): (T, 3)."""
+        patches = F.pixel_unshuffle(z, self.patch)                            # (B, C*p*p, h/p, w/p)
         rows, columns = (torch.arange(n, device=z.device) for n in patches.shape[2:])
         places = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)  # (T, 3)
         return self.embed(patches.flatten(2).mT), places                       # (B, T, Dg), (T, 3)
 
     def add_registers(self, x, places):
-        """Put the R registers before the visual tokens. MoS App. A. Returns x and the rope table."""
+        """Put the R registers before the visual tokens. MoS App. A. Returns x and a rope table."""
         R = len(self.registers)
         x = torch.cat((self.registers.type_as(x).expand(x.shape[0], -1, -1), x), 1)  # (B, R+T, Dg)
         return x, rope_table(F.pad(places, (0, 0, R, 0)), self.axes)           # position 0: no turn
@@ -101,5 +101,5 @@ class Generation(nn.Module):
     def unpatchify(self, x, height, width):
         """Drop the registers and read the velocity off: (B, R+T, Dg) to (B, C, height, width)."""
         v = self.head(self.norm(x[:, len(self.registers):]))                   # (B, T, C*p*p)
-        v = v.mT.unflatten(2, (height // self.patch, width // self.patch))     # (B, C*p*p, h/p, w/p)
+        v = v.mT.unflatten(2, (height // self.patch, width // self.patch))    # (B, C*p*p, h/p, w/p)
         return F.pixel_shuffle(v, self.patch)                                  # (B, C, h, w)

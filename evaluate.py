@@ -54,7 +54,8 @@ def score_tasks(model, prompts=None, pictures=4, seed=0, batch=64, held=(False, 
         for split in held:
             if split and task == "single object":
                 continue
-            wanted = [p for p in shapes.benchmark(task, prompts or GENEVAL_COUNTS[task], seed, split)
+            number = prompts or GENEVAL_COUNTS[task]
+            wanted = [p for p in shapes.benchmark(task, number, seed, split)
                       for _ in range(pictures)]
             seeds = [seed + i for i in range(len(wanted))]
             drawn = draw_prompts(model, wanted, seeds, batch, **settings)
@@ -177,7 +178,8 @@ def main():
             right = score_understanding(model, number, split, args.seed)
             print(f"questions, {split} scenes: {right}/{number} right ({right / number:.4f})")
     else:
-        settings = {name: getattr(args, name) for name in ("steps", "guidance", "rescale", "schedule")}
+        settings = {name: getattr(args, name)
+                    for name in ("steps", "guidance", "rescale", "schedule")}
         table = score_tasks(model, args.number, args.pictures, args.seed, args.batch,
                             tasks=args.tasks, **settings)
         print_tasks(table)

@@ -15,7 +15,8 @@ def rms_norm(x, weight, eps=1e-6):
     x: (..., D) of any float type, weight: (D,). Returns x's shape and type.
     """
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).type_as(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).type_as(x)
 
 
 def rope_table(positions, axes, theta=1e4):

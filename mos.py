@@ -82,8 +82,8 @@ class MoSConfig:
 
 PRESETS = {
     "tiny": {},
-    "laptop": dict(gen_width=192, gen_depth=6, gen_heads=6, gen_kv_heads=3, gen_hidden=512, gen_patch=2,
-                   router_width=64, router_heads=2),
+    "laptop": dict(gen_width=192, gen_depth=6, gen_heads=6, gen_kv_heads=3, gen_hidden=512,
+                   gen_patch=2, router_width=64, router_heads=2),
 }
 
 
@@ -138,7 +138,7 @@ class MoS(nn.Module):
 
     def mix(self, context, index, weight):
         """What one block sees of the context: Proj(S_j^c) of MoS eq. (4), (B, S, Dg)."""
-        mixture = mix_states(context.states, index, weight)           # (B, S, Du or Dg)  MoS eq. (4)
+        mixture = mix_states(context.states, index, weight)          # (B, S, Du or Dg)  MoS eq. (4)
         proj = self.generation.proj
         return mixture + proj.bias.type_as(mixture) if context.projected else proj(mixture)
 
@@ -186,9 +186,10 @@ class MoS(nn.Module):
         Settings left out are the config's. Raises ValueError for what cannot be drawn.
         """
         c = self.config
-        steps, guidance, rescale, schedule = (
-            default if given is None else given for given, default in
-            ((steps, c.sampling_steps), (guidance, c.guidance), (rescale, c.rescale), (schedule, c.schedule)))
+        steps = c.sampling_steps if steps is None else steps
+        guidance = c.guidance if guidance is None else guidance
+        rescale = c.rescale if rescale is None else rescale
+        schedule = c.schedule if schedule is None else schedule
         height, width = check_size(c.size if size is None else size)
         check_sampling(steps, guidance, rescale, schedule)
         if isinstance(prompts, str) or not all(prompt.strip() for prompt in prompts):
@@ -226,10 +227,11 @@ class MoS(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for part in parts:
-            tensors = {name: p.detach().bfloat16() if isinstance(p, nn.Parameter) else p
-                       for module in self.PARTS[part] for name, p in
-                       getattr(self, module).state_dict(prefix=module + ".", keep_vars=True).items()}
-            tensors = {name: p.contiguous().cpu() for name, p in tensors.items()}
+            modules = {name: getattr(self, name) for name in self.PARTS[part]}
+            tensors = {f"{module}.{name}": p.detach().bfloat16().contiguous().cpu()
+                       for module, m in modules.items() for name, p in m.named_parameters()}
+            tensors |= {f"{module}.{name}": p.contiguous().cpu()  # the latents' statistics: fp32
+                        for module, m in modules.items() for name, p in m.named_buffers()}
             with replacing(folder / f"{part}.safetensors") as path:
                 save_file(tensors, path)
         with replacing(folder / "config.json") as path:
@@ -281,7 +283,7 @@ def sample_t(n, how, shift, generator):
 
 
 def mode_density(u, scale=0.8):
-    """Mode sampling: maps uniform u to t, denser in the middle for scale > 0 (Esser et al. 2024)."""
+    """Mode sampling: uniform u to t, denser in the middle for scale > 0 (Esser et al. 2024)."""
     return 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
 
 

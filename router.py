@@ -78,7 +78,8 @@ class Router(nn.Module):
         super().__init__()
         unknown = set(inputs) - set(INPUTS)
         if unknown or "prompt" not in inputs:
-            raise ValueError(f"router inputs must hold 'prompt' and come from {INPUTS}, got {inputs}")
+            raise ValueError(f"router_inputs must hold prompt and come from {', '.join(INPUTS)}, "
+                             f"got {' '.join(inputs)}")
         if width % heads:
             raise ValueError(f"the router's width {width} must be a multiple of its {heads} heads")
         self.layers, self.inputs, self.axes = layers, tuple(inputs), axes
@@ -131,5 +132,6 @@ class Router(nn.Module):
         for block in self.blocks:
             x = block(x, rope, keys[:, None, None])                         # (B, L, Dr)
         readout = x[:, E:E + S] if self.cls is None else x[:, E - 1:E].expand(-1, S, -1)
-        w = F.linear(self.norm(readout).float(), self.logits.weight.float(), self.logits.bias.float())
+        head = self.logits
+        w = F.linear(self.norm(readout).float(), head.weight.float(), head.bias.float())
         return w.unflatten(-1, (self.layers, -1))                           # (B, S, M, N)

@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--rescale", type=float, help="guidance rescale, 0 to 1")
     parser.add_argument("--schedule", help=" or ".join(SCHEDULES))
     parser.add_argument("--size", help="SIDE or HEIGHTxWIDTH in pixels, multiples of 32")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next uses one more")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture, then one more")
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="file to write")
     parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "weights",
                         help="folder of a trained model")
@@ -93,9 +93,10 @@ def main():
     rows = [images[i:i + args.num] for i in range(0, len(images), args.num)]
     picture = images[0] if len(images) == 1 else label_grid(rows, args.prompt)
     info = PngImagePlugin.PngInfo()
-    for key, value in (dict(prompt=" | ".join(args.prompt), negative=args.negative, seed=args.seed,
-                            size="x".join(map(str, size or (c.size, c.size))),
-                            checkpoint=args.checkpoint.name, torch=torch.__version__) | settings).items():
+    told = dict(prompt=" | ".join(args.prompt), negative=args.negative, seed=args.seed, **settings,
+                size="x".join(map(str, size or (c.size, c.size))), checkpoint=args.checkpoint.name,
+                torch=torch.__version__)
+    for key, value in told.items():
         info.add_text(key, str(value))
     with replacing(args.out) as path:
         picture.save(path, "PNG", pnginfo=info)

@@ -9,6 +9,7 @@ Lengths are in units of the picture's shorter side, x to the right and y downwar
 
 import math
 import random
+import zlib
 from itertools import combinations, permutations
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "h
 COLOURS = {  # GenEval's ten colours
     "red": (220, 30, 40), "orange": (245, 130, 20), "yellow": (250, 220, 40),
     "green": (40, 160, 60), "blue": (35, 75, 215), "purple": (125, 40, 165),
-    "pink": (250, 135, 190), "brown": (125, 75, 35), "black": (15, 15, 15), "white": (250, 250, 250),
+    "pink": (250, 135, 190), "brown": (125, 75, 35), "black": (15, 15, 15),
+    "white": (250, 250, 250),
 }
 BACKGROUNDS = {"gray": (135, 135, 135), "beige": (215, 195, 155), "teal": (60, 150, 160),
                "lavender": (175, 165, 225)}
@@ -73,8 +75,9 @@ HELD_PAIRS = {frozenset(p) for p in (("circle", "star"), ("square", "cross"), ("
 HELD_COUNTS = {(2, "triangle"), (2, "hexagon"), (3, "star"), (3, "square"), (4, "ring"),
                (4, "diamond")}
 _TRIPLES = (
-    ("circle", "left of", "triangle"), ("square", "left of", "ring"), ("star", "left of", "diamond"),
-    ("cross", "left of", "hexagon"), ("triangle", "left of", "square"), ("hexagon", "left of", "star"),
+    ("circle", "left of", "triangle"), ("square", "left of", "ring"),
+    ("star", "left of", "diamond"), ("cross", "left of", "hexagon"),
+    ("triangle", "left of", "square"), ("hexagon", "left of", "star"),
     ("ring", "above", "circle"), ("diamond", "above", "square"), ("star", "above", "cross"),
     ("hexagon", "above", "triangle"), ("triangle", "above", "star"), ("cross", "above", "diamond"),
 )
@@ -99,22 +102,22 @@ def held_out(scene):
 
 
 def is_validation(scene):
-    """One scene in 16, by its exact coordinates: training and validation can never overlap."""
-    return sum(round((o.x + o.y) * GRID) for o in scene.objects) % 16 == 0
+    """One scene in 16, by its exact content: training and validation can never overlap."""
+    return zlib.crc32(repr(scene).encode()) % 16 == 0
 
 
 # ------------------------------------------------------------------------------------------------
 # Scenes
 
-def _place(rng, sizes, width, height):
+def _place(rng, sizes, width, height, grid):
     """Centres for objects of these sizes, apart from each other and from the edge, or None."""
     placed = []
     for size in sizes:
         reach = REACH * SIZES[size]
-        low = math.ceil((reach + 0.03) * GRID)
+        low = math.ceil((reach + 0.03) * grid)
         for _ in range(8):
-            x = rng.randint(low, int(width * GRID) - low) / GRID
-            y = rng.randint(low, int(height * GRID) - low) / GRID
+            x = rng.randint(low, int(width * grid) - low) / grid
+            y = rng.randint(low, int(height * grid) - low) / grid
             if all(math.hypot(x - u, y - v) > reach + other + 0.04 for u, v, other in placed):
                 placed.append((x, y, reach))
                 break
@@ -123,7 +126,7 @@ def _place(rng, sizes, width, height):
     return [(x, y) for x, y, _ in placed]
 
 
-def _compose(rng, task, width, height):
+def _compose(rng, task, width, height, grid):
     """One scene of a task, without regard to the split; None if it did not fit."""
     number = {"single object": 1, "colours": 1, "counting": rng.randint(2, 4),
               "dense": rng.randint(3, 4)}.get(task, 2)
@@ -139,7 +142,7 @@ def _compose(rng, task, width, height):
     if task == "dense" and len(set(zip(colours, shapes))) < number:
         return None  # dense captions name objects by colour and shape: these must be unique
     sizes = rng.choices(tuple(SIZES), k=number)
-    centres = _place(rng, sizes, width, height)
+    centres = _place(rng, sizes, width, height, grid)
     if centres is None:
         return None
     objects = tuple(Object(s, c, z, *xy) for s, c, z, xy in zip(shapes, colours, sizes, centres))
@@ -148,14 +151,15 @@ def _compose(rng, task, width, height):
     return Scene(objects, rng.choice(tuple(BACKGROUNDS)))
 
 
-def draw_scene(rng, task, split="train", width=1.0, height=1.0):
+def draw_scene(rng, task, split="train", width=1.0, height=1.0, grid=GRID):
     """A random scene of one task.
 
     split: "train" and "val" hold no held-out combination and are disjoint; "held" holds one;
     "any" is not filtered. width, height: of the picture, in units of its shorter side.
+    grid: centres are multiples of 1/grid; a coarse grid makes a world that is learned sooner.
     """
     while True:
-        scene = _compose(rng, task, width, height)
+        scene = _compose(rng, task, width, height, grid)
         if scene is None:
             continue
         if split == "any" or (held_out(scene) if split == "held" else
@@ -287,7 +291,8 @@ def _benchmark_prompt(rng, task, held, pairs, duos):
         a, relation, b = rng.choice([(a, r, b) for a, b in duos[False] for r in RELATIONS
                                      if ((a, r, b) in HELD_TRIPLES) == held])
         said, relations = (Object(a), Object(b)), ((0, relation, 1),)
-        return Prompt(f"a photo of {_noun(said[0])} {relation} {_noun(said[1])}", task, said, relations)
+        text = f"a photo of {_noun(said[0])} {relation} {_noun(said[1])}"
+        return Prompt(text, task, said, relations)
     else:  # attribution: a held-out prompt has one held-out object
         while True:
             (c, s), (d, z) = rng.choice(pairs[held]), rng.choice(pairs[False])
@@ -317,7 +322,7 @@ def satisfies(prompt, scene):
 # Pictures
 
 def pack(scenes):
-    """Scenes as one tensor (B, 1 + 4*5): background, then shape, colour, size, x, y; shape -1: none."""
+    """Scenes as a tensor (B, 1 + 4*5): background, then shape (-1: none), colour, size, x, y."""
     colours, sizes, backgrounds = map(tuple, (COLOURS, SIZES, BACKGROUNDS))
     rows = []
     for scene in scenes:
@@ -329,7 +334,7 @@ def pack(scenes):
 
 
 def signed_distance(shape, x, y):
-    """Distance of points to the shape's edge, negative inside; all in radii, centre at the origin."""
+    """Distance of points to the shape's edge, negative inside; in radii, centre at the origin."""
     ax, ay = x.abs(), y.abs()
     if shape == "circle":
         return torch.hypot(x, y) - 1
@@ -347,7 +352,8 @@ def signed_distance(shape, x, y):
     if shape == "ring":
         return (torch.hypot(x, y) - 0.73).abs() - 0.27
     if shape == "cross":
-        return torch.minimum(torch.maximum(ax - 1.05, ay - 0.35), torch.maximum(ay - 1.05, ax - 0.35))
+        across, upright = torch.maximum(ax - 1.05, ay - 0.35), torch.maximum(ay - 1.05, ax - 0.35)
+        return torch.minimum(across, upright)
     if shape == "diamond":
         return (1.15 * ax + 0.8 * ay - 0.92) / math.hypot(1.15, 0.8)
     if shape == "hexagon":

@@ -111,7 +111,7 @@ class Understanding(nn.Module):
                 nn.init.normal_(layer.weight, 0, 0.02 / (2 * depth) ** 0.5)
 
     def embed(self, tokens, images=None):
-        """Input embeddings (B, S, Du): those of pictures (B, 3, H, W) in [-1, 1], then the text's."""
+        """Input embeddings (B, S, Du): pictures (B, 3, H, W) in [-1, 1] first, then the text."""
         text = self.embedding(tokens)                                       # (B, S, Du)
         if images is None:
             return text
@@ -144,7 +144,7 @@ class Understanding(nn.Module):
         return torch.stack(states, 2)                                       # (B, S, M, Du)
 
     def logits(self, states):
-        """Next-token scores in fp32 from the last state; the embedding matrix is tied: (B, S, V)."""
+        """Next-token scores (B, S, V) in fp32 from the last state; the embedding is tied."""
         return F.linear(self.norm(states[:, :, -1]), self.embedding.weight).float()  # (B, S, V)
 
     def loss(self, tokens, target, images=None):

@@ -1,6 +1,6 @@
-"""Train a MoS from nothing: the VAE, then the understanding tower, then router and generation tower.
+"""Train a MoS from nothing: the VAE, the understanding tower, then router and generation tower.
 
-    python train.py                                      # all three stages, defaults for this machine
+    python train.py                                      # all stages, defaults for this machine
     torchrun --nproc-per-node 8 train.py                 # the same on eight GPUs
     python train.py --stage image --data my_pictures     # own pictures
 """
@@ -49,6 +49,7 @@ class TrainConfig:
     init: str = setting("", "folder with the parts that earlier stages trained; empty: --out")
     data: str = setting("shapes", "shapes, or a folder of pictures with captions")
     tasks: tuple = setting((), "train on these tasks of the small world only")
+    grid: int = setting(shapes.GRID, "objects of the small world stand on multiples of 1/grid")
     resume: bool = setting(False, "go on from the last checkpoint in --out")
     seed: int = setting(0, "of weights, data order and noise")
     steps: int = setting(None, "optimizer steps")
@@ -59,7 +60,7 @@ class TrainConfig:
     warmup: int = setting(None, "steps of linear warm-up")
     weight_decay: float = setting(0.01, "AdamW's; not on norms, biases, registers, embeddings")
     clip: float = setting(1.0, "largest gradient norm")
-    ema: float = setting(None, "decay of the averaged weights that are evaluated and saved; 0: none")
+    ema: float = setting(None, "decay of the averaged weights, which are what is saved; 0: none")
     prompt_dropout: float = setting(0.1, "share of empty prompts, for guidance")
     kl_weight: float = setting(3e-5, "of the VAE's KL term")
     scenes: int = setting(None, "scenes in the image stage's table of latents")
@@ -137,8 +138,9 @@ def permutation(length, seed, epoch):
 def order(step, batch, length, seed):
     """Sample indices of a global step: every epoch is a new permutation, epochs join seamlessly."""
     place = torch.arange(step * batch, (step + 1) * batch)
-    return torch.cat([permutation(length, seed, int(epoch))[place[place // length == epoch] % length]
-                      for epoch in (place // length).unique()])
+    epochs = place // length
+    return torch.cat([permutation(length, seed, int(epoch))[place[epochs == epoch] % length]
+                      for epoch in epochs.unique()])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ class Stage(nn.Module):
         """Items that training does not see: the validation split, or the folder itself."""
         dataset = self.dataset
         if isinstance(dataset, Shapes):
-            dataset = Shapes(dataset.size, self.c.seed, "val", dataset.tasks)
+            dataset = Shapes(dataset.size, self.c.seed, "val", dataset.tasks, dataset.grid)
         number = min(number, len(dataset)) if isinstance(dataset, Folder) else number
         return [dataset[i] for i in range(number)]
 
@@ -269,8 +271,8 @@ class ImageStage(Stage):
         number = len(self.dataset) if isinstance(self.dataset, Folder) else self.c.scenes
         self.latents, self.tokens = self.encode(self.dataset, range(number))
         if isinstance(self.dataset, Shapes):
-            held = Shapes(self.dataset.size, self.c.seed, "val", self.dataset.tasks)
-            self.val = self.encode(held, range(256))
+            val = Shapes(self.dataset.size, self.c.seed, "val", self.c.tasks, self.c.grid)
+            self.val = self.encode(val, range(256))
         else:
             self.val = self.latents[:256], self.tokens[:256]
         visual = self.latents[0, 0].numel() // self.model.config.gen_patch ** 2
@@ -281,11 +283,11 @@ class ImageStage(Stage):
     def draws(self, batch, tokens, generator):
         """Times, noise, exploration and prompt dropout of a global batch; this process's share."""
         m, c, mine = self.model.config, self.c, self.world.share(batch)
-        uniform = functools.partial(torch.rand, generator=generator, device=generator.device)
+        source = dict(generator=generator, device=generator.device)
         t = sample_t(batch, m.t_sampling, m.shift, generator)
-        z1 = torch.randn(batch, *self.latents.shape[1:], generator=generator, device=generator.device)
-        explore = uniform(batch, tokens.shape[1], m.und_depth + 1, m.gen_depth)
-        empty = (uniform(batch) < c.prompt_dropout)[mine, None]
+        z1 = torch.randn(batch, *self.latents.shape[1:], **source)
+        explore = torch.rand(batch, tokens.shape[1], m.und_depth + 1, m.gen_depth, **source)
+        empty = (torch.rand(batch, **source) < c.prompt_dropout)[mine, None]
         blank = tokens.clone()
         blank[:, 1:] = Tokenizer.PAD  # <bos> stays
         return torch.where(empty, blank, tokens), t[mine], z1[mine], explore[mine]
@@ -293,7 +295,8 @@ class ImageStage(Stage):
     def inputs(self, step):
         index = order(step, self.c.batch, len(self.latents), self.c.seed)
         index = index[self.world.share(self.c.batch)].to(self.world.device)
-        return self.latents[index], *self.draws(self.c.batch, self.tokens[index], self.generator(step))
+        draws = self.draws(self.c.batch, self.tokens[index], self.generator(step))
+        return self.latents[index], *draws
 
     def forward(self, z0, tokens, t, z1, explore):
         each = self.model.loss(z0, tokens, t, z1, explore)                        # (B,)
@@ -319,7 +322,8 @@ class ImageStage(Stage):
         values |= {f"val_t{i}": loss for i, loss in enumerate(losses.tolist())}
         if isinstance(self.dataset, Shapes):
             tasks = [task for task in shapes.TASKS if task in self.dataset.tasks]
-            prompts = [p.text for task in tasks for p in shapes.benchmark(task, 24 // len(tasks), 9)]
+            prompts = [p.text for task in tasks
+                       for p in shapes.benchmark(task, 24 // len(tasks), 9)]
             table = evaluate.score_tasks(self.model, self.c.eval_prompts, 1, seed=7, batch=256,
                                          held=(False,), tasks=tasks, steps=25)
             values["score"] = evaluate.overall(table, "seen")
@@ -394,7 +398,7 @@ class Average:
 
 
 def save_state(path, step, named, average, optimizer):
-    """Everything that a bit-exact resume needs, as safetensors; random states follow from the step."""
+    """All that a bit-exact resume needs, as safetensors; random states follow from the step."""
     tensors = {}
     for (name, p), shadow in zip(named, average.shadow):
         state = optimizer.state[p]
@@ -478,10 +482,11 @@ def fit(stage, c, model, folder):
     module = stage.parameters_of_stage().requires_grad_(True).train()
     named = list(module.named_parameters())
     average = Average((p for _, p in named), c.ema)
-    optimizer = torch.optim.AdamW(decayed_groups(module, c.weight_decay), lr=c.lr, betas=(0.9, 0.95),
-                                  fused=device.type == "cuda")
-    state = folder / f"{c.stage}.state.safetensors"
-    start = load_state(state, named, average, optimizer, device) if c.resume and state.is_file() else 0
+    optimizer = torch.optim.AdamW(decayed_groups(module, c.weight_decay), lr=c.lr,
+                                  betas=(0.9, 0.95), fused=device.type == "cuda")
+    state, start = folder / f"{c.stage}.state.safetensors", 0
+    if c.resume and state.is_file():
+        start = load_state(state, named, average, optimizer, device)
     if start >= c.steps:
         world.say(f"stage {c.stage}: finished at step {start} already")
         return True
@@ -516,7 +521,8 @@ def fit(stage, c, model, folder):
                 log.add(done, lr=learning_rate(step, c), **values)
             if bar:
                 bar.update(done - bar.n)
-                bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s")
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, "
+                                    f"{values['images_per_s']:.0f} images/s")
             sums, since = {}, done
         stop = bool(interrupted) if world.size == 1 else done % 10 == 0 and bool(
             world.sum(torch.tensor(float(len(interrupted)), device=device)))
@@ -526,8 +532,8 @@ def fit(stage, c, model, folder):
                 export(model, c.stage, folder)
             log.add(done, **values)
             log.plot()
-            print(f"\n{c.stage} step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()),
-                  flush=True)
+            told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            world.say(f"\n{c.stage} step {done}: {told}")
         if world.first and (done % c.save_every == 0 or last or stop):
             save_state(state, done, named, average, optimizer)
         if world.size > 1:
@@ -593,15 +599,15 @@ def introduce(stage, c, model, module, accumulate):
     say(f"parameters: {trainable:,} trainable, {everything - trainable:,} frozen | global batch "
         f"{c.batch} = {stage.world.size} processes x {accumulate} accumulated")
     states = 4 * 5 * trainable + 4 * (everything - trainable)
-    say(f"memory estimate: weights, gradients, AdamW and average {states / 2**20:.0f} MiB a process, "
-        "activations on top")
+    say(f"memory estimate: weights, gradients, AdamW and average {states / 2**20:.0f} MiB a "
+        "process, activations on top")
 
 
 def revision():
     """The git revision of this folder, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always",
-                               "--dirty"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -647,7 +653,8 @@ def train_stage(c, overrides, world):
         raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
                          "or choose another --out")
     size = MoSConfig(**overrides).size
-    dataset = Shapes(size, c.seed, tasks=c.tasks) if c.data == "shapes" else Folder(c.data, size)
+    dataset = (Shapes(size, c.seed, tasks=c.tasks, grid=c.grid) if c.data == "shapes"
+               else Folder(c.data, size))
     if getattr(dataset, "broken", 0):
         world.say(f"{dataset.broken} pictures could not be read and are left out")
     model = build(c, overrides, dataset).to(world.device)

@@ -85,7 +85,7 @@ def average_down(x, cout, space, time):
 
 
 def duplicate_up(x, cout, space, time):
-    """Parameter-free shortcut: repeat channels, then unfold them into space; keep the last frame."""
+    """Parameter-free shortcut: repeat channels, unfold them into space, keep the last frame."""
     x = x.repeat_interleave(cout * space * space * time // x.shape[1], 1)  # (B, C'*t*s*s, h, w)
     x = x.unflatten(1, (cout, time, space * space))[:, :, -1]             # (B, C', s*s, h, w)
     return F.pixel_shuffle(x.flatten(1, 2), space)                        # (B, C', h*s, w*s)

@@ -1,0 +1,220 @@
+"""Every shape comment, such as `# (B, S, Dg)`, held against real tensors while a small model runs.
+
+A comment speaks of the tensors that its statement assigns, appends or returns: one shape for each
+of them, or one for all with `each`; `or` separates alternatives. Letters are those of `mos.py`; the
+run knows them. Others (O, L, C') are bound where a call of a function first uses them, and stay.
+"""
+
+import ast
+import io
+import random
+import re
+import runpy
+import sys
+import tokenize
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import shapes
+from conftest import ROOT, make_model
+
+FILES = "mos.py router.py dit.py towers.py kernels.py vae.py shapes.py data.py".split()
+UNREACHED = set()  # "file.py: commented source text" that no run on the CPU can reach
+ONE = r"\([^()]*,[^()]*\)"
+COMMENT = re.compile(rf"# ({ONE}(?:,(?: or)? {ONE})*)( each)?")
+
+
+class Note(NamedTuple):
+    """A commented statement: where it is, what to look at (None: what it returns), its shapes."""
+    place: str
+    code: str
+    lines: range
+    subject: str | None
+    options: tuple  # of tuples of shapes, which are tuples of texts
+    each: bool
+    comment: str
+
+
+def read_notes(name, source):
+    """The notes of a source file, each with the name of the class whose field it is, or None."""
+    nodes = list(ast.walk(ast.parse(source)))
+    kinds = ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr
+    owners = {child: n.name for n in nodes if isinstance(n, ast.ClassDef) for child in n.body}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        match = COMMENT.match(token.string)
+        if token.type != tokenize.COMMENT or not match:
+            continue
+        node, = (n for n in nodes if isinstance(n, kinds)
+                 and n.lineno <= token.start[0] <= n.end_lineno)
+        subject = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
+        subject = subject and ast.unparse(subject)
+        if isinstance(node, ast.Expr):  # tokens.append(...)
+            subject = ast.unparse(node.value.func.value) + "[-1]"
+        text = re.sub(r"(\d)([A-Za-z])", r"\1*\2", match[1].replace("'", "_"))  # 2H is 2*H
+        options = tuple(tuple(tuple(filter(None, re.split(r"[(),]\s*", shape))) for shape in
+                              re.findall(ONE, option)) for option in text.split(", or "))
+        yield owners.get(node), Note(
+            f"{name}:{node.lineno}", f"{name}: {token.line.split('#')[0].strip()}",
+            range(node.lineno, node.end_lineno + 1), subject, options, bool(match[2]), match[0])
+
+
+def solve(constraints, letters):
+    """Bind what single (dim, size) pairs decide; returns the undecided, or None if one is wrong."""
+    def holds(dim, size, **more):
+        return any(eval(option, {}, letters | more) == size for option in dim.split(" or "))
+
+    left = []
+    for dim, size in constraints:
+        unknown = set(re.findall(r"[A-Za-z]\w*", dim.replace(" or ", " "))) - letters.keys()
+        if len(unknown) == 1:
+            letter, = unknown
+            values = (size, *range(1, 16 * min(size, 256) + 1))
+            letters[letter] = next((n for n in values if holds(dim, size, **{letter: n})), -1)
+        if len(unknown) > 1:
+            left.append((dim, size))
+        elif not holds(dim, size):
+            return None
+    return left if len(left) == len(constraints) else solve(left, letters)
+
+
+class Checker:
+    """Compares the comments of source files {path: text} with what happens in `watch`."""
+
+    def __init__(self, sources):
+        notes = {path: list(read_notes(path.name, source)) for path, source in sources.items()}
+        self.fields = {(owner, n.subject): n for path in notes for owner, n in notes[path] if owner}
+        self.lines = {str(path): {line: n for _, n in notes[path] for line in n.lines}
+                      for path in notes}
+        self.unreached = {n for path in notes for _, n in notes[path]}
+        self.checked, self.errors, self.known = set(), {}, {}
+
+    def watch(self, known, run, *arguments):
+        """Call `run`; known: {"file.py" or "file.py Class": {letter: value}}."""
+        self.known, before = known, sys.gettrace()
+        sys.settrace(self.call)
+        try:
+            return run(*arguments)
+        finally:
+            sys.settrace(before)
+
+    def call(self, frame, event, _):
+        """The tracer of a call. A statement is done where another one or the end is reached."""
+        code, lines = frame.f_code, self.lines.get(frame.f_code.co_filename)
+        if lines is None or code.co_name.startswith("<"):  # not ours, or a comprehension
+            return None
+        letters, binders, left, now = {}, {}, [], None
+
+        def local(frame, event, value):
+            nonlocal left, now
+            here = lines.get(frame.f_lineno) if event == "line" else None
+            if here is not now and now and (now.subject or event == "return"):
+                if now.subject:
+                    value = eval(now.subject, frame.f_globals, frame.f_locals)
+                for letter in [a for a in letters if binders[a] is now]:
+                    del letters[letter], binders[letter]  # a loop comes round: bind again
+                left = self.compare(now, value, frame, letters, left)
+                binders.update({a: now for a in letters if a not in binders})
+            now = here
+            if event == "return" and left:
+                self.errors[code] = f"{code.co_filename}, {code.co_name}: what is {dict(left)}?"
+            return local
+
+        for value in list(frame.f_locals.values()):  # named tuples with commented fields
+            for field in getattr(value, "_fields", ()):
+                if note := self.fields.get((type(value).__name__, field)):
+                    self.compare(note, getattr(value, field), frame, {}, [])
+        return local
+
+    def compare(self, note, value, frame, letters, left):
+        """Check one statement; binds letters. Returns the constraints that are still undecided."""
+        name, own = note.place.split(":")[0], type(frame.f_locals.get("self")).__name__
+        known = self.known.get(name, {}) | self.known.get(f"{name} {own}", {})
+        known |= {a: n for a, n in frame.f_locals.items() if type(n) is int}
+        values = value if isinstance(value, (tuple, list)) else [value]
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        self.checked.add(note.place)
+        self.unreached.discard(note)
+        for wanted in note.options:
+            wanted *= len(tensors) if note.each else 1
+            if [len(w) for w in wanted] == [v.ndim for v in tensors] and len(tensors) > note.each:
+                trial = letters | known
+                rest = solve(left + [pair for w, v in zip(wanted, tensors)
+                                     for pair in zip(w, v.shape)], trial)
+                if rest is not None:
+                    letters.update({a: n for a, n in trial.items() if a not in known})
+                    return rest
+        self.errors[note] = f"{note.place}: {note.comment} is {[tuple(v.shape) for v in tensors]}"
+        return left
+
+
+def run_everything(watch, folder):
+    """All code that carries comments, with a size of its own for every letter."""
+    sizes = dict(und_width=48, und_heads=6, und_kv_heads=2, gen_width=256, gen_heads=8, k=3,
+                 gen_kv_heads=4, gen_depth=7, gen_patch=2, registers=9, router_width=96,
+                 router_heads=3)
+    tokenwise, model = make_model(**sizes), make_model(**sizes, tokenwise=False)
+    prompts = ["a photo of two stars on the gray background", "a red circle"]
+    common = dict(M=5, N=7, K=3, R=9, Du=48, Dg=256, Dr=96, S=10, T=60, h=12, w=20)
+    tower = dict(M=5, H=6, Hk=2, Dh=8, Du=48, p=16, V=len(model.tokenizer))
+    known = {"mos.py": common | dict(C=6), "towers.py": tower, "vae.py VAE": dict(C=6),
+             "dit.py": common | dict(H=8, Hk=4, Dh=32, C=6, p=2),
+             "router.py": common | dict(H=3, Dh=32), "kernels.py": dict(M=5, K=3)}
+    two = {file: letters | dict(B=2) for file, letters in known.items()}
+    tokens, z = model.tokenizer.batch(prompts), torch.randn(2, 6, 12, 20)
+    images = torch.rand(2, 3, 32, 64)
+    for m in (tokenwise, model):
+        loss = watch(two, m.loss, z, tokens, torch.rand(2), z.roll(1, 0), torch.rand(2, 10, 6, 7))
+        watch(two, loss.mean().backward)
+    watch(known, lambda: model.generate(prompts, steps=1, size=(192, 320)))
+    watch(two, lambda: model.vae.decode(model.vae.encode(images)))
+    watch(two, model.vae.loss, images, torch.randn(2, 6, 2, 4), 1.0)
+    watch(known, model.understanding.loss, tokens, tokens, images)
+    scenes = shapes.pack([shapes.draw_scene(random.Random(i), "dense") for i in range(3)])
+    watch({"shapes.py": dict(B=3, H=96, W=112)},
+          lambda: shapes.judge(shapes.render(scenes, 96, 112)))
+    for i in range(2):
+        Image.new("RGB", (40 + i, 50)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a star")
+    watch({"data.py": dict(L=2)}, data.Folder, folder, 32)
+
+
+def test_shape_comments(tmp_path):
+    """Each shape comment of each file is reached and true at every execution."""
+    checker = Checker({ROOT / name: (ROOT / name).read_text() for name in FILES})
+    run_everything(checker.watch, tmp_path)
+    print(f"{len(checker.checked)} shape comments checked")
+    assert not checker.errors, "\n".join(checker.errors.values())
+    assert {note.code for note in checker.unreached} == UNREACHED
+    assert {place.split(":")[0] for place in checker.checked} == set(FILES)
+
+
+TOY = """
+def toy(x, parts):
+    B, D = x.shape
+    for n in range(1, B):
+        part = x[:n, :, None]             # (L, D, 1)
+        parts.append(part.expand(-1, -1,
+                                 n * n))  # (L, D, L*L)
+    rows, columns = x, x.mT               # (B, D), (D, B)
+    if not D:
+        rows = columns                    # (D, B)
+    return rows.chunk(2, 1)               # (B, D or D/2) each  eq. (4)
+"""
+
+
+@pytest.mark.parametrize("right, wrong, blame", [
+    ("", "", None), ("L, D, 1", "L, 1, D", "toy.py:5:"), ("L*L", "L+L", "toy.py:6:"),
+    ("(D, B)", "(B, D)", "toy.py:8:"), ("D or D/2", "B or D", "toy.py:11:"),
+    ("D/2) each", "D/2)", "toy.py:11:"), (", (D, B)", ", (X*Y, B)", "what is {'X*Y'")])
+def test_wrong_comments_are_found(tmp_path, right, wrong, blame):
+    """The checker itself: true comments pass, a false one is blamed, an unreached one is listed."""
+    path = tmp_path / "toy.py"
+    path.write_text(TOY)
+    checker = Checker({path: TOY.replace(right, wrong)})
+    checker.watch({}, runpy.run_path(path)["toy"], torch.ones(5, 4), [])
+    assert blame in "".join(checker.errors.values()) if blame else not checker.errors
+    assert [note.code for note in checker.unreached] == ["toy.py: rows = columns"]
