@@ -153,28 +153,28 @@ class Checker:
 
 def run_everything(watch, folder):
     """All code that carries comments, with a size of its own for every letter."""
-    sizes = dict(und_width=48, und_heads=6, und_kv_heads=2, gen_width=256, gen_heads=8, k=3,
-                 gen_kv_heads=4, gen_depth=7, gen_patch=2, registers=9, router_width=96,
+    sizes = dict(und_width=48, und_heads=6, und_kv_heads=2, gen_width=288, gen_heads=9, k=3,
+                 gen_kv_heads=3, gen_depth=7, gen_patch=2, registers=8, router_width=96,
                  router_heads=3)
     tokenwise, model = make_model(**sizes), make_model(**sizes, tokenwise=False)
     prompts = ["a photo of two stars on the gray background", "a red circle"]
-    common = dict(M=5, N=7, K=3, R=9, Du=48, Dg=256, Dr=96, S=10, T=60, h=12, w=20)
+    common = dict(M=5, N=7, K=3, R=8, Du=48, Dg=288, Dr=96, S=10, T=60, h=12, w=20)
     tower = dict(M=5, H=6, Hk=2, Dh=8, Du=48, p=16, V=len(model.tokenizer))
-    known = {"mos.py": common | dict(C=6), "towers.py": tower, "vae.py VAE": dict(C=6),
-             "dit.py": common | dict(H=8, Hk=4, Dh=32, C=6, p=2),
+    known = {"mos.py": common | dict(C=6), "vae.py VAE": dict(C=6), "vae.py": {},
+             "dit.py": common | dict(H=9, Hk=3, Dh=32, C=6, p=2), "towers.py": tower,
              "router.py": common | dict(H=3, Dh=32), "kernels.py": dict(M=5, K=3)}
     two = {file: letters | dict(B=2) for file, letters in known.items()}
     tokens, z = model.tokenizer.batch(prompts), torch.randn(2, 6, 12, 20)
-    images = torch.rand(2, 3, 32, 64)
+    images = torch.rand(2, 3, 64, 80)
     for m in (tokenwise, model):
         loss = watch(two, m.loss, z, tokens, torch.rand(2), z.roll(1, 0), torch.rand(2, 10, 6, 7))
         watch(two, loss.mean().backward)
     watch(known, lambda: model.generate(prompts, steps=1, size=(192, 320)))
     watch(two, lambda: model.vae.decode(model.vae.encode(images)))
-    watch(two, model.vae.loss, images, torch.randn(2, 6, 2, 4), 1.0)
-    watch(known, model.understanding.loss, tokens, tokens, images)
-    scenes = shapes.pack([shapes.draw_scene(random.Random(i), "dense") for i in range(3)])
-    watch({"shapes.py": dict(B=3, H=96, W=112)},
+    watch(two, model.vae.loss, images, torch.randn(2, 6, 4, 5), 1.0)
+    watch(two, model.understanding.loss, tokens, tokens, images)
+    scenes = shapes.pack([shapes.draw_scene(random.Random(i), "dense") for i in range(2)])
+    watch({"shapes.py": dict(B=2, H=96, W=112)},
           lambda: shapes.judge(shapes.render(scenes, 96, 112)))
     for i in range(2):
         Image.new("RGB", (40 + i, 50)).save(folder / f"{i}.png")

@@ -24,19 +24,21 @@ from shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS,
                     INVERSE, NUMBERS, RELATIONS, SHAPES, SIZES, TASKS, Object, Prompt, Scene,
                     benchmark, judge, pack, related, render, satisfies)
 
+OTHER = ((96, 96), (160, 160), (256, 256), (128, 256))
+KNOWN = dict(raises=AssertionError, strict=True)  # a known bug: its mark must go with it
 HOW_MANY = {word: n for n, word in NUMBERS.items()} | {"one": 1}
-ANY = {name: "|".join(table) for name, table in zip(("size", "colour", "shape"), (SIZES, COLOURS, SHAPES))}
-NOUN = (r"\b(?:an?|the|two|three|four) (?:(?:{size}) )?(?:(?:{colour}) )?(?:{shape})(?:e?s)?\b"
-        .format(**ANY))
+SHAPE, COLOUR, SIZE = map("|".join, (SHAPES, COLOURS, SIZES))
+NOUN = rf"\b(?:an?|the|two|three|four) (?:(?:{SIZE}) )?(?:(?:{COLOUR}) )?(?:{SHAPE})(?:e?s)?\b"
 WORDINGS = {wording: r for r, wordings in RELATIONS.items() for wording in wordings}
 ALL = [Scene((Object(s, c, tuple(SIZES)[(i + i // 10) % 2], .5, .5),), tuple(BACKGROUNDS)[i % 4])
        for i, (s, c) in enumerate(product(SHAPES, COLOURS))]  # each shape in each colour
+FEW = ALL[::3]  # each shape, each colour, each size, each background
 X, Y = torch.arange(128).view(1, 128) + 0.5, torch.arange(128).view(128, 1) + 0.5
 
 
 def thing(words, x=0.0, y=0.0):
     """The object that words like "two large red circles" speak of."""
-    words = re.sub(rf"({ANY['shape']})e?s\b", r"\1", words).split()
+    words = re.sub(rf"({SHAPE})e?s\b", r"\1", words).split()
     return Object(*(next((w for w in words if w in table), None)
                     for table in (SHAPES, COLOURS, SIZES)), x, y)
 
@@ -56,14 +58,14 @@ def claim(question, answer):
     """The objects and relations that an answered question speaks of."""
     if question.startswith("where"):
         relation = next(r for r in RELATIONS if r.startswith(answer))
-        return tuple(map(thing, re.findall(ANY["shape"], question))), ((0, relation, 1),)
+        return tuple(map(thing, re.findall(SHAPE, question))), ((0, relation, 1),)
     return (thing(f"{question} {answer}"),) * HOW_MANY.get(answer, 1), ()
 
 
 def facts(scene):
     """All (i, relation, j) that are true of a scene."""
-    return tuple((i, r, j) for i, j in permutations(range(len(scene.objects)), 2) for r in RELATIONS
-                 if related(scene.objects[i], r, scene.objects[j]))
+    return tuple((i, r, j) for i, j in permutations(range(len(scene.objects)), 2)
+                 for r in RELATIONS if related(scene.objects[i], r, scene.objects[j]))
 
 
 def shows_held(objects, relations):
@@ -87,11 +89,12 @@ def passing(scenes, pictures):
 
 
 def fingerprint():
-    """Of all that a seed decides: scenes, captions, questions, picture bits, benchmark prompts."""
-    world, bits = Shapes(64, 3), repr([benchmark(t, 20, 3, True) for t in TASKS]).encode()
+    """Of all that a seed decides: scenes, captions, questions, picture bits, benchmarks."""
+    world, seen = Shapes(64, 3), repr([benchmark(t, 20, 3, True) for t in TASKS]).encode()
     for i in range(20):
-        bits += repr(world.scene(i)).encode() + world.draw(world[i][0][None], "cpu").numpy().tobytes()
-    return hashlib.sha256(bits).hexdigest()
+        seen += repr(world.scene(i)).encode()
+        seen += world.draw(world[i][0][None], "cpu").numpy().tobytes()
+    return hashlib.sha256(seen).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -104,56 +107,66 @@ def tokenizer():
     return vocabulary(Shapes(128, 0))
 
 
-@pytest.mark.parametrize("number, height, width", [
-    (300, 128, 128), (40, 96, 96), (40, 160, 160), (40, 256, 256), (40, 128, 256)] + [
-    pytest.param(*row, marks=pytest.mark.slow) for row in (
-        (10_000, 128, 128), (2_000, 96, 96), (2_000, 160, 160), (2_000, 256, 256), (2_000, 128, 256))])
-def test_judge_reads_every_render(number, height, width):
+@pytest.mark.parametrize("height, width, number", [
+    (128, 128, 300), *((*size, 40) for size in OTHER), *(pytest.param(*row, marks=pytest.mark.slow)
+    for row in ((128, 128, 10_000), *((*size, 2000) for size in OTHER)))])
+def test_judge_reads_every_render(height, width, number):
     """Every object of every fresh scene is read back: shape, colour, size, place, background."""
     assert score_judge(number, height, width, seed=number) == (number, math.inf)
 
 
-CIRCLE, SQUARE, STAR = (thing("large red circle", .25, .3), thing("small blue square", .7, .3),
-                        thing("large green star", .3, .75))
-TRUTH = Scene((CIRCLE, SQUARE, STAR), "gray")
+@pytest.mark.xfail(reason="the neighbour's soft edge counts as the object's own", **KNOWN)
+def test_judge_tells_neighbours_of_one_colour_apart():
+    """Objects of one colour, as close as scenes allow, are read (two of the slow test's scenes)."""
+    near = [Scene((thing("small green star", .69140625, .546875),
+                   thing("small green square", .75390625, .8125)), "gray"),
+            Scene((thing("small green diamond", .609375, .62890625),
+                   thing("small green square", .8359375, .4609375)), "teal")]
+    assert passing(near, show(near)) == near
+
+
+CIRCLE, SQUARE = thing("large red circle", .25, .3), thing("small blue square", .7, .3)
+STAR = thing("large green star", .3, .75)
+TRIO = (CIRCLE, SQUARE, STAR)
 WRONG = {  # in exactly one respect
     "shape": (CIRCLE._replace(shape="hexagon"), SQUARE, STAR),
     "colour": (CIRCLE._replace(colour="orange"), SQUARE, STAR),
     "size": (CIRCLE._replace(size="small"), SQUARE, STAR),
     "missing": (CIRCLE, SQUARE),
-    "extra": (CIRCLE, SQUARE, STAR, thing("small pink ring", .75, .75)),
-    "count": (CIRCLE, SQUARE, STAR, thing("small blue square", .75, .75)),
+    "extra": (*TRIO, thing("small pink ring", .75, .75)),
+    "count": (*TRIO, thing("small blue square", .75, .75)),
     "swapped": (CIRCLE._replace(x=.7), SQUARE._replace(x=.25), STAR),
-    "reversed": tuple(o._replace(x=1 - o.x) for o in TRUTH.objects),
+    "reversed": tuple(o._replace(x=1 - o.x) for o in TRIO),
     "attribution": (CIRCLE._replace(colour="blue"), SQUARE._replace(colour="red"), STAR),
-    "background": TRUTH.objects, "moved": (CIRCLE._replace(x=.25 + 4 / 128), SQUARE, STAR)}
+    "background": TRIO, "moved": (CIRCLE._replace(x=.25 + 4 / 128), SQUARE, STAR)}
 
 
 @pytest.mark.parametrize("respect", WRONG)
 def test_judge_fails_what_is_wrong_in_one_respect(respect):
     """The picture of a slightly different scene is read as that scene, and the truth passes."""
+    right = Scene(TRIO, "gray")
     wrong = Scene(WRONG[respect], "beige" if respect == "background" else "gray")
-    drawn = show([TRUTH, wrong])
-    truth, seen = judge(drawn)
-    assert same_scene(TRUTH, truth, 128) and same_scene(wrong, seen, 128)
-    assert not same_scene(TRUTH, seen, 128)
-    assert len(passing([TRUTH, TRUTH], drawn)) == 1 + (respect == "moved")  # no prompt says so much
+    truth, seen = judge(drawn := show([right, wrong]))
+    assert same_scene(right, truth, 128) and same_scene(wrong, seen, 128)
+    assert not same_scene(right, seen, 128)
+    assert len(passing([right] * 2, drawn)) == 1 + (respect == "moved")  # no prompt says so much
 
 
-def test_judge_fails_erased_punched_and_cut():
+def test_judge_fails_erased_punched_patched_and_cut():
     """Half an object, a punched circle, a stray patch, an object across the edge: none passes."""
-    whole = show(ALL)
-    patched = whole.clone()
-    patched[:, :, 10:15, 10:15] = torch.tensor(COLOURS["yellow"]).view(3, 1, 1) / 127.5 - 1
-    assert passing(ALL, whole) == ALL and not passing(ALL, patched)
+    whole, (yellow,) = show(FEW), torch.tensor([COLOURS["yellow"]]) / 127.5 - 1
+    assert passing(ALL, show(ALL)) == ALL
+    stray = (X > 10) & (X < 15) & (Y > 10) & (Y < 15)
+    assert not passing(FEW, torch.where(stray, yellow.view(3, 1, 1), whole))
     for erased in (X < 64, X > 64, Y < 64, Y > 64):
-        assert not passing(ALL, torch.where(erased, whole[:, :, :1, :1], whole))
-    radius = torch.tensor([128 * SIZES[s.objects[0].size] for s in ALL[:10]]).view(10, 1, 1, 1)
-    hole = torch.hypot(X - 64, Y - 64) < 0.33 * radius  # ALL begins with the circles
-    assert not passing(ALL[:10], torch.where(hole, whole[:10, :, :1, :1], whole[:10]))
+        assert not passing(FEW, torch.where(erased, whole[:, :, :1, :1], whole))
+    circles = [s for s in ALL if s.objects[0].shape == "circle"]
+    radius = torch.tensor([128 * SIZES[s.objects[0].size] for s in circles]).view(-1, 1, 1, 1)
+    hole, whole = torch.hypot(X - 64, Y - 64) < 0.33 * radius, show(circles)
+    assert not passing(circles, torch.where(hole, whole[:, :, :1, :1], whole))
     for side, radii in product(range(4), (-0.2, 0.3)):  # from the edge to the centre
         cut = []
-        for (o,), background in ALL[::3]:
+        for (o,), background in FEW:
             d = radii * SIZES[o.size]
             x, y = ((d, .5), (1 - d, .5), (.5, d), (.5, 1 - d))[side]
             cut.append(Scene((o._replace(x=x, y=y),), background))
@@ -166,21 +179,20 @@ def test_judge_fails_in_between(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(SIZES, "small", radius)
             patch.setitem(SIZES, "large", radius)
-            drawn = show(ALL)
-        assert not passing([s._replace(objects=(o._replace(size=None),)) for s in ALL
-                            for o in s.objects], drawn)
+            drawn = show(FEW)
+        assert all(o.size is None for seen in judge(drawn) for o in seen.objects)
     for a, b in combinations(COLOURS, 2):
         mixed = tuple((u + v) / 2 for u, v in zip(COLOURS[a], COLOURS[b]))
         if min(math.dist(mixed, c) for c in COLOURS.values()) > shapes.COLOUR_TOLERANCE:
             with monkeypatch.context() as patch:
                 patch.setitem(COLOURS, a, mixed)
-                drawn = show([s for s in ALL if s.objects[0].colour == a])
+                drawn = show([s for s in FEW if s.objects[0].colour == a])
             assert all(o.colour is None for seen in judge(drawn) for o in seen.objects), (a, b)
 
 
-@pytest.mark.xfail(strict=True, reason="the judge looks along the ink's own direction in RGB only")
-def test_judge_fails_a_fragment_within():
-    """A circle of which a third has another colour is not a circle of one colour."""
+@pytest.mark.xfail(reason="the judge looks along the ink's own direction in RGB only", **KNOWN)
+def test_judge_fails_a_fragment_of_another_colour():
+    """A circle of which a third has another palette colour is not a circle of one colour."""
     third = (torch.hypot(X - 64, Y - 64) < 0.15 * 128) & (X > 64 + 0.3 * 0.15 * 128)
     for background in BACKGROUNDS:
         pairs = list(permutations(COLOURS, 2))
@@ -191,8 +203,8 @@ def test_judge_fails_a_fragment_within():
 
 def test_satisfies_is_strict():
     """Any order of objects matches, open attributes match anything, every deviation fails."""
-    for order in permutations(TRUTH.objects):
-        want, scene = Prompt("", "", TRUTH.objects, (), "gray"), Scene(order, "gray")
+    for order in permutations(TRIO):
+        want, scene = Prompt("", "", TRIO, (), "gray"), Scene(order, "gray")
         assert satisfies(want._replace(relations=((0, "left of", 1), (2, "below", 0))), scene)
         assert not satisfies(want._replace(relations=((0, "left of", 1), (0, "below", 2))), scene)
     two = lambda a, b, *relations: Prompt("", "", (thing(a), thing(b)), relations)
@@ -202,20 +214,24 @@ def test_satisfies_is_strict():
                  two("circle", "circle", (0, "below", 1)), two("red", "blue", (0, "above", 1))):
         assert satisfies(good, pair) and satisfies(good._replace(background="teal"), pair)
         assert not satisfies(good._replace(background="gray"), pair)
-        for objects in ((red,), (red, blue, blue), (red, blue._replace(shape=None)),
-                        (red, blue._replace(colour=None)), (red, blue._replace(x=.9, shape="star"))):
-            assert not satisfies(good, Scene(objects, "teal")) or good == two("red", "small")
         assert not satisfies(good, pair._replace(background=None))
+        for objects in ((red,), (red, blue, blue), (red, blue._replace(shape=None)),
+                        (red, blue._replace(colour=None))):
+            assert not satisfies(good, Scene(objects, "teal"))
     for bad in (two("red circle", "red circle"), two("circle", "square"), two("small", "small"),
                 two("large blue circle", "small red circle"), two("red", "blue", (0, "below", 1)),
                 two("circle", "circle", (0, "left of", 1)), two("green circle", "circle")):
         assert not satisfies(bad, pair), bad
-    for axis, relation in enumerate(("left of", "above", "right of", "below")):  # quarter turns
-        for degrees, length, true in ((0, .11, 1), (0, .09, 0), (59, .3, 1), (-59, .3, 1),
-                                      (61, .3, 0), (-61, .3, 0), (180, .3, 0)):
-            turn = math.radians(90 * axis + degrees)
-            b = Object("star", x=.3 + length * math.cos(turn), y=.3 + length * math.sin(turn))
-            assert related(red, relation, b) == related(b, INVERSE[relation], red) == bool(true)
+
+
+@pytest.mark.parametrize("turn, relation", [*enumerate(("left of", "above", "right of", "below"))])
+def test_related_is_clear_and_within_60_degrees(turn, relation):
+    """b lies more than 0.1 along the axis from a and within 60 degrees of it, y downwards."""
+    for degrees, length, true in ((0, .11, True), (0, .09, False), (180, .3, False), (59, .3, True),
+                                  (-59, .3, True), (61, .3, False), (-61, .3, False)):
+        angle = math.radians(90 * turn + degrees)
+        b = CIRCLE._replace(x=.25 + length * math.cos(angle), y=.3 + length * math.sin(angle))
+        assert related(CIRCLE, relation, b) == related(b, INVERSE[relation], CIRCLE) == true
 
 
 def test_training_shows_nothing_held_out(train):
@@ -234,19 +250,25 @@ def test_training_shows_nothing_held_out(train):
     assert counted == set(product((1, 2, 3, 4), SHAPES)) - HELD_COUNTS
     assert placed == {(a, r, b) for a, b in permutations(SHAPES, 2) for r in RELATIONS
                       if {a, b} not in HELD_PAIRS} - HELD_TRIPLES
+    assert {(b, INVERSE[r], a) for a, r, b in HELD_TRIPLES} == HELD_TRIPLES
 
 
 def test_splits_are_apart():
-    """Training and validation share no exact scene; a held-out scene holds something out."""
-    one = {split: {Shapes(128, 0, split, ("single object",)).scene(i)[0].objects[0][3:]
-                   for i in range(2000)} for split in ("train", "val")}  # by place: chance collides
-    assert one["train"].isdisjoint(one["val"])
+    """Training and validation share no scene; a held-out scene holds something out."""
     for split in ("train", "val", "held"):
         scenes = [Shapes(128, 5, split).scene(i)[0] for i in range(500)]
         assert {shows_held(s.objects, facts(s)) for s in scenes} == {split == "held"}
         assert split == "held" or {*map(shapes.is_validation, scenes)} == {split == "val"}
-    assert {(b, INVERSE[r], a) for a, r, b in HELD_TRIPLES} == HELD_TRIPLES
-    assert [*map(len, (HELD_COLOURS, HELD_PAIRS, HELD_COUNTS, HELD_TRIPLES))] == [10, 4, 6, 24]
+    coarse = [{Shapes(128, 0, split, ("colours",), grid=4).scene(i)[0] for i in range(1000)}
+              for split in ("train", "val")]  # few scenes, so that chance would repeat them
+    assert coarse[0].isdisjoint(coarse[1])
+
+
+@pytest.mark.xfail(reason="is_validation hashes the objects in their order", **KNOWN)
+def test_the_same_picture_is_in_one_split(train):
+    """Naming a scene's objects in another order does not carry it from training to validation."""
+    assert not any(shapes.is_validation(Scene(order, scene.background))
+                   for scene, *_ in train[:200] for order in permutations(scene.objects))
 
 
 def test_the_seed_decides_all():
@@ -264,60 +286,50 @@ def test_the_seed_decides_all():
 
 
 @pytest.mark.parametrize("held", (False, True))
-@pytest.mark.parametrize("task", TASKS)
-def test_benchmark_speaks_genevals_templates(task, held):
+@pytest.mark.parametrize("task, template, texts", (
+    ("single object", "a S", (8, 8)), ("two objects", "a S and a S", (48, 8)),
+    ("counting", "(?:two|three|four) (?:Ss|crosses)(?<!crosss)", (18, 6)),
+    ("colours", "a C S", (70, 10)), ("attribution", "a C S and a C S", None),
+    ("position", "a S (?:left of|right of|above|below) a S", (168, 24))))
+def test_benchmark_speaks_genevals_templates(task, template, texts, held):
     """The texts are GenEval's to the letter, mean what Prompt says, and keep to their split."""
-    coloured = [f"{'an' if c == 'orange' else 'a'} {c} {s}" for c in COLOURS for s in SHAPES]
-    texts = {
-        "single object": [f"a {s}" for s in SHAPES],
-        "two objects": [f"a {s} and a {t}" for s, t in permutations(SHAPES, 2)],
-        "counting": [f"{n} {s}" for n in ("two", "three", "four") for s in (
-            "circles", "squares", "triangles", "stars", "rings", "crosses", "diamonds", "hexagons")],
-        "colours": coloured,
-        "position": [f"a {s} {r} a {t}" for s, t in permutations(SHAPES, 2)
-                     for r in ("left of", "right of", "above", "below") if {s, t} not in HELD_PAIRS],
-        "attribution": [f"{s} and {t}" for s, t in permutations(coloured, 2)]}[task]
+    template = template.replace("S", f"(?:{SHAPE})").replace(
+        "a C", f"(?:an orange|a (?!orange)(?:{COLOUR}))")
     prompts = benchmark(task, 4000, held=held)
     for p in prompts:
+        assert re.fullmatch(f"a photo of {template}", p.text), p.text
         assert read(p.text) == p[2:] and p.task == task
         assert shows_held(*p[2:4]) == (held and task != "single object"), p  # nothing to hold out
-    said = {p.text.removeprefix("a photo of ") for p in prompts}
-    if task == "attribution":
-        assert said < set(texts) and any("and an orange" in text for text in said)
-        assert all(sum(o[1::-1] in HELD_COLOURS for o in p.objects) == held for p in prompts)
-    else:  # few enough to have met them all
-        assert said == {t for t in texts if len(texts) == 8 or shows_held(*read(t)[:2]) == held}
-
-
-def test_captions_are_true(train):
-    """The words of a caption mean its Prompt, and its own scene satisfies that."""
-    for scene, prompt, _, _ in train:
-        assert read(prompt.text) == prompt[2:] and satisfies(prompt, scene), prompt
+        assert task != "attribution" or sum(o[1::-1] in HELD_COLOURS for o in p.objects) == held
+    distinct = len({p.text for p in prompts})
+    assert distinct == texts[held] if texts else distinct > 500
 
 
 def test_answers_are_true(train):
     """Every answer is right by the scene, every question has one answer, all kinds occur."""
     kinds = Counter()
     for scene, _, question, answer in train:
-        fitting = lambda want: sum(all(w in (None, s) for w, s in zip(want[:2], o))
-                                   for o in scene.objects)
+        fitting = lambda want: [o for o in scene.objects
+                                if all(w in (None, s) for w, s in zip(want[:2], o))]
         (a, *b), relations = claim(question, answer)
         if relations:
-            assert fitting(a) == fitting(b[0]) == 1
-            assert satisfies(Prompt("", "", (a, *b), relations), scene._replace(
-                objects=tuple(o for o in scene.objects if o.shape in (a.shape, b[0].shape))))
+            (a,), (b,) = fitting(a), fitting(b[0])
+            assert related(a, relations[0][1], b), question
         elif answer in ("yes", "no"):
-            assert (fitting(a) > 0) == (answer == "yes")
+            assert bool(fitting(a)) == (answer == "yes"), question
         elif "background" in question:
             assert answer == scene.background
-        else:  # so many of these; or the only one of its shape or colour, which has the other
-            assert fitting(a) == fitting(thing(question)) == HOW_MANY.get(answer, 1), question
+        else:  # so many of these; or the only one of its shape or colour, and it has the other
+            number = HOW_MANY.get(answer, 1)
+            assert len(fitting(a)) == len(fitting(thing(question))) == number, question
         kinds[answer if answer in ("yes", "no") else " ".join(question.split()[:2])] += 1
     assert len(kinds) == 6 and min(kinds.values()) > 100, kinds
 
 
-def test_captions_vary(train):
-    """All wordings occur, half the captions are GenEval's own, open attributes take any value."""
+def test_captions_are_true_and_vary(train):
+    """Words mean the Prompt, their scene satisfies it, and what they leave open takes any value."""
+    for scene, prompt, _, _ in train:
+        assert read(prompt.text) == prompt[2:] and satisfies(prompt, scene), prompt
     texts = [prompt.text for _, prompt, _, _ in train]
     for words in (*shapes.PREFIXES[:-1], *WORDINGS):
         assert sum(f"{words} " in text for text in texts) > 50, words
@@ -326,10 +338,11 @@ def test_captions_vary(train):
         left = Counter(o[i] for scene, prompt, _, _ in train
                        for want, o in zip(prompt.objects, scene.objects) if want[i] is None)
         assert set(left) == set(table) and min(left.values()) > 0.7 * max(left.values()), left
-    alone = [Shapes(128, 0, "train", ("single object",)).scene(i) for i in range(1500)]
-    assert 0.45 < sum(p.text in {f"a photo of a {s}" for s in SHAPES} for _, p, _, _ in alone) / 1500 < 0.6
-    colours = {s.objects[0].colour for s, p, _, _ in alone if p.text == "a photo of a circle"}
-    assert colours == {c for c in COLOURS if (c, "circle") not in HELD_COLOURS}
+    alone = [Shapes(128, 0, "train", ("single object",)).scene(i)[:2] for i in range(1500)]
+    plain = [s.objects[0] for s, p in alone if p.text == f"a photo of a {s.objects[0].shape}"]
+    assert 0.45 < len(plain) / len(alone) < 0.6  # half is GenEval's own
+    circles = {o.colour for o in plain if o.shape == "circle"}
+    assert circles == {c for c in COLOURS if (c, "circle") not in HELD_COLOURS}
 
 
 def test_the_longest_caption_fits():
@@ -339,23 +352,22 @@ def test_the_longest_caption_fits():
         randint = lambda self, low, high: high
         choice = lambda self, options: max(options, key=lambda words: len(words.split()))
         sample = lambda self, options, number: options[:number]
-    size = lambda rng, scene: len(shapes.describe(rng, scene, "dense").text.split()) + 2
-    scenes = [shapes.draw_scene(random.Random(i), "dense") for i in range(100)]
-    longest = max(size(Wordy(), scene) for scene in scenes)
-    assert max(size(random.Random(i), s) for s in scenes for i in range(20)) <= longest == 47
-    assert longest <= MoSConfig().max_tokens
+    texts = [shapes.describe(Wordy(), shapes.draw_scene(random.Random(i), "dense"), "dense").text
+             for i in range(100)]
+    assert 45 <= max(len(text.split()) for text in texts) + 2 <= MoSConfig().max_tokens
 
 
 AREAS = {"circle": math.pi, "square": 1.7 ** 2, "triangle": 0.75 * 3 ** 0.5 * 1.15 ** 2,
          "star": 5 * 1.15 * 0.5 * math.sin(math.pi / 5), "ring": math.pi * (1 - 0.46 ** 2),
-         "cross": 2 * 2.1 * 0.7 - 0.7 ** 2, "diamond": 2 * 1.15 * 0.8, "hexagon": 12 ** 0.5 * 0.92 ** 2}
+         "cross": 2 * 2.1 * 0.7 - 0.7 ** 2, "diamond": 2 * 1.15 * 0.8,
+         "hexagon": 12 ** 0.5 * 0.92 ** 2}
 
 
 @pytest.mark.parametrize("height, width", ((128, 128), (96, 160), (200, 100)))
 def test_render_is_exact_and_antialiased(height, width):
     """Each shape has its formula's area, its centre, its colour, soft edges and nothing else."""
     unit = min(height, width)
-    x, y = 0.41 * width / unit, 0.53 * height / unit
+    x, y = 0.4137 * width / unit, 0.5291 * height / unit
     scenes = [s._replace(objects=(s.objects[0]._replace(x=x, y=y),)) for s in ALL]
     for ((o,), background), picture in zip(scenes, render(pack(scenes), height, width)):
         paper, ink = (torch.tensor(c).view(3, 1, 1) / 127.5 - 1
@@ -363,7 +375,7 @@ def test_render_is_exact_and_antialiased(height, width):
         alpha = ((picture - paper) * (ink - paper)).sum(0) / (ink - paper).square().sum()
         assert (picture - paper - alpha * (ink - paper)).abs().max() < 1e-5
         assert -1e-5 < alpha.min() < 1e-5 and 1 - 1e-5 < alpha.max() < 1 + 1e-5
-        assert ((alpha > 0.1) & (alpha < 0.9)).sum() > 15
+        assert ((alpha > 0.02) & (alpha < 0.98)).sum() > 15
         assert alpha.sum() / (SIZES[o.size] * unit) ** 2 == pytest.approx(AREAS[o.shape], rel=0.02)
         u, v = ((alpha.sum(i) * (torch.arange(n) + 0.5)).sum() / alpha.sum()
                 for i, n in enumerate((width, height)))
@@ -378,35 +390,31 @@ def test_render_does_not_depend_on_the_batch(train):
         assert drawn.shape == (24, 3, *size) and -1 <= drawn.min() < drawn.max() <= 1
         assert torch.equal(render(pack(scenes[::-1]), *size).flip(0), drawn)
         assert all(torch.equal(render(pack([s]), *size)[0], d) for s, d in zip(scenes, drawn))
-    assert all(math.dist(c, b) > shapes.COLOUR_TOLERANCE and math.dist(c, b) > shapes.NOT_BACKGROUND
-               for c in COLOURS.values() for b in BACKGROUNDS.values())
-    assert all(math.dist(*pair) > 2 * shapes.COLOUR_TOLERANCE
-               for pair in combinations(COLOURS.values(), 2))
+    apart = lambda pairs: min(math.dist(a, b) for a, b in pairs)
+    assert apart(product(COLOURS.values(), BACKGROUNDS.values())) > shapes.COLOUR_TOLERANCE
+    assert apart(combinations(COLOURS.values(), 2)) > 2 * shapes.COLOUR_TOLERANCE
 
 
 def test_folder_reads_both_layouts_and_crops(tmp_path):
     """name.png + name.txt, and a metadata.jsonl that goes before; the middle of each is kept."""
-    stripes = torch.eye(3).repeat_interleave(30, 1).mul(255).byte()                   # (3, 90)
-    stripes = stripes[:, None].repeat(1, 30, 1)                                       # (3, 30, 90)
-    for name, picture in (("b.png", stripes), ("a.JPG", stripes.mT)):
-        array = picture.permute(1, 2, 0).contiguous().numpy()
-        Image.fromarray(array).save(tmp_path / name, quality=100)
+    stripes = 255 * torch.eye(3, dtype=torch.uint8).repeat_interleave(30, 0).repeat(30, 1, 1)
+    for name, picture in (("b.png", stripes), ("a.JPG", stripes.transpose(0, 1))):
+        Image.fromarray(picture.contiguous().numpy()).save(tmp_path / name, quality=100)
         (tmp_path / name).with_suffix(".txt").write_text(f"{name} here\n")
     for size in (30, 12):
         folder = Folder(tmp_path, size)
         assert folder.captions == ["a.JPG here", "b.png here"] and folder.broken == 0
-        drawn = folder.draw(torch.stack([item[0] for item in folder]), "cpu")
-        assert drawn.shape == (2, 3, size, size)
-        middle = drawn[..., 4:-4, 4:-4]
-        assert (middle - torch.tensor([-1., 1, -1]).view(3, 1, 1)).abs().max() < 0.1
-    lines = [json.dumps({"file_name": name, "text": "ä", "more": 1}) for name in ("b.png", "no.png")]
-    (tmp_path / "metadata.jsonl").write_text("\n\n".join(lines) + "\n")
+        drawn = folder.draw(torch.stack([folder[i][0] for i in range(2)]), "cpu")
+        green = drawn[..., 4:-4, 4:-4] - torch.tensor([-1., 1, -1]).view(3, 1, 1)
+        assert drawn.shape == (2, 3, size, size) and green.abs().max() < 0.1
+    rows = [json.dumps({"file_name": name, "text": "ä"}) for name in ("b.png", "gone.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n\n".join(rows) + "\n")
     folder = Folder(tmp_path, 30)
     assert (len(folder), folder.broken, folder[0][1:]) == (1, 1, ("ä", None, None))
 
 
 @pytest.mark.parametrize("limit", (500, pytest.param(1000, marks=pytest.mark.xfail(
-    strict=True, reason="DecompressionBombWarning, raised as an error, is not caught"))))
+    reason="DecompressionBombWarning, raised as an error, is not caught", strict=True))))
 def test_folder_counts_broken_pictures(tmp_path, monkeypatch, limit):
     """Noise, half a file and a decompression bomb (here of 1200 pixels) are left out."""
     for name, side in (("good.png", 20), ("bomb.png", 40), ("half.png", 20), ("noise.png", 20)):
@@ -425,22 +433,22 @@ def test_folder_counts_broken_pictures(tmp_path, monkeypatch, limit):
     ("no pictures", {"metadata.jsonl": "\n"}),
     ("line 3", {"metadata.jsonl": '{"file_name": "a.png", "text": "a"}\n\n{"file_name": \n'}),
     ("line 1", {"metadata.jsonl": '{"file_name": "a.png"}'}), ("line 1", {"metadata.jsonl": "[1]"}),
-    pytest.param("line 1", {"metadata.jsonl": '{"file_name": "a.png", "text": null}'},
-                 marks=pytest.mark.xfail(strict=True, reason="a text may be anything"))))
+    pytest.param("line 1", {"metadata.jsonl": '{"file_name": "a.png", "text": 5}'},
+                 marks=pytest.mark.xfail(reason="a text may be anything", **KNOWN))))
 def test_folder_says_what_is_wrong(tmp_path, message, files):
-    """A folder that cannot serve is a ValueError that names the folder and the line."""
+    """A folder that cannot serve is a ValueError that names the folder, and the line."""
     for name, text in (files or {}).items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
         Folder(tmp_path / "none" if files is None else tmp_path, 16)
 
 
-def test_tokenizer_knows_the_world(tokenizer, train):
+def test_tokenizer_knows_the_world(tokenizer):
     """5000 samples teach every word of others, held-out and benchmark prompts; else it says so."""
     more = [Shapes(128, 0, split).scene(5000 + i) for split in ("train", "val", "held")
             for i in range(1000)]
-    texts = [text for _, prompt, question, answer in more for text in (prompt.text, question, answer)]
-    texts += [p.text for task in TASKS for held in (0, 1) for p in benchmark(task, 200, 1, held)]
+    texts = [text for _, prompt, *asked in more for text in (prompt.text, *asked)]
+    texts += [p.text for t in TASKS for held in (0, 1) for p in benchmark(t, 200, 1, held)]
     for text in texts:
         assert [tokenizer.words[i] for i in tokenizer.encode(text)] == ["<bos>", *text.split()]
     assert tokenizer.encode("A Red,circle.") == tokenizer.encode("a red , circle")
@@ -451,22 +459,21 @@ def test_tokenizer_knows_the_world(tokenizer, train):
 def test_sequences_have_the_right_targets(tokenizer):
     """The target is the next token, of the answer alone where there is one; the rest is -100."""
     items = [Shapes(64, 0)[i] for i in range(8)]
-    words = lambda ids: [tokenizer.words[i] for i in ids if i >= 0]
+    words = lambda ids: " ".join(tokenizer.words[i] for i in ids if i > 0)
     pictures, captions, targets, about, answers = Collate("understand", tokenizer, 48)(items)
     for i, (_, caption, question, answer) in enumerate(items):
-        n, m, a = (len(text.split()) for text in (caption, question, answer))
-        assert words(captions[i]) == ["<bos>", *caption.split(), "<eos>"] + ["<pad>"] * (46 - n)
-        assert words(targets[i]) == [*caption.split(), "<eos>"] == words(targets[i][:n + 1])
-        if i % 2:  # a question: first target at its last word
-            assert words(about[i][:m + a + 2]) == ["<bos>", *question.split(), *answer.split(), "<eos>"]
-            assert words(answers[i]) == [*answer.split(), "<eos>"] == words(answers[i][m:m + a + 1])
-        else:
-            assert torch.equal(about[i], captions[i]) and torch.equal(answers[i], targets[i])
-    assert torch.equal(pictures, torch.stack([item[0] for item in items]))
-    assert torch.equal(Collate("vae", tokenizer, 48)(items)[0], pictures)
-    assert Collate("image", tokenizer, 48)(items)[1][0].tolist() == [
-        *tokenizer.encode(items[0][1]), *[0] * (47 - len(items[0][1].split()))]
-    fits = sequence(tokenizer, 7, "is there a red", "yes")[0]
-    assert words(fits) == "<bos> is there a red yes <eos>".split()
+        whole, start = (f"{question} {answer}", len(question.split())) if i % 2 else (caption, 0)
+        assert words(captions[i]) == f"<bos> {caption} <eos>"
+        assert words(targets[i]) == f"{caption} <eos>"
+        assert torch.equal(targets[i][targets[i] >= 0], captions[i][1:][captions[i][1:] > 0])
+        assert words(about[i]) == f"<bos> {whole} <eos>"
+        stop = len(whole.split()) + 1
+        assert words(answers[i]) == f"{answer if i % 2 else caption} <eos>"
+        assert torch.equal(answers[i][start:stop], about[i][start + 1:stop + 1])
+        assert {*answers[i][:start].tolist(), *answers[i][stop:].tolist()} == {-100}
+    assert torch.equal(pictures, Collate("vae", tokenizer, 48)(items)[0])
+    assert torch.equal(Collate("image", tokenizer, 48)(items)[1], captions * (captions != 2))
+    fits, _ = sequence(tokenizer, 7, "is there a red", "yes")
+    assert words(fits) == "<bos> is there a red yes <eos>"
     with pytest.raises(ValueError, match="7 tokens, more than the 6"):
         sequence(tokenizer, 6, "is there a red", "yes")

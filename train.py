@@ -129,6 +129,18 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, interrupted, step):
+        """Whether any process was interrupted; several ask each other every ten steps only."""
+        if self.size == 1:
+            return bool(interrupted)
+        count = torch.tensor(float(len(interrupted)), device=self.device)
+        return step % 10 == 0 and bool(self.sum(count))
+
+    def wait(self):
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
 
 @functools.lru_cache(2)
 def permutation(length, seed, epoch):
@@ -475,109 +487,142 @@ def progress_bar(steps, start, visible):
     return tqdm(total=steps, initial=start, disable=not visible, mininterval=5, dynamic_ncols=True)
 
 
-def fit(stage, c, model, folder):
-    """Train one stage from its last state to the end; returns whether it got there."""
-    world, device = stage.world, stage.world.device
-    model.requires_grad_(False)
-    module = stage.parameters_of_stage().requires_grad_(True).train()
-    named = list(module.named_parameters())
-    average = Average((p for _, p in named), c.ema)
-    optimizer = torch.optim.AdamW(decayed_groups(module, c.weight_decay), lr=c.lr,
-                                  betas=(0.9, 0.95), fused=device.type == "cuda")
-    state, start = folder / f"{c.stage}.state.safetensors", 0
-    if c.resume and state.is_file():
-        start = load_state(state, named, average, optimizer, device)
-    if start >= c.steps:
-        world.say(f"stage {c.stage}: finished at step {start} already")
-        return True
-    accumulate = -(-c.batch // (world.size * c.micro_batch))
-    introduce(stage, c, model, module, accumulate)
-    stage.start(start)
-    wrapped = DistributedDataParallel(stage) if world.size > 1 else stage
-    compute = torch.compile(wrapped) if c.compile else wrapped
-    log, bar = Log(folder / f"{c.stage}.csv", start), progress_bar(c.steps, start, world.first)
-    interrupted = []
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    sums, since, begin = {}, start, time.time()
-    for step in range(start, c.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
-        loss, metrics = accumulated_backward(stage, wrapped, compute, step, accumulate)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), c.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(step)
-        for name, value in {"loss": loss, "grad_norm": norm, **metrics}.items():
-            sums[name] = sums.get(name, 0) + value
-        done, last = step + 1, step + 1 == c.steps
-        if done % c.log_every == 0 or done % c.save_every == 0 or last:
-            values = gather(stage, sums, done - since)
-            if not math.isfinite(values["loss"]):
-                world.say(f"the loss is {values['loss']} at step {done}; the last good checkpoint "
-                          f"is kept in {state}; try a smaller --lr")
-                sys.exit(1)
-            values["images_per_s"] = (done - since) * c.batch / (time.time() - begin)
-            if world.first:
-                log.add(done, lr=learning_rate(step, c), **values)
-            if bar:
-                bar.update(done - bar.n)
-                bar.set_postfix_str(f"loss {values['loss']:.4f}, "
-                                    f"{values['images_per_s']:.0f} images/s")
-            sums, since = {}, done
-        stop = bool(interrupted) if world.size == 1 else done % 10 == 0 and bool(
-            world.sum(torch.tensor(float(len(interrupted)), device=device)))
-        if world.first and (done % c.eval_every == 0 or last):
-            with average.applied(), autocast(device):
-                values = stage.validate(done, folder)
-                export(model, c.stage, folder)
-            log.add(done, **values)
-            log.plot()
+class Run:
+    """A stage under way: its optimizer, averaged weights and log, from the last state on."""
+
+    def __init__(self, stage, c, model, folder):
+        self.stage, self.c, self.model, self.folder = stage, c, model, folder
+        self.world = stage.world
+        model.requires_grad_(False)
+        self.module = stage.parameters_of_stage().requires_grad_(True).train()
+        self.named = list(self.module.named_parameters())
+        self.average = Average((p for _, p in self.named), c.ema)
+        groups, fused = decayed_groups(self.module, c.weight_decay), self.world.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=fused)
+        self.accumulate = -(-c.batch // (self.world.size * c.micro_batch))
+        self.state, self.start = folder / f"{c.stage}.state.safetensors", 0
+        if c.resume and self.state.is_file():
+            self.start = load_state(self.state, self.named, self.average, self.optimizer,
+                                    self.world.device)
+
+    def begin(self):
+        """Open data, log and bar; wrap the stage for several processes and for the compiler."""
+        c = self.c
+        self.stage.start(self.start)
+        self.wrapped = DistributedDataParallel(self.stage) if self.world.size > 1 else self.stage
+        self.compute = torch.compile(self.wrapped) if c.compile else self.wrapped
+        self.log = Log(self.folder / f"{c.stage}.csv", self.start)
+        self.bar = progress_bar(c.steps, self.start, self.world.first)
+        self.sums, self.since, self.clock = {}, self.start, time.time()
+
+    def step(self, step):
+        """One optimizer step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.c)
+        metrics = self.backward(step)
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.module.parameters(), self.c.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(step)
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def backward(self, step):
+        """Gradients of this step's micro-batches; those of all processes meet once, at the last."""
+        inputs = [a.chunk(self.accumulate) for a in self.stage.inputs(step)]
+        total = {}
+        for i, part in enumerate(zip(*inputs)):
+            alone = self.world.size > 1 and i + 1 < self.accumulate
+            with self.wrapped.no_sync() if alone else contextlib.nullcontext():
+                with autocast(self.world.device):
+                    loss, metrics = self.compute(*part)
+                (loss / self.accumulate).backward()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                total[name] = total.get(name, 0) + value / self.accumulate
+        return total
+
+    def row(self, done):
+        """Write the averages since the last row; stop where the loss is not finite."""
+        steps, world = done - self.since, self.world
+        loss = (world.sum(self.sums.pop("loss")) / steps / world.size).item()
+        norm = (self.sums.pop("grad_norm") / steps).item()
+        if not math.isfinite(loss):
+            world.say(f"the loss is {loss} at step {done}; the last good checkpoint is kept in "
+                      f"{self.state}; try a smaller --lr")
+            sys.exit(1)
+        sums = {name: world.sum(value) for name, value in self.sums.items()}
+        rate = steps * self.c.batch / (time.time() - self.clock)
+        if world.first:
+            self.log.add(done, lr=learning_rate(done - 1, self.c), loss=loss, grad_norm=norm,
+                         images_per_s=rate, **self.stage.report(sums, steps))
+        if self.bar:
+            self.bar.update(done - self.bar.n)
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        self.sums, self.since, self.clock = {}, done, time.time()
+
+    def validate(self, done):
+        """Score, draw and export the averaged weights."""
+        if self.world.first:
+            with self.average.applied(), autocast(self.world.device):
+                values = self.stage.validate(done, self.folder)
+                export(self.model, self.c.stage, self.folder)
+            self.log.add(done, **values)
+            self.log.plot()
             told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            world.say(f"\n{c.stage} step {done}: {told}")
-        if world.first and (done % c.save_every == 0 or last or stop):
-            save_state(state, done, named, average, optimizer)
-        if world.size > 1:
-            dist.barrier()
-        if stop:
-            world.say(f"\nstopped at step {done}; go on with --resume")
-            return False
-        if not sums:  # a row was just written: the next rate counts no validation
-            begin = time.time()
-    signal.signal(signal.SIGINT, handler)
-    if bar:
-        bar.close()
-    if device.type == "cuda":
+            self.world.say(f"\n{self.c.stage} step {done}: {told}")
+        self.world.wait()
+        self.clock = time.time()
+
+    def save(self, done):
+        if self.world.first:
+            save_state(self.state, done, self.named, self.average, self.optimizer)
+        self.world.wait()
+        self.clock = time.time()
+
+
+def fit(run, c, world):
+    """Train a stage from its last state to the end; returns whether it got there."""
+    if run.start >= c.steps:
+        world.say(f"stage {c.stage}: finished at step {run.start} already")
+        return True
+    introduce(run)
+    run.begin()
+    with interruption() as interrupted:
+        for step in range(run.start, c.steps):
+            run.step(step)
+            done, last = step + 1, step + 1 == c.steps
+            stop = world.any(interrupted, done)
+            save = done % c.save_every == 0 or last or stop
+            if save or done % c.log_every == 0 or done % c.eval_every == 0:
+                run.row(done)  # before anything is written: it stops at a loss that is not finite
+            if done % c.eval_every == 0 or last:
+                run.validate(done)
+            if save:
+                run.save(done)
+            if stop:
+                world.say(f"\nstopped at step {done}; go on with --resume")
+                return last
+    if run.bar:
+        run.bar.close()
+    if world.device.type == "cuda":
         world.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     return True
+
+
+@contextlib.contextmanager
+def interruption():
+    """A list that is no longer empty once Ctrl-C was pressed: steps are never cut in two."""
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def autocast(device):
     """bf16 on a GPU, fp32 elsewhere. MoS App. A."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def accumulated_backward(stage, wrapped, compute, step, accumulate):
-    """Forward and backward over this step's micro-batches; gradients meet once, at the last."""
-    inputs = [a.chunk(accumulate) for a in stage.inputs(step)]
-    total, metrics = 0, {}
-    for i, part in enumerate(zip(*inputs)):
-        alone = stage.world.size > 1 and i + 1 < accumulate
-        with wrapped.no_sync() if alone else contextlib.nullcontext():
-            with autocast(stage.world.device):
-                loss, values = compute(*part)
-            (loss / accumulate).backward()
-        total = total + loss.detach() / accumulate
-        for name, value in values.items():
-            metrics[name] = metrics.get(name, 0) + value / accumulate
-    return total, metrics
-
-
-def gather(stage, sums, steps):
-    """The log values of all processes since the last row."""
-    loss = (stage.world.sum(sums.pop("loss")) / steps / stage.world.size).item()
-    norm = (sums.pop("grad_norm") / steps).item()
-    sums = {name: stage.world.sum(value) for name, value in sums.items()}
-    return {"loss": loss, "grad_norm": norm, **stage.report(sums, steps)}
 
 
 def export(model, stage, folder):
@@ -586,18 +631,18 @@ def export(model, stage, folder):
     model.save_pretrained(folder, parts)
 
 
-def introduce(stage, c, model, module, accumulate):
+def introduce(run):
     """The first lines of a log: what runs, on what, and what it will need."""
-    say, device = stage.world.say, stage.world.device
-    trainable = sum(p.numel() for p in module.parameters())
-    everything = sum(p.numel() for p in model.parameters())
+    c, say, device = run.c, run.world.say, run.world.device
+    trainable = sum(p.numel() for p in run.module.parameters())
+    everything = sum(p.numel() for p in run.model.parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     say(f"stage {c.stage} | revision {revision()} | torch {torch.__version__} | {name} x "
-        f"{stage.world.size} | {'compiled' if c.compile else 'eager'} PyTorch kernels")
-    say(f"model {json.dumps(asdict(model.config))}")
+        f"{run.world.size} | {'compiled' if c.compile else 'eager'} PyTorch kernels")
+    say(f"model {json.dumps(asdict(run.model.config))}")
     say(f"training {json.dumps(asdict(c))}")
     say(f"parameters: {trainable:,} trainable, {everything - trainable:,} frozen | global batch "
-        f"{c.batch} = {stage.world.size} processes x {accumulate} accumulated")
+        f"{c.batch} = {run.world.size} processes x {run.accumulate} accumulated")
     states = 4 * 5 * trainable + 4 * (everything - trainable)
     say(f"memory estimate: weights, gradients, AdamW and average {states / 2**20:.0f} MiB a "
         "process, activations on top")
@@ -659,7 +704,7 @@ def train_stage(c, overrides, world):
         world.say(f"{dataset.broken} pictures could not be read and are left out")
     model = build(c, overrides, dataset).to(world.device)
     folder.mkdir(parents=True, exist_ok=True)
-    return fit(KINDS[c.stage](model, dataset, c, world), c, model, folder)
+    return fit(Run(KINDS[c.stage](model, dataset, c, world), c, model, folder), c, world)
 
 
 def parse(arguments=None):
