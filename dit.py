@@ -42,7 +42,7 @@ class Block(nn.Module):
         """x: (B, R+T, Dg), context: (B, S, Dg), mask: (B, 1, 1, S+R+T). Returns x's successor."""
         split = [self.heads, self.kv_heads, self.kv_heads]
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))     # (B, R+T, H+2Hk, Dh)
-        q, k, v = (a.transpose(1, 2) for a in qkv.split(split, 2))           # (B, H or Hk, R+T, Dh)
+        q, k, v = (a.transpose(1, 2) for a in qkv.split(split, 2))      # (B, H or Hk, R+T, Dh) each
         kv_rows = self.qkv.weight[self.heads * self.head_width:]               # (2*Hk*Dh, Dg)
         kv = F.linear(self.norm_context(context), kv_rows)                     # (B, S, 2*Hk*Dh)
         kv = kv.unflatten(-1, (2, self.kv_heads, self.head_width))             # (B, S, 2, Hk, Dh)

@@ -36,7 +36,7 @@ def rope_table(positions, axes, theta=1e4):
 def apply_rope(x, rope):
     """Rotate the channel pairs (i, i + Dh/2) of x: (B, H, L, Dh) by the table's angles, in fp32."""
     cos, sin = rope
-    a, b = x.float().chunk(2, -1)                                                 # (B, H, L, Dh/2)
+    a, b = x.float().chunk(2, -1)                                            # (B, H, L, Dh/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)       # (B, H, L, Dh)
 
 

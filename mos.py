@@ -192,17 +192,19 @@ class MoS(nn.Module):
         schedule = c.schedule if schedule is None else schedule
         height, width = check_size(c.size if size is None else size)
         check_sampling(steps, guidance, rescale, schedule)
-        if isinstance(prompts, str) or not all(prompt.strip() for prompt in prompts):
+        if isinstance(prompts, str) or not prompts or not all(p.strip() for p in prompts):
             raise ValueError("prompts must be a list of texts, none of them empty")
+        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+        if len(seeds) != len(prompts):
+            raise ValueError(f"got {len(seeds)} seeds for {len(prompts)} prompts")
         device = self.generation.registers.device
         B, f = len(prompts), self.vae.factor
         both = guidance != 1  # the unguided branch is needed
         tokens = self.tokenizer.batch([*prompts, *[negative] * (B if both else 0)])
         if tokens.shape[1] > c.max_tokens:
-            longest = max(prompts, key=lambda text: len(Tokenizer.split(text)))
+            longest = max([*prompts, negative], key=lambda text: len(Tokenizer.split(text)))
             raise ValueError(f"prompt of {len(self.tokenizer.encode(longest))} tokens is too long, "
                              f"at most {c.max_tokens} are read: {longest!r}")
-        seeds = range(seed, seed + B) if isinstance(seed, int) else seed
         noise = [torch.randn(c.vae_channels, height // f, width // f,
                              generator=torch.Generator().manual_seed(s)) for s in seeds]
         z = torch.stack(noise).to(device)                             # (B, C, h, w)
@@ -317,7 +319,7 @@ def guide(v_c, v_u, guidance, rescale):
     1 gives the guided velocity the conditional one's standard deviation.
     """
     v = v_u + guidance * (v_c - v_u)
-    ratio = v_c.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True)
+    ratio = v_c.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True).clamp_min(1e-8)
     return (rescale * ratio + 1 - rescale) * v
 
 

@@ -82,6 +82,9 @@ class Router(nn.Module):
                              f"got {' '.join(inputs)}")
         if width % heads:
             raise ValueError(f"the router's width {width} must be a multiple of its {heads} heads")
+        if width // heads != sum(axes):
+            raise ValueError(f"the router's heads are {width // heads} wide, those of the "
+                             f"generation tower {sum(axes)}; their rotary axes must agree")
         self.layers, self.inputs, self.axes = layers, tuple(inputs), axes
         self.context = nn.Linear(context_width, width)
         self.context_norm = RMSNorm(width)                                  # MoS App. A: one norm
@@ -133,5 +136,6 @@ class Router(nn.Module):
             x = block(x, rope, keys[:, None, None])                         # (B, L, Dr)
         readout = x[:, E:E + S] if self.cls is None else x[:, E - 1:E].expand(-1, S, -1)
         head = self.logits
-        w = F.linear(self.norm(readout).float(), head.weight.float(), head.bias.float())
+        with torch.autocast(x.device.type, enabled=False):
+            w = F.linear(self.norm(readout).float(), head.weight.float(), head.bias.float())
         return w.unflatten(-1, (self.layers, -1))                           # (B, S, M, N)

@@ -386,7 +386,7 @@ def render(packed, height=128, width=128, device="cpu"):
         _, colour, size, x, y = objects[picture, slot].unbind(1)                      # (O,) each
         paint = _palette(COLOURS, packed.device)[colour.long()] - backgrounds[picture]  # (O, 3)
         place = torch.stack((x, y, radii.to(packed.device)[size.long()])) * unit      # (3, O)
-        x, y, radius = place.to(device)[:, :, None, None].unbind()                    # (O, 1, 1)
+        x, y, radius = place.to(device)[:, :, None, None].unbind()                  # (O, 1, 1) each
         alpha = coverage(shape, px - x, py - y, radius)[:, None]                      # (O, 1, H, W)
         image.index_add_(0, picture.to(device), alpha * paint.to(device)[:, :, None, None])
     return image / 127.5 - 1  # objects never overlap, so adding is painting
@@ -457,7 +457,7 @@ def _recognise(rgb, label, background, picture, root, unit):
     cx = (own.sum(1) * torch.arange(own.shape[2], device=device)).sum(1) / mass
     y0, x0 = cy.round().long(), cx.round().long()
     reach = torch.arange(-half, half + 1, device=device)
-    rows, columns = (y0[:, None] + half + reach), (x0[:, None] + half + reach)        # (O, P)
+    rows, columns = (y0[:, None] + half + reach), (x0[:, None] + half + reach)        # (O, P) each
     at = (picture[:, None, None], rows[:, :, None], columns[:, None, :])
     window = F.pad(rgb, [half] * 4, value=-1e4).permute(0, 2, 3, 1)[at]               # (O, P, P, 3)
     labels = F.pad(label, [half] * 4, value=-2)[at]                                   # (O, P, P)

@@ -285,14 +285,18 @@ def test_the_seed_decides_all():
         assert benchmark(task, 30, 1) == benchmark(task, 90, 1)[:30] != benchmark(task, 30, 2)
 
 
+GENEVAL = {  # template, number of different texts with seen and with held-out combinations
+    "single object": ("a S", 8, 8), "two objects": ("a S and a S", 48, 8), "colours": ("a C S", 70, 10),
+    "counting": ("(?:two|three|four) (?:Ss|crosses)(?<!crosss)", 18, 6),
+    "position": ("a S (?:left of|right of|above|below) a S", 168, 24),
+    "attribution": ("a C S and a C S", None, None)}
+
+
 @pytest.mark.parametrize("held", (False, True))
-@pytest.mark.parametrize("task, template, texts", (
-    ("single object", "a S", (8, 8)), ("two objects", "a S and a S", (48, 8)),
-    ("counting", "(?:two|three|four) (?:Ss|crosses)(?<!crosss)", (18, 6)),
-    ("colours", "a C S", (70, 10)), ("attribution", "a C S and a C S", None),
-    ("position", "a S (?:left of|right of|above|below) a S", (168, 24))))
-def test_benchmark_speaks_genevals_templates(task, template, texts, held):
+@pytest.mark.parametrize("task", TASKS)
+def test_benchmark_speaks_genevals_templates(task, held):
     """The texts are GenEval's to the letter, mean what Prompt says, and keep to their split."""
+    template, *texts = GENEVAL[task]
     template = template.replace("S", f"(?:{SHAPE})").replace(
         "a C", f"(?:an orange|a (?!orange)(?:{COLOUR}))")
     prompts = benchmark(task, 4000, held=held)
@@ -301,8 +305,8 @@ def test_benchmark_speaks_genevals_templates(task, template, texts, held):
         assert read(p.text) == p[2:] and p.task == task
         assert shows_held(*p[2:4]) == (held and task != "single object"), p  # nothing to hold out
         assert task != "attribution" or sum(o[1::-1] in HELD_COLOURS for o in p.objects) == held
-    distinct = len({p.text for p in prompts})
-    assert distinct == texts[held] if texts else distinct > 500
+    distinct = len({p.text for p in prompts})  # few enough, but for attribution, to meet them all
+    assert distinct == texts[held] or texts[held] is None and distinct > 500
 
 
 def test_answers_are_true(train):

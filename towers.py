@@ -77,7 +77,7 @@ class DecoderBlock(nn.Module):
     def forward(self, x, rope):
         split = [self.heads, self.kv_heads, self.kv_heads]
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))  # (B, S, H+2Hk, Dh)
-        q, k, v = (a.transpose(1, 2) for a in qkv.split(split, 2))          # (B, H or Hk, S, Dh)
+        q, k, v = (a.transpose(1, 2) for a in qkv.split(split, 2))        # (B, H or Hk, S, Dh) each
         # Causality makes a mask needless: padding stands to the right of every real token.
         a = F.scaled_dot_product_attention(apply_rope(q, rope), apply_rope(k, rope), v,
                                            is_causal=True, enable_gqa=True)  # (B, H, S, Dh)

@@ -103,7 +103,7 @@ class DownBlock(nn.Module):
         h = x
         for block in self.resnets:
             h = block(h)                                                  # (B, C', H, W)
-        return self.downsampler(h) + average_down(x, **self.shortcut)     # (B, C', H/2, W/2)
+        return self.downsampler(h) + average_down(x, **self.shortcut)     # (B, C', H/s, W/s)
 
 
 class UpBlock(nn.Module):
