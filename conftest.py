@@ -16,8 +16,8 @@ torch.set_num_threads(1)
 WORDS = ("a photo of red blue green circle square star ring above below left right and two three "
          "stars circles on the gray background").split()
 SMALL = dict(vae_channels=6, vae_width=4, vae_decoder_width=4, und_width=40, und_depth=5,
-             und_heads=5, und_kv_heads=1, und_hidden=48, gen_width=64, gen_depth=3, gen_heads=2, gen_kv_heads=1,
-             gen_hidden=72, registers=3, router_width=32, router_heads=1, max_tokens=16, size=64,
+             und_heads=5, und_kv_heads=1, und_hidden=48, gen_width=64, gen_depth=3, gen_heads=2,
+             gen_kv_heads=1, gen_hidden=72, registers=3, router_width=32, router_heads=1, max_tokens=16, size=64,
              sampling_steps=3)
 
 

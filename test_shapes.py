@@ -180,7 +180,7 @@ def test_judge_fails_in_between(monkeypatch):
             patch.setitem(SIZES, "small", radius)
             patch.setitem(SIZES, "large", radius)
             drawn = show(FEW)
-        assert all(o.size is None for seen in judge(drawn) for o in seen.objects)
+        assert all(o.shape is o.size is None for seen in judge(drawn) for o in seen.objects)
     for a, b in combinations(COLOURS, 2):
         mixed = tuple((u + v) / 2 for u, v in zip(COLOURS[a], COLOURS[b]))
         if min(math.dist(mixed, c) for c in COLOURS.values()) > shapes.COLOUR_TOLERANCE:
@@ -286,7 +286,8 @@ def test_the_seed_decides_all():
 
 
 GENEVAL = {  # template, number of different texts with seen and with held-out combinations
-    "single object": ("a S", 8, 8), "two objects": ("a S and a S", 48, 8), "colours": ("a C S", 70, 10),
+    "single object": ("a S", 8, 8), "two objects": ("a S and a S", 48, 8),
+    "colours": ("a C S", 70, 10),
     "counting": ("(?:two|three|four) (?:Ss|crosses)(?<!crosss)", 18, 6),
     "position": ("a S (?:left of|right of|above|below) a S", 168, 24),
     "attribution": ("a C S and a C S", None, None)}

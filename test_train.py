@@ -162,7 +162,7 @@ def test_all_stages(trained):
 @every_stage
 def test_resume_is_exact(stage, light, trained, straight, tmp_path, monkeypatch, capsys):
     """Ctrl-C in step 3 of 6 saves and says how to go on; resumed, all ends bit-identical."""
-    whole, init, handler = straight / stage, dict(init=str(trained)), signal.getsignal(signal.SIGINT)
+    whole, init, handler = straight / stage, {"init": str(trained)}, signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         at_step(patch, stage, 2, ctrl_c)
         assert not go(stage, tmp_path, **init) and state(tmp_path, stage)[0] == 3
