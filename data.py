@@ -6,6 +6,7 @@ turns into pixels on the device. Sample i is always the same sample.
 
 import json
 import random
+import signal
 import warnings
 from pathlib import Path
 
@@ -43,7 +44,8 @@ class Shapes(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         scene, prompt, question, answer = self.scene(index)
-        return shapes.pack([scene])[0], prompt.text, question, answer
+        ask = (question, answer) if index % 2 else (None, None)
+        return shapes.pack([scene])[0], prompt.text, *ask
 
     def draw(self, packed, device):
         """Packed scenes (B, 21) to pictures (B, 3, size, size) in [-1, 1] on the device."""
@@ -65,6 +67,8 @@ class Folder(torch.utils.data.Dataset):
             raise ValueError(f"{folder} holds no pictures ({', '.join(self.SUFFIXES)})")
         self.captions, pictures, self.broken = [], [], 0
         for path, text in pairs:
+            if not text.strip():
+                raise ValueError(f"the caption of {path} is empty")
             try:
                 pictures.append(self._load(path, size))
                 self.captions.append(text)
@@ -91,6 +95,8 @@ class Folder(torch.utils.data.Dataset):
                 continue
             try:
                 row = json.loads(line)
+                if not isinstance(row["text"], str):
+                    raise TypeError
                 yield folder / row["file_name"], row["text"]
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise ValueError(f'{index}, line {number}: expected {{"file_name": ..., "text": '
@@ -160,7 +166,7 @@ class Collate:
         if self.stage == "image":
             return pictures, self.tokenizer.batch([item[1] for item in items], self.length)
         captions = [sequence(self.tokenizer, self.length, item[1]) for item in items]
-        about = [sequence(self.tokenizer, self.length, *item[2:]) if i % 2 and item[2] else
+        about = [sequence(self.tokenizer, self.length, *item[2:]) if item[2] else
                  captions[i] for i, item in enumerate(items)]
         return pictures, *(torch.stack(column) for rows in (captions, about)
                            for column in zip(*rows))
@@ -169,4 +175,9 @@ class Collate:
 def loader(dataset, batches, collate, workers):
     """A DataLoader over an iterable of index lists; the order is the caller's."""
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      persistent_workers=False, prefetch_factor=4 if workers else None)
+                      prefetch_factor=4 if workers else None, worker_init_fn=_leave_ctrl_c)
+
+
+def _leave_ctrl_c(worker):
+    """Ctrl-C reaches every process of a terminal; only the training process may answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

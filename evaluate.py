@@ -160,8 +160,11 @@ def main():
     parser.add_argument("--schedule", help="uniform or linear-quadratic")
     parser.add_argument("--json", help="file for the numbers of --what tasks")
     args = parser.parse_args()
-    if args.number is not None and args.number < 1:
-        raise ValueError(f"--number must be at least 1, got {args.number}")
+    for name in ("number", "pictures", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
+        raise ValueError(f"--json: cannot write {args.json}")
     number, device = args.number or 2000, pick_device()
     if args.what == "judge":
         for height, width in ((128, 128), (96, 96), (160, 160), (256, 256), (128, 256)):

@@ -67,7 +67,20 @@ class MoSConfig:
     schedule: str = "uniform"
 
     def __post_init__(self):
-        self.router_inputs = tuple(self.router_inputs)
+        if isinstance(self.router_inputs, list):
+            self.router_inputs = tuple(self.router_inputs)
+        for f in fields(self):
+            value, kinds = getattr(self, f.name), (int, float) if f.type is float else f.type
+            if not isinstance(value, kinds) or isinstance(value, bool) != (f.type is bool):
+                raise ValueError(f"{f.name} must be of type {f.type.__name__}, got {value!r}")
+            if f.type is int and f.name not in ("k", "registers") and value < 1:
+                raise ValueError(f"{f.name} must be at least 1, got {value}")
+        check_size(self.size)
+        check_sampling(self.sampling_steps, self.guidance, self.rescale, self.schedule)
+        if self.registers < 0:
+            raise ValueError(f"registers must not be negative, got {self.registers}")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift must be positive, got {self.shift}")
         for name, allowed in (("state_norm", ("pre", "post")), ("schedule", SCHEDULES),
                               ("t_sampling", ("logit-normal", "mode"))):
             if getattr(self, name) not in allowed:
@@ -329,8 +342,9 @@ def guide(v_c, v_u, guidance, rescale):
 def check_size(size):
     """(height, width) of a size given as side or pair; both must be positive multiples of 32."""
     height, width = (size, size) if isinstance(size, int) else size
-    if height % 32 or width % 32 or height <= 0 or width <= 0:
-        raise ValueError(f"size must be a multiple of 32 on each side, got {height}x{width}")
+    if height % 32 or width % 32 or not 0 < height * width <= 2 ** 24 or height <= 0:
+        raise ValueError(f"size must be a multiple of 32 on each side and at most 4096x4096 in all, "
+                         f"got {height}x{width}")
     return height, width
 
 
@@ -360,7 +374,7 @@ def read_config(folder):
     try:
         values = json.loads(path.read_text())
         unknown = values.keys() - {f.name for f in fields(MoSConfig)}
-    except (json.JSONDecodeError, AttributeError) as e:
+    except (ValueError, AttributeError) as e:
         raise ValueError(f"{path} is not a configuration: {e}") from None
     if unknown:
         raise ValueError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")
@@ -372,5 +386,5 @@ def read_vocabulary(folder):
     path = require(Path(folder) / "vocab.json")
     try:
         return Tokenizer.load(path)
-    except json.JSONDecodeError as e:
+    except ValueError as e:
         raise ValueError(f"{path} is not a vocabulary: {e}") from None

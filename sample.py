@@ -79,6 +79,8 @@ def main():
     args = parser.parse_args()
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
+    if abs(args.seed) >= 2 ** 62:
+        raise ValueError(f"--seed is too large: {args.seed}")
     check_writable(args.out)
     size = parse_size(args.size) if args.size else None
     model = MoS.from_pretrained(args.checkpoint, pick_device())

@@ -60,7 +60,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        return cls(json.loads(path.read_text()))
+        words = json.loads(path.read_text())
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError("expected a list of words")
+        return cls(words)
 
 
 class DecoderBlock(nn.Module):
@@ -156,7 +159,9 @@ class Understanding(nn.Module):
         states = self(self.embed(tokens, images))
         scores = self.logits(states[:, -tokens.shape[1]:])                  # (B, S, V)
         right = (scores.argmax(-1) == target) | (target == -100)
-        loss = F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=-100)
-        real = (target != -100).sum()
+        each = F.cross_entropy(scores.mT, target, ignore_index=-100, reduction="none")  # (B, S)
+        lengths = (target != -100).sum(1)
+        loss = (each.sum(1) / lengths).mean()  # a mean of samples: the same however a batch is cut
+        real = lengths.sum()
         return loss, {"token_accuracy": (right.sum() - right.numel() + real) / real,
                       "text_accuracy": right.all(1).float().mean()}

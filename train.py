@@ -332,8 +332,8 @@ class ImageStage(Stage):
         losses = self.losses_by_time()
         values = {"val_loss": losses.mean().item()}
         values |= {f"val_t{i}": loss for i, loss in enumerate(losses.tolist())}
-        if isinstance(self.dataset, Shapes):
-            tasks = [task for task in shapes.TASKS if task in self.dataset.tasks]
+        tasks = [task for task in shapes.TASKS if task in getattr(self.dataset, "tasks", ())]
+        if tasks:  # "dense" has no benchmark
             prompts = [p.text for task in tasks
                        for p in shapes.benchmark(task, 24 // len(tasks), 9)]
             table = evaluate.score_tasks(self.model, self.c.eval_prompts, 1, seed=7, batch=256,
@@ -434,7 +434,7 @@ def load_state(path, named, average, optimizer, device):
                     "step": torch.tensor(float(step), device=device if optimizer.defaults["fused"]
                                          else "cpu"),
                     **{key: file.get_tensor(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq")}}
-    except (SafetensorError, RuntimeError) as e:
+    except (SafetensorError, RuntimeError, TypeError, KeyError) as e:
         raise ValueError(f"{path} does not fit this run ({str(e).splitlines()[0]}); "
                          "train into another --out") from None
     return step
@@ -500,6 +500,9 @@ class Run:
         groups, fused = decayed_groups(self.module, c.weight_decay), self.world.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=fused)
         self.accumulate = -(-c.batch // (self.world.size * c.micro_batch))
+        if c.batch % (self.world.size * self.accumulate):
+            raise ValueError(f"batch {c.batch} cannot be cut into {self.world.size} processes x "
+                             f"{self.accumulate} equal micro-batches; change batch or micro_batch")
         self.state, self.start = folder / f"{c.stage}.state.safetensors", 0
         if c.resume and self.state.is_file():
             self.start = load_state(self.state, self.named, self.average, self.optimizer,
@@ -546,9 +549,9 @@ class Run:
         steps, world = done - self.since, self.world
         loss = (world.sum(self.sums.pop("loss")) / steps / world.size).item()
         norm = (self.sums.pop("grad_norm") / steps).item()
-        if not math.isfinite(loss):
-            world.say(f"the loss is {loss} at step {done}; the last good checkpoint is kept in "
-                      f"{self.state}; try a smaller --lr")
+        if not math.isfinite(loss + norm):
+            world.say(f"the loss is {loss}, its gradient's norm {norm} at step {done}; the last good "
+                      f"checkpoint is kept in {self.state}; try a smaller --lr")
             sys.exit(1)
         sums = {name: world.sum(value) for name, value in self.sums.items()}
         rate = steps * self.c.batch / (time.time() - self.clock)
@@ -668,9 +671,14 @@ def complete(c, stage, device):
     for name, value in recipe.items():
         if getattr(c, name) in (None, ""):
             setattr(c, name, value)
-    for name in ("steps", "batch", "micro_batch", "log_every", "eval_every", "save_every"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
+    for names, low, high in (
+            ("steps batch micro_batch log_every eval_every save_every eval_prompts", 1, math.inf),
+            ("scenes", stage == "image", math.inf), ("clip", 1e-9, math.inf),
+            ("workers warmup lr weight_decay kl_weight", 0, math.inf),
+            ("final_lr ema prompt_dropout", 0, 1)):
+        for name in names.split():
+            if not low <= getattr(c, name) <= high:
+                raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(c, name)}")
     if c.preset not in PRESETS:
         raise ValueError(f"unknown preset {c.preset!r}, expected one of: {', '.join(PRESETS)}")
     return c
@@ -694,7 +702,8 @@ def build(c, overrides, dataset):
 def train_stage(c, overrides, world):
     """Build, train and export one stage; returns whether it finished."""
     folder = Path(c.out)
-    if (folder / f"{c.stage}.state.safetensors").is_file() and not c.resume:
+    made = [folder / f"{name}.safetensors" for name in (f"{c.stage}.state", PART[c.stage])]
+    if any(path.is_file() for path in made) and not c.resume:
         raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
                          "or choose another --out")
     size = MoSConfig(**overrides).size
@@ -703,6 +712,8 @@ def train_stage(c, overrides, world):
     if getattr(dataset, "broken", 0):
         world.say(f"{dataset.broken} pictures could not be read and are left out")
     model = build(c, overrides, dataset).to(world.device)
+    if isinstance(dataset, Folder) and c.stage != "vae":  # before any work
+        model.tokenizer.batch(dataset.captions, model.config.max_tokens - (c.stage != "image"))
     folder.mkdir(parents=True, exist_ok=True)
     return fit(Run(KINDS[c.stage](model, dataset, c, world), c, model, folder), c, world)
 
