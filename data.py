@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import shapes
@@ -72,7 +72,8 @@ class Folder(torch.utils.data.Dataset):
             try:
                 pictures.append(self._load(path, size))
                 self.captions.append(text)
-            except (OSError, SyntaxError, Image.DecompressionBombError):
+            except (OSError, SyntaxError, Image.DecompressionBombError,
+                    Image.DecompressionBombWarning):
                 self.broken += 1
         if not pictures:
             raise ValueError(f"{folder}: none of its {len(pairs)} pictures can be read")
@@ -88,9 +89,9 @@ class Folder(torch.utils.data.Dataset):
                 if not caption.is_file():
                     raise ValueError(f"{path} has no caption: expected {caption.name} beside it, "
                                      "or a metadata.jsonl")
-                yield path, caption.read_text().strip()
+                yield path, caption.read_text("utf-8-sig").strip()
             return
-        for number, line in enumerate(index.read_text().splitlines(), 1):
+        for number, line in enumerate(index.read_text("utf-8-sig").split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -107,7 +108,7 @@ class Folder(torch.utils.data.Dataset):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image = image.convert("RGB")
+                image = ImageOps.exif_transpose(image).convert("RGB")
         scale = size / min(image.size)
         image = image.resize([max(size, round(side * scale)) for side in image.size],
                              Image.Resampling.LANCZOS)

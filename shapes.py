@@ -103,7 +103,8 @@ def held_out(scene):
 
 def is_validation(scene):
     """One scene in 16, by its exact content: training and validation can never overlap."""
-    return zlib.crc32(repr(scene).encode()) % 16 == 0
+    content = repr((sorted(scene.objects), scene.background))
+    return zlib.crc32(content.encode()) % 16 == 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -465,18 +466,24 @@ def _recognise(rgb, label, background, picture, root, unit):
     nan = torch.where(mine[..., None], window, torch.nan).flatten(1, 2)
     colour = nan.nanmedian(1).values                                                  # (O, 3)
     ink = (colour - background[picture])[:, None, None]                               # (O, 1, 1, 3)
+    # Besides its own pixels an object has a soft edge, and no share in its neighbours' edges.
+    near = F.max_pool2d(mine[:, None].float(), 3, 1, 1)[:, 0] > 0                     # (O, P, P)
+    keep = mine | (near & (labels == -1))                                             # (O, P, P)
     alpha = ((window - background[picture][:, None, None]) * ink).sum(-1) / ink.square().sum(-1)
-    alpha = torch.where(mine | (labels == -1), alpha, 0).clamp(0, 1)                  # (O, P, P)
+    alpha = torch.where(keep, alpha, 0).clamp(0, 1)                                   # (O, P, P)
+    inner = F.max_pool2d((~mine)[:, None].float(), 3, 1, 1)[:, 0] == 0                # (O, P, P)
+    stray = (window - colour[:, None, None]).norm(dim=-1) > COLOUR_TOLERANCE          # (O, P, P)
+    mixed = ((stray & inner).sum((1, 2)) / inner.sum((1, 2)) > 0.1).tolist()  # not of one colour
     total = alpha.sum((1, 2))
     ox = ((alpha.sum(1) * reach).sum(1) / total)[:, None, None]
     oy = ((alpha.sum(2) * reach).sum(1) / total)[:, None, None]
     radii = torch.tensor(list(SIZES.values()), device=device) * unit
     errors, sizes = [], []
     for shape in SHAPES:
-        at_one = [coverage(shape, reach - 0.0, reach[:, None] - 0.0, r).sum() for r in radii]
+        at_one = [coverage(shape, reach.float(), reach[:, None].float(), r).sum() for r in radii]
         size = (total[:, None].log() - torch.stack(at_one).log()).abs().argmin(1)     # (O,)
         drawn = coverage(shape, reach - ox, reach[:, None] - oy, radii[size][:, None, None])
-        errors.append((drawn - alpha).square().sum((1, 2)) / drawn.square().sum((1, 2)))
+        errors.append((drawn - alpha).square().sum((1, 2)) / drawn.square().sum((1, 2)))  # (O,)
         sizes.append(size)
     error, best = torch.stack(errors).min(0)
     size = torch.stack(sizes).gather(0, best[None])[0]
@@ -484,5 +491,5 @@ def _recognise(rgb, label, background, picture, root, unit):
     x, y = ((x0 + ox[:, 0, 0] + 0.5) / unit).tolist(), ((y0 + oy[:, 0, 0] + 0.5) / unit).tolist()
     for i, (e, b, z) in enumerate(zip(error.tolist(), best.tolist(), size.tolist())):
         known = e < SHAPE_TOLERANCE
-        yield Object(SHAPES[b] if known else None, colours[i], tuple(SIZES)[z] if known else None,
-                     x[i], y[i])
+        yield Object(SHAPES[b] if known else None, None if mixed[i] else colours[i],
+                     tuple(SIZES)[z] if known else None, x[i], y[i])
