@@ -31,7 +31,7 @@ class Rescaled(Understanding):
 
 def train_arm(c, overrides, bias, rescaled, data, world):
     """Train one arm; returns the validation loss and the router's gradient norm, first and last."""
-    dataset = Shapes(128, c.seed, tasks=c.tasks)
+    dataset = Shapes(128, c.seed, tasks=c.tasks, grid=c.grid)
     model = train.build(c, overrides, dataset).to(world.device)
     model.generation.proj.bias.data *= bias / 0.02
     if rescaled:
@@ -69,7 +69,7 @@ def main():
     args = parser.parse_args()
     world = train.World.join()
     c = train.TrainConfig(stage="image", preset="laptop", init=args.init, seed=args.seed,
-                          tasks=("colours",), steps=args.steps, scenes=4000, warmup=100)
+                          tasks=("colours",), grid=4, steps=args.steps, warmup=100)
     c = train.complete(c, "image", world.device)
     print(f"{c.steps} steps of {c.batch}, seed {c.seed}, torch {torch.__version__}, "
           f"{world.device.type}, revision {train.revision()}")

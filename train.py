@@ -62,7 +62,7 @@ class TrainConfig:
     clip: float = setting(1.0, "largest gradient norm")
     ema: float = setting(None, "decay of the averaged weights, which are what is saved; 0: none")
     prompt_dropout: float = setting(0.1, "share of empty prompts, for guidance")
-    kl_weight: float = setting(3e-5, "of the VAE's KL term")
+    kl_weight: float = setting(1e-4, "of the VAE's KL term")
     scenes: int = setting(None, "scenes in the image stage's table of latents")
     compile: bool = setting(None, "use torch.compile")
     workers: int = setting(None, "data processes")
@@ -73,17 +73,17 @@ class TrainConfig:
 
 
 RECIPES = {  # (stage, kind of machine): what its None settings become
-    ("vae", "gpu"): dict(steps=7000, batch=128, lr=2e-3, warmup=200, ema=0.999, eval_every=2500,
+    ("vae", "gpu"): dict(steps=8500, batch=128, lr=2e-3, warmup=200, ema=0.999, eval_every=2500,
                          save_every=2500),
     ("understand", "gpu"): dict(steps=2000, batch=512, lr=2e-3, warmup=200, ema=0.995,
                                 eval_every=1000, save_every=1000),
-    ("image", "gpu"): dict(steps=16000, batch=512, lr=1.2e-3, warmup=500, ema=0.9995,
-                           scenes=400_000, eval_every=4000, save_every=4000),
+    ("image", "gpu"): dict(steps=6000, batch=1024, lr=1.5e-3, warmup=500, ema=0.9995,
+                           scenes=400_000, eval_every=2000, save_every=2000),
     ("vae", "cpu"): dict(steps=3000, batch=16, lr=2e-3, warmup=200, ema=0.99, eval_every=500,
                          save_every=250),
     ("understand", "cpu"): dict(steps=2000, batch=16, lr=2e-3, warmup=200, ema=0.99, eval_every=500,
                                 save_every=250),
-    ("image", "cpu"): dict(steps=6000, batch=32, lr=1.5e-3, warmup=200, ema=0.998, scenes=8_000,
+    ("image", "cpu"): dict(steps=6000, batch=32, lr=3e-3, warmup=200, ema=0.998, scenes=4_000,
                            eval_every=1500, save_every=500),
 }
 MACHINES = {"gpu": dict(preset="tiny", micro_batch=1024, compile=True, workers=12),
