@@ -255,14 +255,14 @@ class MoS(nn.Module):
             self.tokenizer.save(path)
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", parts=tuple(PARTS)):
+    def from_pretrained(cls, folder, device="cpu"):
         """The model of a folder that `save_pretrained` wrote, in fp32, ready to sample.
 
         Raises FileNotFoundError or ValueError that names what is missing, broken or misshaped.
         """
         folder = Path(folder)
         model = cls(read_config(folder), read_vocabulary(folder))
-        for part in parts:
+        for part in cls.PARTS:
             model.load_part(folder, part)
         return model.to(device).eval()
 
