@@ -6,18 +6,20 @@ The arms share data, noise, seed and schedule, and differ in the named respect a
 """
 
 import math
+from pathlib import Path
 
 import torch
 
 import train
-from common import CommandLine, run
+from common import CommandLine, autocast, run
 from data import Shapes
+from mos import MoSConfig
 from towers import Understanding
 
 # A block's norm removes the scale of the mixture that Proj hands it, unless Proj has a bias or the
-# states are normalised one by one. (state_norm, start of Proj's bias) of each arm:
-SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 0.02), "post, bias 0": ("post", 0.0),
-              "pre, bias N(0, 0.02)": ("pre", 0.02)}
+# states are normalised one by one. (state_norm, factor on the start of Proj's bias) of each arm:
+SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 1.0), "post, bias 0": ("post", 0.0),
+              "pre, bias N(0, 0.02)": ("pre", 1.0)}
 
 
 class Rescaled(Understanding):
@@ -30,10 +32,13 @@ class Rescaled(Understanding):
 
 
 def train_arm(c, overrides, bias, rescaled, data, world):
-    """Train one arm; returns the validation loss and the router's gradient norm, first and last."""
-    dataset = Shapes(128, c.seed, tasks=c.tasks, grid=c.grid)
+    """Train one arm; returns the validation loss and the router's gradient norm, first and last.
+
+    data: a dict that the first arm fills with latents and prompts for the others.
+    """
+    dataset = Shapes(MoSConfig().size, c.seed, tasks=c.tasks, grid=c.grid)
     model = train.build(c, overrides, dataset).to(world.device)
-    model.generation.proj.bias.data *= bias / 0.02
+    model.generation.proj.bias.data *= bias
     if rescaled:
         model.understanding.__class__ = Rescaled
     stage = train.ImageStage(model, dataset, c, world)
@@ -41,13 +46,13 @@ def train_arm(c, overrides, bias, rescaled, data, world):
         stage.start(0)
         data.update(latents=stage.latents, tokens=stage.tokens, val=stage.val)
     vars(stage).update(data)
-    module = stage.parameters_of_stage()
+    module = stage.trained()
     optimizer = torch.optim.AdamW(train.decayed_groups(module, c.weight_decay), betas=(0.9, 0.95))
     norms = []
     for step in range(c.steps):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, c)
-        with train.autocast(world.device):
+        with autocast(world.device):
             loss, _ = stage(*stage.inputs(step))
         loss.backward()
         norms.append(torch.stack([p.grad.norm() for p in model.router.parameters()]).norm())
@@ -56,14 +61,14 @@ def train_arm(c, overrides, bias, rescaled, data, world):
         optimizer.zero_grad(set_to_none=True)
     tenth = math.ceil(c.steps / 10)
     early, late = (torch.stack(part).mean().item() for part in (norms[:tenth], norms[-tenth:]))
-    with train.autocast(world.device):
-        return stage.losses_by_time().mean().item(), early, late
+    return stage.losses_by_time().mean().item(), early, late
 
 
 def main():
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("table", choices=("scale-trap",), help="which ablation")
-    parser.add_argument("--init", default="weights", help="folder with the trained VAE and tower")
+    parser.add_argument("--init", default=str(Path(__file__).parent / "weights"),
+                        help="folder with the trained VAE and tower")
     parser.add_argument("--steps", type=int, default=1000, help="of each arm")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
     args = parser.parse_args()

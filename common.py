@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import field, fields
 from pathlib import Path
 
 import torch
@@ -14,6 +14,25 @@ def pick_device():
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device):
+    """bf16 matrix products on a GPU, fp32 elsewhere. MoS App. A."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def tqdm_or_none(**options):
+    """A tqdm bar, or None where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(dynamic_ncols=True, **options)
+
+
+def setting(default, text):
+    """A dataclass field with the help text of its flag."""
+    return field(default=default, metadata={"help": text})
 
 
 class replacing:
@@ -48,7 +67,7 @@ class CommandLine(argparse.ArgumentParser):
         """One flag for each field; a field that is not given stays out of the namespace."""
         group = self.add_argument_group(title)
         for f in fields(kind):
-            default = None if f.default is MISSING else f.default
+            default = "by stage and machine" if f.default is None else f.default
             options = dict(default=argparse.SUPPRESS,
                            help=f"{f.metadata.get('help', '')} (default: {default})".strip())
             if f.type is bool:

@@ -17,8 +17,8 @@ WORDS = ("a photo of red blue green circle square star ring above below left rig
          "stars circles on the gray background").split()
 SMALL = dict(vae_channels=6, vae_width=4, vae_decoder_width=4, und_width=40, und_depth=5,
              und_heads=5, und_kv_heads=1, und_hidden=48, gen_width=64, gen_depth=3, gen_heads=2,
-             gen_kv_heads=1, gen_hidden=72, registers=3, router_width=32, router_heads=1, max_tokens=16, size=64,
-             sampling_steps=3)
+             gen_kv_heads=1, gen_hidden=72, registers=3, router_width=32, router_heads=1,
+             max_tokens=16, size=64, sampling_steps=3)
 
 
 def make_model(seed=0, **changes):

@@ -19,10 +19,10 @@ from towers import Tokenizer
 
 
 class Shapes(torch.utils.data.Dataset):
-    """Scenes of the small world, drawn by (seed, index).
+    """Scenes of the small world, drawn by (seed, index), as pictures of size x size pixels.
 
     split: "train", "val" or "held", grid: of the centres (see shapes.draw_scene). tasks: which
-    tasks, all if empty.
+    tasks, all if empty. Raises ValueError for an unknown task or a grid below 4.
     """
 
     def __init__(self, size, seed, split="train", tasks=(), grid=shapes.GRID):
@@ -56,7 +56,8 @@ class Folder(torch.utils.data.Dataset):
     """Own pictures: `metadata.jsonl` with file_name and text a line, or name.png beside name.txt.
 
     The shorter side is scaled to `size` and the middle cropped. Pictures that cannot be read are
-    left out and counted in `broken`. Raises ValueError for a folder that holds no usable pair.
+    left out and counted in `broken`; the others are held in memory. Raises ValueError for a missing
+    or empty caption, a malformed line, or a folder without a readable picture.
     """
 
     SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -128,11 +129,11 @@ class Folder(torch.utils.data.Dataset):
         return pictures.to(device).float() / 127.5 - 1
 
 
-def vocabulary(dataset, samples=5000):
-    """A tokenizer of the words in the data set's captions, questions and answers."""
-    items = range(min(samples, len(dataset)) if isinstance(dataset, Folder) else samples)
-    return Tokenizer(word for i in items for text in dataset[i][1:] if text
-                     for word in Tokenizer.split(text))
+def build_tokenizer(dataset, samples=5000):
+    """A Tokenizer of all captions of a folder, or of the texts of `samples` items of the world."""
+    texts = (dataset.captions if isinstance(dataset, Folder) else
+             (text for i in range(samples) for text in dataset[i][1:] if text))
+    return Tokenizer(word for text in texts for word in Tokenizer.split(text))
 
 
 def sequence(tokenizer, length, text, answer=None):

@@ -12,12 +12,10 @@ from kernels import RMSNorm, SwiGLU, apply_rope, rope_table
 
 def rope_axes(head_width):
     """Channels of a head for the axes (image index, y, x): 1/8, 7/16, 7/16, all even."""
-    index = head_width // 8
-    spatial = (head_width - index) // 2
-    if head_width % 2 or index % 2 or spatial % 2:
-        raise ValueError(f"a head of width {head_width} cannot be split into three even axes of "
-                         "1/8, 7/16 and 7/16; expected a multiple of 32")
-    return index, spatial, spatial
+    if head_width % 32:  # NOTE (ours): the shares of the axes
+        raise ValueError(f"a head of the generation tower is {head_width} wide; expected a "
+                         "multiple of 32, to be cut into even axes of 1/8, 7/16 and 7/16")
+    return head_width // 8, head_width // 16 * 7, head_width // 16 * 7
 
 
 class Block(nn.Module):
@@ -69,11 +67,13 @@ class Generation(nn.Module):
                              f"{heads} heads, and those of its {kv_heads} key-value heads")
         self.patch, self.axes = patch, rope_axes(width // heads)
         self.embed = nn.Linear(channels * patch * patch, width, bias=False)
-        self.proj = nn.Linear(context_width, width)  # MoS eq. (4): Proj, shared by all blocks
+        # MoS eq. (4): Proj. NOTE (ours): one for all blocks.
+        self.proj = nn.Linear(context_width, width)
         self.registers = nn.Parameter(0.02 * torch.randn(registers, width))
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, hidden) for _ in range(depth))
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, channels * patch * patch, bias=False)
+        # NOTE (ours): normal(0, 0.02), residual outputs scaled by 1/sqrt(2N), output layer 0.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0, 0.02)

@@ -8,6 +8,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 
 import torch
@@ -45,8 +46,10 @@ def score_tasks(model, prompts=None, pictures=4, seed=0, batch=64, held=(False, 
                 tasks=shapes.TASKS, **settings):
     """The six-task score: {"task": {"seen": [passed, drawn, prompts], "held-out": ...}}.
 
-    prompts: number for each task and split, GenEval's own counts if None. A picture passes if the
-    judge finds exactly what the prompt asks for. "single object" has nothing to hold out.
+    prompts: number for each task and split, GenEval's own counts if None; pictures: for each
+    prompt; batch: drawn at once; held: which splits, False is seen and True held out; settings: as for
+    `MoS.generate`. A picture passes if the judge finds exactly what the prompt asks for.
+    "single object" has nothing to hold out.
     """
     table = {}
     for task in tasks:
@@ -108,19 +111,18 @@ def score_judge(number, height=128, width=128, vae=None, seed=0, split="any"):
     With a VAE the judge sees the pictures after encoding and decoding.
     """
     unit, right, error = min(height, width), 0, 0.0
-    dataset = Shapes(unit, seed, split)
     device = "cpu" if vae is None else next(vae.parameters()).device
     for start in range(0, number, 50):
         scenes = []
         for i in range(start, min(start + 50, number)):
-            rng = shapes.random.Random(f"judge {seed} {i}")
-            task = shapes.draw_task(rng, dataset.tasks)
+            rng = random.Random(f"judge {seed} {i}")
+            task = shapes.draw_task(rng)
             scenes.append(shapes.draw_scene(rng, task, split, width / unit, height / unit))
         true = shapes.render(shapes.pack(scenes), height, width, device)
         seen = true if vae is None else vae.decode(vae.encode(true))
         error += (seen - true).square().mean((1, 2, 3)).sum().item()
-        bytes_ = ((seen.cpu() + 1) * 127.5).round() / 127.5 - 1
-        right += sum(same_scene(a, b, unit) for a, b in zip(scenes, shapes.judge(bytes_)))
+        rounded = ((seen.cpu() + 1) * 127.5).round() / 127.5 - 1
+        right += sum(same_scene(a, b, unit) for a, b in zip(scenes, shapes.judge(rounded)))
     psnr = 10 * math.log10(4 * number / error) if error else math.inf
     return right, psnr
 

@@ -1,7 +1,7 @@
 """The operations that both towers and the router are made of, in plain PyTorch.
 
 These are the places where a transformer spends its memory traffic. Each is one function of plain
-tensors, so that a fused kernel can stand beside it and be compared with it.
+tensors, so that a fused kernel can take its place and be tested against it.
 """
 
 import torch

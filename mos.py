@@ -2,7 +2,10 @@
 
     B batch        S context tokens    M understanding layers   Du width of the understanding tower
     K chosen       T visual tokens     N generation blocks      Dg width of the generation tower
-    C channels     R registers         H heads                  Dr width of the router
+    C channels     R registers         H, Hk heads, key-value   Dr width of the router
+    L sequence     E extra tokens      Dh width of a head
+
+In shapes of pictures H, W are pixels, in those of latents h, w are latent pixels.
 
 Time: t = 0 is data, t = 1 is noise; z_t = (1 - t) z0 + t z1 and v = z1 - z0.
 """
@@ -20,7 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import replacing
+from common import autocast, replacing, setting
 from dit import Generation
 from kernels import mix_states, rms_norm
 from router import INPUTS, Router, routing_weights, select
@@ -32,39 +35,42 @@ SCHEDULES = ("uniform", "linear-quadratic")
 
 @dataclass
 class MoSConfig:
-    """Everything that decides the model; the defaults are the `tiny` preset."""
-    vae_channels: int = 32        # C
-    vae_width: int = 20           # of the encoder's first stage
-    vae_decoder_width: int = 24   # of the decoder's last stage
-    und_width: int = 160          # Du
-    und_depth: int = 8            # M
-    und_heads: int = 5
-    und_kv_heads: int = 1
-    und_hidden: int = 384
-    gen_width: int = 256          # Dg
-    gen_depth: int = 10           # N
-    gen_heads: int = 8
-    gen_kv_heads: int = 4
-    gen_hidden: int = 608
-    gen_patch: int = 1
-    registers: int = 4
-    router_width: int = 128       # Dr
-    router_heads: int = 4
-    router_depth: int = 2
-    router_inputs: tuple = INPUTS  # of prompt, latent, time
-    tokenwise: bool = True        # False: one routing for the whole prompt
-    k: int = 2                    # states chosen for each token and block
-    epsilon: float = 0.05         # share of random choices in training
-    renormalize: bool = False     # let the chosen weights sum to 1
-    state_norm: str = "post"      # "pre" normalises each state before mixing
-    max_tokens: int = 48          # longest prompt
-    size: int = 128               # of the training pictures, pixels
-    t_sampling: str = "logit-normal"  # or "mode", with `shift`
-    shift: float = 1.0            # of t, in training and on the uniform sampling schedule
-    sampling_steps: int = 50
-    guidance: float = 3.0
-    rescale: float = 0.7
-    schedule: str = "uniform"
+    """Everything that decides the model; the defaults are the `tiny` preset.
+
+    Raises ValueError for a value of the wrong type or out of range.
+    """
+    vae_channels: int = setting(32, "C, latent channels")
+    vae_width: int = setting(20, "channels of the encoder's first stage")
+    vae_decoder_width: int = setting(24, "channels of the decoder's last stage")
+    und_width: int = setting(160, "Du, width of the understanding tower")
+    und_depth: int = setting(8, "M, its blocks")
+    und_heads: int = setting(5, "its heads")
+    und_kv_heads: int = setting(1, "its key-value heads")
+    und_hidden: int = setting(384, "width of its feed-forward networks")
+    gen_width: int = setting(256, "Dg, width of the generation tower")
+    gen_depth: int = setting(10, "N, its blocks")
+    gen_heads: int = setting(8, "its heads")
+    gen_kv_heads: int = setting(4, "its key-value heads")
+    gen_hidden: int = setting(608, "width of its feed-forward networks")
+    gen_patch: int = setting(1, "side of a visual token in latent pixels")
+    registers: int = setting(4, "R, learned tokens in front of the visual ones")
+    router_width: int = setting(128, "Dr, width of the router")
+    router_heads: int = setting(4, "its heads, as wide as the generation tower's")
+    router_depth: int = setting(2, "its blocks")
+    router_inputs: tuple = setting(INPUTS, "what it sees: prompt, and latent and time if wanted")
+    tokenwise: bool = setting(True, "each token has its own routing, instead of the prompt one")
+    k: int = setting(2, "K, states chosen for each token and block")
+    epsilon: float = setting(0.05, "share of random choices in training")
+    renormalize: bool = setting(False, "let the chosen weights sum to 1")
+    state_norm: str = setting("post", "pre: normalise each state before mixing; post: do not")
+    max_tokens: int = setting(48, "longest text in tokens, <bos> and <eos> included")
+    size: int = setting(128, "side of the training pictures in pixels")
+    t_sampling: str = setting("logit-normal", "training times: logit-normal or mode")
+    shift: float = setting(1.0, "moves training times and the uniform schedule towards noise")
+    sampling_steps: int = setting(50, "denoising steps")
+    guidance: float = setting(3.0, "guidance scale")
+    rescale: float = setting(0.7, "guidance rescale")
+    schedule: str = setting("uniform", "sampling schedule: uniform or linear-quadratic")
 
     def __post_init__(self):
         if isinstance(self.router_inputs, list):
@@ -81,7 +87,7 @@ class MoSConfig:
             raise ValueError(f"registers must not be negative, got {self.registers}")
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift must be positive, got {self.shift}")
-        for name, allowed in (("state_norm", ("pre", "post")), ("schedule", SCHEDULES),
+        for name, allowed in (("state_norm", ("pre", "post")),
                               ("t_sampling", ("logit-normal", "mode"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, "
@@ -222,14 +228,15 @@ class MoS(nn.Module):
                              generator=torch.Generator().manual_seed(s)) for s in seeds]
         z = torch.stack(noise).to(device)                             # (B, C, h, w)
         sigmas = make_schedule(steps, schedule, c.shift)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             context = self.project(self.understand(tokens.to(device)))
             for now, then in (progress or iter)(list(zip(sigmas, sigmas[1:]))):
                 zz = torch.cat((z, z)) if both else z                 # (2B, C, h, w)
                 v = self(zz, z.new_full(zz.shape[:1], now), context).float()
                 v = guide(*v.chunk(2), guidance, rescale) if both else v
                 z = z + (then - now) * v                              # Euler
-        pixels = (self.vae.decode(z) + 1) * 127.5                     # (B, 3, H, W)
+        with torch.autocast(device.type, enabled=False):              # the VAE runs in fp32
+            pixels = (self.vae.decode(z) + 1) * 127.5                 # (B, 3, H, W)
         pixels = pixels.round().byte().permute(0, 2, 3, 1).cpu()      # (B, H, W, 3)
         return [Image.fromarray(p.numpy()) for p in pixels]
 
@@ -267,7 +274,11 @@ class MoS(nn.Module):
         return model.to(device).eval()
 
     def load_part(self, folder, part):
-        """Load one of PARTS from a folder; every tensor must be there with the right shape."""
+        """Load one of PARTS from a folder.
+
+        Raises FileNotFoundError, or ValueError for a damaged file and for names or shapes that
+        differ from the configuration's.
+        """
         path = Path(folder) / f"{part}.safetensors"
         try:
             tensors = load_file(require(path))
@@ -289,7 +300,10 @@ class MoS(nn.Module):
 # Rectified flow: times, schedules, guidance
 
 def sample_t(n, how, shift, generator):
-    """n training times in (0, 1) on the generator's device. MoS App. A, Esser et al. 2024."""
+    """n training times in (0, 1) on the generator's device. MoS App. A, Esser et al. 2024.
+
+    how: "logit-normal" or "mode"; both are then moved by shift.
+    """
     if how == "logit-normal":
         t = torch.randn(n, generator=generator, device=generator.device).sigmoid()
     else:
@@ -317,11 +331,12 @@ def make_schedule(steps, schedule="uniform", shift=1.0):
         return [shift_time(1 - i / steps, shift) for i in range(steps + 1)]
     if steps == 1:
         return [1.0, 0.0]
-    theta, L = 0.025, steps // 2
-    Q = steps - L
-    d = L - theta * steps
-    a, b, c = d / (L * Q * Q), theta / L - 2 * d / (Q * Q), d * L / (Q * Q)
-    past = [i * theta / L if i < L else a * i * i + b * i + c for i in range(steps)]
+    theta, linear = 0.025, steps // 2
+    quadratic = steps - linear
+    d = linear - theta * steps
+    a, c = d / (linear * quadratic ** 2), d * linear / quadratic ** 2
+    b = theta / linear - 2 * d / quadratic ** 2
+    past = [i * theta / linear if i < linear else a * i * i + b * i + c for i in range(steps)]
     return [1 - x for x in past] + [0.0]
 
 
@@ -343,7 +358,7 @@ def check_size(size):
     """(height, width) of a size given as side or pair; both must be positive multiples of 32."""
     height, width = (size, size) if isinstance(size, int) else size
     if height % 32 or width % 32 or not 0 < height * width <= 2 ** 24 or height <= 0:
-        raise ValueError(f"size must be a multiple of 32 on each side and at most 4096x4096 in all, "
+        raise ValueError("size must be a multiple of 32 on each side and at most 4096x4096 in all, "
                          f"got {height}x{width}")
     return height, width
 

@@ -57,6 +57,7 @@ class RouterBlock(nn.Module):
         self.ffn = SwiGLU(width, 2 * width)
 
     def forward(self, x, rope, mask):
+        """x: (B, L, Dr), mask: (B, 1, 1, L). Returns x's successor."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, -1, self.head_width))  # (B, L, 3, H, Dh)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, L, Dh) each
         q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
@@ -86,9 +87,10 @@ class Router(nn.Module):
             raise ValueError(f"the router's heads are {width // heads} wide, those of the "
                              f"generation tower {sum(axes)}; their rotary axes must agree")
         self.layers, self.inputs, self.axes = layers, tuple(inputs), axes
+        # MoS App. A: each modality has its own projection and its own norm.
         self.context = nn.Linear(context_width, width)
-        self.context_norm = RMSNorm(width)                                  # MoS App. A: one norm
-        if "latent" in inputs:                                              # per modality
+        self.context_norm = RMSNorm(width)
+        if "latent" in inputs:
             self.latent, self.latent_norm = nn.Linear(latent_width, width), RMSNorm(width)
         if "time" in inputs:
             self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))

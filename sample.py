@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from common import CommandLine, pick_device, replacing, run
+from common import CommandLine, pick_device, replacing, run, tqdm_or_none
 from mos import SCHEDULES, MoS, check_sampling, check_size
 
 
@@ -53,12 +53,8 @@ def check_writable(out):
 
 
 def progress(steps):
-    """A tqdm bar over the steps; plain silence without tqdm."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return steps
-    return tqdm(steps, desc="denoising", unit="step")
+    """The steps under a progress bar; plain silence without tqdm."""
+    return tqdm_or_none(iterable=steps, desc="denoising", unit="step") or steps
 
 
 def main():

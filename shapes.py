@@ -39,7 +39,7 @@ TASKS = ("single object", "two objects", "counting", "colours", "position", "att
 MIXTURE = {"single object": 1, "two objects": 2, "counting": 3, "colours": 2, "position": 4,
            "attribution": 3, "dense": 4}  # training weights: the harder task is drawn more often
 MAX_OBJECTS = 4
-REACH = 1.15  # no shape extends further than this many radii from its centre
+REACH = 1.15  # radii that a shape keeps free around it; margins take the square's corners (1.2)
 GRID = 256    # centres lie on a grid of 1/256, so that a scene has an exact identity
 
 
@@ -53,6 +53,7 @@ class Object(NamedTuple):
 
 
 class Scene(NamedTuple):
+    """What a picture shows; in a judged picture the background may be None, "not recognisable"."""
     objects: tuple[Object, ...]
     background: str | None
 
@@ -147,7 +148,7 @@ def _compose(rng, task, width, height, grid):
     if centres is None:
         return None
     objects = tuple(Object(s, c, z, *xy) for s, c, z, xy in zip(shapes, colours, sizes, centres))
-    if task == "position" and not any(related(*objects[:1], r, objects[1]) for r in RELATIONS):
+    if task == "position" and not any(related(objects[0], r, objects[1]) for r in RELATIONS):
         return None
     return Scene(objects, rng.choice(tuple(BACKGROUNDS)))
 
@@ -266,6 +267,8 @@ def ask(rng, scene):
 
 def benchmark(task, number, seed=0, held=False):
     """`number` prompts of a GenEval task in GenEval's template, seen or held-out combinations."""
+    if task not in TASKS:
+        raise ValueError(f"no benchmark for task {task!r}, expected one of: {', '.join(TASKS)}")
     rng = random.Random(f"benchmark {task} {seed} {held}")
     pairs = {h: [(c, s) for c in COLOURS for s in SHAPES if ((c, s) in HELD_COLOURS) == h]
              for h in (False, True)}
@@ -275,7 +278,6 @@ def benchmark(task, number, seed=0, held=False):
 
 
 def _benchmark_prompt(rng, task, held, pairs, duos):
-    relations = ()
     if task == "single object":
         said = (Object(rng.choice(SHAPES)),)
     elif task == "two objects":
@@ -291,9 +293,9 @@ def _benchmark_prompt(rng, task, held, pairs, duos):
     elif task == "position":
         a, relation, b = rng.choice([(a, r, b) for a, b in duos[False] for r in RELATIONS
                                      if ((a, r, b) in HELD_TRIPLES) == held])
-        said, relations = (Object(a), Object(b)), ((0, relation, 1),)
+        said = (Object(a), Object(b))
         text = f"a photo of {_noun(said[0])} {relation} {_noun(said[1])}"
-        return Prompt(text, task, said, relations)
+        return Prompt(text, task, said, ((0, relation, 1),))
     else:  # attribution: a held-out prompt has one held-out object
         while True:
             (c, s), (d, z) = rng.choice(pairs[held]), rng.choice(pairs[False])
@@ -301,7 +303,7 @@ def _benchmark_prompt(rng, task, held, pairs, duos):
                 break
         said = (Object(s, c), Object(z, d))
         said = said if rng.random() < 0.5 else said[::-1]
-    return Prompt("a photo of " + " and ".join(map(_noun, said)), task, said, relations)
+    return Prompt("a photo of " + " and ".join(map(_noun, said)), task, said)
 
 
 def satisfies(prompt, scene):
@@ -374,7 +376,7 @@ def _palette(table, device):
 def render(packed, height=128, width=128, device="cpu"):
     """Draw packed scenes (B, 21) on the device: (B, 3, height, width), values in [-1, 1].
 
-    The scenes should lie in host memory: sorting objects by shape there keeps a GPU from waiting.
+    The scenes should lie in host memory: sorted by shape there, they do not synchronise a GPU.
     """
     unit, radii = min(height, width), torch.tensor(list(SIZES.values()))
     backgrounds = _palette(BACKGROUNDS, packed.device)[packed[:, 0].long()]           # (B, 3)

@@ -142,7 +142,7 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --out out.png => out.png"""))
 def test_train_refuses(flags, message, refuse, small, monkeypatch, tmp_path):
     """What cannot be trained is said before any work and before --out exists."""
-    monkeypatch.setattr(train, "vocabulary", lambda _: read_vocabulary(small))
+    monkeypatch.setattr(train, "build_tokenizer", lambda _: read_vocabulary(small))
     monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("went on to train"))
     for name, text in (("empty", ""), ("bad", '\n{"file_name": "a.png"\n'),
                        ("number", '{"file_name": "a.png", "text": 5}')):

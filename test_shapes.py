@@ -17,7 +17,7 @@ from PIL import Image
 
 import shapes
 from conftest import ROOT
-from data import Collate, Folder, Shapes, sequence, vocabulary
+from data import Collate, Folder, Shapes, build_tokenizer, sequence
 from evaluate import same_scene, score_judge
 from mos import MoSConfig
 from shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS, HELD_TRIPLES,
@@ -103,7 +103,7 @@ def train():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return vocabulary(Shapes(128, 0))
+    return build_tokenizer(Shapes(128, 0))
 
 
 @pytest.mark.parametrize("height, width, number", [

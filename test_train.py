@@ -63,8 +63,8 @@ def start(folder, *launcher, **values):
 def lighten(patch):
     """Cheap validations, no plots, and the small world's words without drawing 5,000 scenes."""
     patch(train.Log, "plot", lambda _: None)
-    own = train.vocabulary
-    patch(train, "vocabulary", lambda dataset: own(dataset) if isinstance(dataset, Folder)
+    own = train.build_tokenizer
+    patch(train, "build_tokenizer", lambda dataset: own(dataset) if isinstance(dataset, Folder)
           else read_vocabulary(ROOT / "weights"))
     for kind in train.KINDS.values():
         patch(kind, "validate", lambda *_: {"val_loss": 1.0})

@@ -16,7 +16,7 @@ from kernels import RMSNorm, SwiGLU, apply_rope, rope_table
 
 
 class Tokenizer:
-    """Word-level: a text is its words, separated by blanks; commas and question marks are words."""
+    """Word-level: lower-case words between blanks; , ? ! : ; are words, full stops are dropped."""
 
     PAD, BOS, EOS = 0, 1, 2
     SPECIAL = ("<pad>", "<bos>", "<eos>")
@@ -56,10 +56,12 @@ class Tokenizer:
         return torch.tensor([row + [self.PAD] * (length - len(row)) for row in rows])
 
     def save(self, path):
+        """Write the words, without the special ones, as a JSON list."""
         path.write_text(json.dumps(self.words[3:]))
 
     @classmethod
     def load(cls, path):
+        """Read what `save` wrote. Raises ValueError if that is no list of words."""
         words = json.loads(path.read_text())
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError("expected a list of words")
@@ -78,6 +80,7 @@ class DecoderBlock(nn.Module):
         self.ffn = SwiGLU(width, hidden)
 
     def forward(self, x, rope):
+        """x: (B, S, Du). Returns x's successor."""
         split = [self.heads, self.kv_heads, self.kv_heads]
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))  # (B, S, H+2Hk, Dh)
         q, k, v = (a.transpose(1, 2) for a in qkv.split(split, 2))        # (B, H or Hk, S, Dh) each
@@ -124,7 +127,7 @@ class Understanding(nn.Module):
         return torch.cat((vision.flatten(1, 2), text), 1)                   # (B, h*w + S, Du)
 
     def _places(self, height, width, like):
-        """Sinusoids of row and column, half of the channels each: (h, w, Du)."""
+        """Sinusoids of row and column, half of the channels each: (h, w, Du). NOTE (ours)."""
         quarter = like.shape[-1] // 4
         rate = 100.0 ** (-torch.arange(quarter, device=like.device) / quarter)
         waves = [torch.cat((a.cos(), a.sin()), -1) for a in
@@ -151,17 +154,17 @@ class Understanding(nn.Module):
         return F.linear(self.norm(states[:, :, -1]), self.embedding.weight).float()  # (B, S, V)
 
     def loss(self, tokens, target, images=None):
-        """Mean cross entropy of the next token, where target (B, S) is not -100.
+        """Next-token cross entropy: the mean of a sample's targets (not -100), then of samples.
 
-        Returns the loss and {"token_accuracy", "text_accuracy"}: shares of words and of whole
-        answers that greedy decoding gets right (teacher forcing decides that exactly).
+        tokens, target: (B, S), images: (B, 3, H, W). Returns the loss and {"token_accuracy": share
+        of targets right after the true words before them, "text_accuracy": share of samples that
+        greedy decoding would get right as a whole}.
         """
         states = self(self.embed(tokens, images))
         scores = self.logits(states[:, -tokens.shape[1]:])                  # (B, S, V)
-        right = (scores.argmax(-1) == target) | (target == -100)
+        right = scores.argmax(-1) == target                                 # (B, S)
         each = F.cross_entropy(scores.mT, target, ignore_index=-100, reduction="none")  # (B, S)
         lengths = (target != -100).sum(1)
         loss = (each.sum(1) / lengths).mean()  # a mean of samples: the same however a batch is cut
-        real = lengths.sum()
-        return loss, {"token_accuracy": (right.sum() - right.numel() + real) / real,
-                      "text_accuracy": right.all(1).float().mean()}
+        return loss, {"token_accuracy": right.sum() / lengths.sum(),
+                      "text_accuracy": (right | (target == -100)).all(1).float().mean()}

@@ -2,7 +2,7 @@
 
     python train.py                                      # all stages, defaults for this machine
     torchrun --nproc-per-node 8 train.py                 # the same on eight GPUs
-    python train.py --stage image --data my_pictures     # own pictures
+    python train.py --data my_pictures --out runs/mine   # own pictures
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -27,17 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import shapes
-from common import CommandLine, pick_device, replacing, run
-from data import Collate, Folder, Shapes, loader, vocabulary
+from common import CommandLine, autocast, pick_device, replacing, run, setting, tqdm_or_none
+from data import Collate, Folder, Shapes, build_tokenizer, loader
 from mos import PRESETS, MoS, MoSConfig, read_config, read_vocabulary, sample_t
 from towers import Tokenizer
 
-STAGES = ("vae", "understand", "image")
-PART = {"vae": "vae", "understand": "understanding", "image": "mos"}
-
-
-def setting(default, text):
-    return field(default=default, metadata={"help": text})
+PART = {"vae": "vae", "understand": "understanding", "image": "mos"}  # the file a stage writes
+STAGES = tuple(PART)
 
 
 @dataclass
@@ -113,9 +109,11 @@ class World:
 
     @property
     def first(self):
+        """Whether this process is the one that writes and speaks."""
         return self.rank == 0
 
     def say(self, text):
+        """Print, once for all processes."""
         if self.first:
             print(text, flush=True)
 
@@ -144,6 +142,7 @@ class World:
 
 @functools.lru_cache(2)
 def permutation(length, seed, epoch):
+    """The order of one epoch."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
 
@@ -202,7 +201,9 @@ class Stage(nn.Module):
 
 
 class VaeStage(Stage):
-    def parameters_of_stage(self):
+    """Reconstruct pictures that are drawn as they are needed."""
+
+    def trained(self):
         return self.model.vae
 
     def inputs(self, step):
@@ -233,7 +234,9 @@ class VaeStage(Stage):
 
 
 class UnderstandStage(Stage):
-    def parameters_of_stage(self):
+    """Next token of captions alone, and of descriptions of and answers about pictures."""
+
+    def trained(self):
         return self.model.understanding
 
     def inputs(self, step):
@@ -250,8 +253,9 @@ class UnderstandStage(Stage):
     def validate(self, step, folder):
         collate = Collate("understand", self.model.tokenizer, self.model.config.max_tokens)
         pictures, *rest = collate(self.validation_items(200))
-        loss, _ = self(self.dataset.draw(pictures, self.world.device),
-                       *(a.to(self.world.device) for a in rest))
+        with autocast(self.world.device):
+            loss, _ = self(self.dataset.draw(pictures, self.world.device),
+                           *(a.to(self.world.device) for a in rest))
         values = {"val_loss": loss.item()}
         if isinstance(self.dataset, Shapes):
             values["val_answers"] = evaluate.score_understanding(self.model, 400) / 400
@@ -261,7 +265,7 @@ class UnderstandStage(Stage):
 class ImageStage(Stage):
     """The main stage: router and generation tower on stored latents, everything else frozen."""
 
-    def parameters_of_stage(self):
+    def trained(self):
         return nn.ModuleList([self.model.router, self.model.generation])
 
     @torch.no_grad()
@@ -325,7 +329,8 @@ class ImageStage(Stage):
         z0, tokens = self.val
         z1 = torch.randn(z0.shape, generator=torch.Generator().manual_seed(1)).to(z0.device)
         times = (torch.full_like(z0[:, 0, 0, 0], (i + 0.5) / 8) for i in range(8))
-        return torch.stack([self.model.loss(z0, tokens, t, z1).mean() for t in times])
+        with autocast(self.world.device):
+            return torch.stack([self.model.loss(z0, tokens, t, z1).mean() for t in times])
 
     @torch.no_grad()
     def validate(self, step, folder):
@@ -441,7 +446,7 @@ def load_state(path, named, average, optimizer, device):
 
 
 class Log:
-    """A CSV with one row for each log point, and a plot of it; rank 0 only."""
+    """A CSV with a row for each log point and for each validation, and a plot; rank 0 only."""
 
     def __init__(self, path, start):
         self.path, self.rows = path, []
@@ -478,15 +483,6 @@ class Log:
         plt.close(figure)
 
 
-def progress_bar(steps, start, visible):
-    """A tqdm bar, or None where it is not wanted or not installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=steps, initial=start, disable=not visible, mininterval=5, dynamic_ncols=True)
-
-
 class Run:
     """A stage under way: its optimizer, averaged weights and log, from the last state on."""
 
@@ -494,11 +490,12 @@ class Run:
         self.stage, self.c, self.model, self.folder = stage, c, model, folder
         self.world = stage.world
         model.requires_grad_(False)
-        self.module = stage.parameters_of_stage().requires_grad_(True).train()
+        self.module = stage.trained().requires_grad_(True).train()
         self.named = list(self.module.named_parameters())
         self.average = Average((p for _, p in self.named), c.ema)
-        groups, fused = decayed_groups(self.module, c.weight_decay), self.world.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95), fused=fused)
+        groups = decayed_groups(self.module, c.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95),
+                                           fused=self.world.device.type == "cuda")
         self.accumulate = -(-c.batch // (self.world.size * c.micro_batch))
         if c.batch % (self.world.size * self.accumulate):
             raise ValueError(f"batch {c.batch} cannot be cut into {self.world.size} processes x "
@@ -515,7 +512,8 @@ class Run:
         self.wrapped = DistributedDataParallel(self.stage) if self.world.size > 1 else self.stage
         self.compute = torch.compile(self.wrapped) if c.compile else self.wrapped
         self.log = Log(self.folder / f"{c.stage}.csv", self.start)
-        self.bar = progress_bar(c.steps, self.start, self.world.first)
+        self.bar = tqdm_or_none(total=c.steps, initial=self.start, mininterval=5,
+                                disable=not self.world.first)
         self.sums, self.since, self.clock = {}, self.start, time.time()
 
     def step(self, step):
@@ -550,8 +548,8 @@ class Run:
         loss = (world.sum(self.sums.pop("loss")) / steps / world.size).item()
         norm = (self.sums.pop("grad_norm") / steps).item()
         if not math.isfinite(loss + norm):
-            world.say(f"the loss is {loss}, its gradient's norm {norm} at step {done}; the last good "
-                      f"checkpoint is kept in {self.state}; try a smaller --lr")
+            world.say(f"the loss is {loss}, its gradient's norm {norm} at step {done}; the last "
+                      f"good checkpoint is kept in {self.state}; try a smaller --lr")
             sys.exit(1)
         sums = {name: world.sum(value) for name, value in self.sums.items()}
         rate = steps * self.c.batch / (time.time() - self.clock)
@@ -566,7 +564,7 @@ class Run:
     def validate(self, done):
         """Score, draw and export the averaged weights."""
         if self.world.first:
-            with self.average.applied(), autocast(self.world.device):
+            with self.average.applied():
                 values = self.stage.validate(done, self.folder)
                 export(self.model, self.c.stage, self.folder)
             self.log.add(done, **values)
@@ -577,6 +575,7 @@ class Run:
         self.clock = time.time()
 
     def save(self, done):
+        """Write the state from which --resume goes on."""
         if self.world.first:
             save_state(self.state, done, self.named, self.average, self.optimizer)
         self.world.wait()
@@ -621,11 +620,6 @@ def interruption():
         yield pressed
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def autocast(device):
-    """bf16 on a GPU, fp32 elsewhere. MoS App. A."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def export(model, stage, folder):
@@ -689,10 +683,14 @@ def build(c, overrides, dataset):
     torch.manual_seed(c.seed)
     values = {**PRESETS[c.preset], **overrides}
     if c.stage != "image":
-        model = MoS(MoSConfig(**values), vocabulary(dataset))
-        return model
-    frozen = asdict(read_config(c.init))  # the frozen parts are as they were trained
-    values |= {k: v for k, v in frozen.items() if k.startswith(("vae_", "und_"))}
+        return MoS(MoSConfig(**values), build_tokenizer(dataset))
+    frozen = {name: value for name, value in asdict(read_config(c.init)).items()
+              if name.startswith(("vae_", "und_"))}  # these parts are as they were trained
+    for name in frozen.keys() & overrides.keys():
+        if overrides[name] != frozen[name]:
+            raise ValueError(f"{name} is {frozen[name]} in {c.init} and cannot become "
+                             f"{overrides[name]} in stage image")
+    values |= frozen
     model = MoS(MoSConfig(**values), read_vocabulary(c.init))
     for part in ("vae", "understanding"):
         model.load_part(c.init, part)
@@ -706,7 +704,7 @@ def train_stage(c, overrides, world):
     if any(path.is_file() for path in made) and not c.resume:
         raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
                          "or choose another --out")
-    size = MoSConfig(**overrides).size
+    size = MoSConfig(**{**PRESETS[c.preset], **overrides}).size
     dataset = (Shapes(size, c.seed, tasks=c.tasks, grid=c.grid) if c.data == "shapes"
                else Folder(c.data, size))
     if getattr(dataset, "broken", 0):

@@ -166,7 +166,9 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] to normalised latents (B, C, H/16, W/16) and back.
 
-    width, decoder_width: channels of the first encoder and the last decoder stage.
+    width, decoder_width: channels of the first encoder and the last decoder stage, multipliers: of
+    the width, for each stage; temporal: which stages also halve time in the video model; blocks:
+    residual blocks of a stage (the decoder has one more).
     The defaults are those of Wan 2.2 TI2V-5B.
     """
 
@@ -194,7 +196,7 @@ class VAE(nn.Module):
         return self.quant_conv(self.encoder(x)).chunk(2, 1)               # (B, C, H/16, W/16) each
 
     def encode(self, x):
-        """The normalised latent z0 = E(x) of MoS sec. 3.1: the posterior's mean.
+        """The latent z0 = E(x) of MoS sec. 3.1, the posterior's normalised mean: (B, C, h, w).
 
         Raises ValueError where values leave [-1, 1].
         """
@@ -208,14 +210,15 @@ class VAE(nn.Module):
         return self.reconstruct(z * self.latents_std + self.latents_mean).clamp(-1, 1)
 
     def reconstruct(self, z):
-        """The decoder without normalisation and clamping, as training needs it."""
+        """The decoder without normalisation and clamping: (B, C, h, w) to (B, 3, 16h, 16w)."""
         x = self.decoder(self.post_quant_conv(z))                         # (B, 12, H/2, W/2)
         return F.pixel_shuffle(x.mT, 2).mT                                # (B, 3, H, W)
 
     def loss(self, x, noise, kl_weight):
         """Reconstruction and KL terms (Kingma & Welling), each a mean over its elements.
 
-        x: (B, 3, H, W), noise: standard normal (B, C, H/16, W/16).
+        NOTE (ours): L1, and no perceptual or adversarial term. x: (B, 3, H, W), noise: standard
+        normal (B, C, H/16, W/16).
         Returns the loss and {"psnr": decibel, "kl": nats per latent value}.
         """
         mean, log_variance = self.posterior(x)
