@@ -65,6 +65,7 @@ def train_arm(c, overrides, bias, rescaled, data, world):
 
 
 def main():
+    """The command."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("table", choices=("scale-trap",), help="which ablation")
     parser.add_argument("--init", default=str(Path(__file__).parent / "weights"),

@@ -47,8 +47,8 @@ def score_tasks(model, prompts=None, pictures=4, seed=0, batch=64, held=(False, 
     """The six-task score: {"task": {"seen": [passed, drawn, prompts], "held-out": ...}}.
 
     prompts: number for each task and split, GenEval's own counts if None; pictures: for each
-    prompt; batch: drawn at once; held: which splits, False is seen and True held out; settings: as for
-    `MoS.generate`. A picture passes if the judge finds exactly what the prompt asks for.
+    prompt; batch: drawn at once; held: which splits, False is seen and True held out; settings:
+    as for `MoS.generate`. A picture passes if the judge finds exactly what the prompt asks for.
     "single object" has nothing to hold out.
     """
     table = {}
@@ -143,6 +143,7 @@ def score_understanding(model, number, split="val", seed=0, batch=100):
 
 
 def main():
+    """The command."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", nargs="?", default=str(Path(__file__).parent / "weights"),
                         help="folder of a trained model")

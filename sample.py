@@ -58,6 +58,7 @@ def progress(steps):
 
 
 def main():
+    """The command."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("--prompt", nargs="+", required=True, help="one text or several")
     parser.add_argument("--negative", default="", help="what guidance moves away from")

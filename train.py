@@ -731,6 +731,7 @@ def parse(arguments=None):
 
 
 def main():
+    """The command."""
     c, overrides = parse()
     world = World.join()
     torch.set_float32_matmul_precision("high")

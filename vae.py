@@ -24,6 +24,8 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
+    """Twice norm, SiLU and 3x3 convolution, beside a shortcut: (B, C, H, W) to (B, C', H, W)."""
+
     def __init__(self, cin, cout):
         super().__init__()
         self.norm1, self.conv1 = ChannelNorm(cin), nn.Conv2d(cin, cout, 3, padding=1)
@@ -51,6 +53,8 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Residual block, attention, residual block."""
+
     def __init__(self, channels):
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(channels, channels) for _ in range(2))
@@ -92,6 +96,8 @@ def duplicate_up(x, cout, space, time):
 
 
 class DownBlock(nn.Module):
+    """An encoder stage: residual blocks, halving, and a parameter-free shortcut around both."""
+
     def __init__(self, cin, cout, blocks, down, time):
         super().__init__()
         self.shortcut = dict(cout=cout, space=2 if down else 1, time=2 if time else 1)
@@ -107,6 +113,8 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+    """A decoder stage: residual blocks, doubling, and a parameter-free shortcut around both."""
+
     def __init__(self, cin, cout, blocks, up, time):
         super().__init__()
         self.shortcut = dict(cout=cout, space=2, time=2 if time else 1)
@@ -124,6 +132,8 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Patches (B, 12, H/2, W/2) to moments (B, channels, H/16, W/16)."""
+
     def __init__(self, width, multipliers, temporal, blocks, channels):
         super().__init__()
         widths = [width] + [width * m for m in multipliers]
@@ -144,6 +154,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (B, C, h, w) to patches (B, 12, 8h, 8w)."""
+
     def __init__(self, width, multipliers, temporal, blocks, channels):
         super().__init__()
         widths = [width * m for m in (multipliers[-1], *reversed(multipliers))]
