@@ -1,11 +1,15 @@
 """Shared by all tests: one thread, and a tiny model with a width of its own for every letter."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before the first import of Triton, which reads it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mos import MoS, MoSConfig
 from towers import Tokenizer
@@ -38,7 +42,7 @@ def model():
 
 def run_script(script, *arguments, timeout=120, **environment):
     """Run one of the commands in a process of its own, single-threaded."""
-    import os
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env.pop("TRITON_INTERPRET", None)  # for tests that call kernels themselves
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], env=env,
                           capture_output=True, text=True, timeout=timeout)

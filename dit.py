@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import RMSNorm, SwiGLU, apply_rope, rope_table
+from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
 
 
 def rope_axes(head_width):
@@ -19,7 +19,7 @@ def rope_axes(head_width):
 
 
 class Block(nn.Module):
-    """Pre-norm joint attention over [context; registers; visual tokens], then SwiGLU.
+    """Pre-norm joint attention over [registers; visual tokens; context], then SwiGLU.
 
     Both modalities share the projections; the norms are per modality (MoS App. A). The context's
     output is thrown away, because the next block gets its own mixture: a context token therefore
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, kv_heads, hidden):
         super().__init__()
-        self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
+        self.heads, self.head_width = heads, width // heads
         self.norm1, self.norm_context, self.norm2 = RMSNorm(width), RMSNorm(width), RMSNorm(width)
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias=False)
         self.q_norm, self.k_norm = RMSNorm(self.head_width), RMSNorm(self.head_width)
@@ -36,21 +36,19 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.ffn = SwiGLU(width, hidden)
 
-    def forward(self, x, context, rope, mask):
-        """x: (B, R+T, Dg), context: (B, S, Dg), mask: (B, 1, 1, S+R+T). Returns x's successor."""
-        split = [self.heads, self.kv_heads, self.kv_heads]
+    def forward(self, x, context, rope, mask=None, runs=None):
+        """x: (B, R+T, Dg), context: (B, S, Dg), mask and runs: as in `kernels.attention`, for
+        R+T+S keys. Returns x's successor.
+        """
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))     # (B, R+T, H+2Hk, Dh)
-        q, k, v = (a.transpose(1, 2) for a in qkv.split(split, 2))      # (B, H or Hk, R+T, Dh) each
         kv_rows = self.qkv.weight[self.heads * self.head_width:]               # (2*Hk*Dh, Dg)
         kv = F.linear(self.norm_context(context), kv_rows)                     # (B, S, 2*Hk*Dh)
-        kv = kv.unflatten(-1, (2, self.kv_heads, self.head_width))             # (B, S, 2, Hk, Dh)
-        kc, vc = kv.permute(2, 0, 3, 1, 4)                                     # (B, Hk, S, Dh) each
-        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
-        k = torch.cat((self.k_norm_context(kc), k), 2)                         # (B, Hk, S+R+T, Dh)
-        v = torch.cat((vc, v), 2)                                              # (B, Hk, S+R+T, Dh)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        x = x + self.out(a.transpose(1, 2).flatten(2))                         # (B, R+T, Dg)
-        return x + self.ffn(self.norm2(x))
+        kv = kv.unflatten(-1, (-1, self.head_width))                           # (B, S, 2*Hk, Dh)
+        norms = (self.q_norm.weight, self.k_norm.weight, self.k_norm_context.weight)
+        q, k, v = queries_keys(qkv, rope, self.heads, norms, kv)  # k and v: (B, R+T+S, Hk, Dh)
+        a = attention(q, k, v, mask, runs)                                     # (B, R+T, Dg)
+        x, y = self.norm2(self.out(a), x)                                      # (B, R+T, Dg) each
+        return x + self.ffn(y)
 
 
 class Generation(nn.Module):

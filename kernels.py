@@ -1,23 +1,185 @@
-"""The operations that both towers and the router are made of, in plain PyTorch.
+"""The operations that towers and router share: each as a PyTorch twin, then as a Triton kernel.
 
-These are the places where a transformer spends its memory traffic. Each is one function of plain
-tensors, so that a fused kernel can take its place and be tested against it.
+These are the places where a transformer spends its memory traffic. The twin defines the result and
+runs wherever Triton has no GPU; on such a GPU the kernels below it take its place, unless the
+environment variable MOS_PLAIN=1 asks for the twins.
+
+A kernel's floor is the bytes it must move over the bandwidth of the memory (`bench.py` prints the
+fraction), so each reads its inputs once, keeps the rest in registers and writes its outputs once.
+Backward passes rebuild what they need from the inputs of the forward pass. Where many programs add
+to one sum, each writes a row of partial sums and no atomics are used: same input, same bits.
 """
+
+import os
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform: the twins do all the work
+    triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=None)
+
+PLAIN = os.environ.get("MOS_PLAIN", "0") == "1" or not hasattr(tl, "load")
 
 
-def rms_norm(x, weight, eps=1e-6):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32 (Zhang & Sennrich).
+def fused(x):
+    """Whether the Triton kernels take this tensor."""
+    return x.is_cuda and not PLAIN
 
-    x: (..., D) of any float type, weight: (D,). Returns x's shape and type.
+
+def operator(fake):
+    """Make a function the operator `mos::name`, which compilers and CUDA graphs take as a whole.
+
+    fake: the same signature; returns outputs of the right shape and type, uncomputed.
     """
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight.float()).type_as(x)
+    def wrap(function):
+        op = torch.library.custom_op(f"mos::{function.__name__}", function, mutates_args=())
+        op.register_fake(fake)
+        return op
+    return wrap
 
+
+def cdiv(a, b):
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n):
+    """The next power of two, and at least 16: the lengths that a tile can have."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+# ------------------------------------------------------------------------------------------------
+# RMSNorm, alone or with the residual addition before it
+
+def rms_norm_twin(x, weight, residual=None, eps=1e-6):
+    """s = x + residual, y = s / sqrt(mean(s^2) + eps) * weight, in fp32 (Zhang & Sennrich).
+
+    x, residual: (..., D) of any float type, weight: (D,). Returns y, or s and y where there is a
+    residual, in x's shape and type.
+    """
+    s = x if residual is None else x + residual
+    wide = s.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = (wide * scale * weight.float()).type_as(x)
+    return y if residual is None else (s, y)
+
+
+@triton.jit
+def rms_norm_kernel(x_ptr, r_ptr, w_ptr, s_ptr, y_ptr, rows, D, eps: tl.constexpr,
+                    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None]
+    inside, at = (row < rows) & (col < D), row * D + col
+    s = tl.load(x_ptr + at, inside, 0)
+    if ADD:  # rounded to the type that is stored, so that the backward pass sees the same s
+        s = (s.to(tl.float32) + tl.load(r_ptr + at, inside, 0).to(tl.float32)).to(s.dtype)
+        tl.store(s_ptr + at, s, inside)
+    s = s.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(s * s, 1, keep_dims=True) / D + eps)
+    w = tl.load(w_ptr + col, col < D, 0).to(tl.float32)
+    tl.store(y_ptr + at, (s * scale * w).to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def rms_norm_backward_kernel(s_ptr, w_ptr, ds_ptr, dy_ptr, dx_ptr, dw_ptr, rows, D,
+                             eps: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+                             BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    # With n = s * scale, g = dy * w:  dx = scale * (g - n * mean(g * n)) + ds,  dw = sum(dy * n).
+    # A few programs for each multiprocessor stride over all rows: dw stays in registers, and the
+    # next rows are on their way (STAGES) while these are reduced.
+    col = tl.arange(0, BLOCK)[None]
+    w = tl.load(w_ptr + col, col < D, 0).to(tl.float32)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = (i * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside, at = (row < rows) & (col < D), row * D + col
+        s = tl.load(s_ptr + at, inside, 0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, inside, 0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(s * s, 1, keep_dims=True) / D + eps)
+        g, n = dy * w, s * scale
+        dx = scale * (g - n * (scale * tl.sum(g * s, 1, keep_dims=True) / D))
+        if ADD:
+            dx += tl.load(ds_ptr + at, inside, 0).to(tl.float32)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)
+        dw += dy * n
+    tl.store(dw_ptr + tl.program_id(0) * D + col, tl.sum(dw, 0, keep_dims=True), col < D)
+
+
+def norm_shape(x):
+    """Rows and width of x, and the tile for them: whole rows, about 4096 values."""
+    block = power_of_two(x.shape[-1])
+    return x.numel() // x.shape[-1], x.shape[-1], dict(BLOCK=block, ROWS=max(1, 4096 // block))
+
+
+@operator(lambda x, weight, residual, eps: (
+    x.new_empty(0) if residual is None else torch.empty_like(x), torch.empty_like(x)))
+def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
+                     eps: float) -> tuple[Tensor, Tensor]:
+    rows, D, tile = norm_shape(x)
+    s, y = x.new_empty(0) if residual is None else torch.empty_like(x), torch.empty_like(x)
+    rms_norm_kernel[(cdiv(rows, tile["ROWS"]),)](
+        x, residual, weight, s, y, rows, D, eps, ADD=residual is not None, **tile, num_warps=8)
+    return s, y
+
+
+@operator(lambda s, weight, ds, dy, eps: (torch.empty_like(s), torch.empty_like(weight)))
+def rms_norm_backward(s: Tensor, weight: Tensor, ds: Tensor | None, dy: Tensor,
+                      eps: float) -> tuple[Tensor, Tensor]:
+    rows, D, tile = norm_shape(s)
+    cores = torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 1
+    programs = min(cdiv(rows, tile["ROWS"]), 2 * cores)
+    dx, dw = torch.empty_like(s), s.new_empty(programs, D, dtype=torch.float32)
+    rms_norm_backward_kernel[(programs,)](
+        s, weight, ds, dy, dx, dw, rows, D, eps, ADD=ds is not None, **tile, STAGES=3, num_warps=8)
+    return dx, dw.sum(0).to(weight.dtype)
+
+
+class FusedNorm(Function):
+    """`rms_norm_twin`, one pass forward and one backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, residual, eps):
+        x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
+        s, y = rms_norm_forward(x, weight, residual, eps)
+        ctx.save_for_backward(x if residual is None else s, weight)
+        ctx.eps = eps
+        return y if residual is None else (s, y)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        s, weight = ctx.saved_tensors
+        *ds, dy = (d.contiguous() for d in gradients)
+        dx, dw = rms_norm_backward(s, weight, *ds or [None], dy, ctx.eps)
+        return dx, dw, dx if ds else None, None
+
+
+def rms_norm(x, weight, residual=None, eps=1e-6):
+    """`rms_norm_twin` by the path that suits x."""
+    return (FusedNorm.apply if fused(x) else rms_norm_twin)(x, weight, residual, eps)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its learned weight, over the last axis of width D."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x, residual=None):
+        return rms_norm(x, self.weight, residual, self.eps)
+
+
+# ------------------------------------------------------------------------------------------------
+# From the packed projection to queries and keys: a norm for each head, then the rotary embedding
 
 def rope_table(positions, axes, theta=1e4):
     """Angles of an axial rotary embedding (Su et al.): each axis rotates its share of a head.
@@ -34,36 +196,332 @@ def rope_table(positions, axes, theta=1e4):
 
 
 def apply_rope(x, rope):
-    """Rotate the channel pairs (i, i + Dh/2) of x: (B, H, L, Dh) by the table's angles, in fp32."""
-    cos, sin = rope
-    a, b = x.float().chunk(2, -1)                                            # (B, H, L, Dh/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)       # (B, H, L, Dh)
+    """Rotate the channel pairs (i, i + Dh/2) of x: (B, L, H, Dh) by the table's angles, in fp32."""
+    cos, sin = (a[:, None] for a in rope)                                    # (L, 1, Dh/2) each
+    a, b = x.float().chunk(2, -1)                                            # (B, L, H, Dh/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)       # (B, L, H, Dh)
 
 
-def mix_states(states, index, weight):
-    """The weighted sum of each token's chosen states. MoS eq. (4), for one generation block.
+def queries_keys_twin(qkv, rope, heads, weights=(None, None), context=None, eps=1e-6):
+    """Queries, keys and values of a packed projection, normalised by head and rotated.
 
-    states: (B, S, M, D), index and weight: (B, S, K). Returns (B, S, D) in the states' type.
+    qkv: (B, L, H+2Hk, Dh), H queries, Hk keys, Hk values; rope: `rope_table` of L positions.
+    weights: of the norms of q and k, and of the context's k, each (Dh,) or None.
+    context: (B, S, 2Hk, Dh), keys and values of tokens that are not rotated and come last.
+    Returns q (B, L, H, Dh), k and v (B, L+S, Hk, Dh) in qkv's type.
     """
-    rows = index[..., None].expand(-1, -1, -1, states.shape[-1])                  # (B, S, K, D)
-    chosen = states.gather(2, rows)                                               # (B, S, K, D)
-    return (chosen.float() * weight[..., None].float()).sum(2).type_as(states)    # (B, S, D)
+    H, Hk = heads, (qkv.shape[2] - heads) // 2
+    q, k, v = qkv.split([H, Hk, Hk], 2)                                 # (B, L, H or Hk, Dh) each
+    q, k = (a if w is None else rms_norm_twin(a, w, None, eps) for a, w in zip((q, k), weights))
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
+    if context is not None:
+        kc, vc = context.chunk(2, 2)                                         # (B, S, Hk, Dh) each
+        kc = kc if weights[2] is None else rms_norm_twin(kc, weights[2], None, eps)
+        k, v = torch.cat((k, kc), 1), torch.cat((v, vc), 1)                  # (B, L+S, Hk, Dh) each
+    return q, k, v
 
 
-class RMSNorm(nn.Module):
-    """`rms_norm` with its learned weight, over the last axis of width D."""
+@triton.jit
+def head_tile(tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP: tl.constexpr, ROWS: tl.constexpr,
+              BLOCK: tl.constexpr):
+    # A tile is the first half of GROUP heads of ROWS tokens; the second half lies HALF further on.
+    # Axis 1 of the grid: groups of query heads, then of key heads, then of value heads (kind 0, 1,
+    # 2). A sample's token l has its key and its value in row OFFSET + l of KEYS.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    col = tl.arange(0, BLOCK)[None, None]
+    group, q_groups, k_groups = tl.program_id(1), tl.cdiv(H, GROUP), tl.cdiv(Hk, GROUP)
+    kind = (group >= q_groups).to(tl.int32) + (group >= q_groups + k_groups).to(tl.int32)
+    heads, out_row, before, first = H, row, 0, group
+    if kind > 0:
+        heads, out_row = Hk, row // L * KEYS + OFFSET + row % L
+        before, first = H + (kind - 1) * Hk, (group - q_groups) % k_groups
+    head = first * GROUP + tl.arange(0, GROUP)[None, :, None]
+    inside = (row < tokens) & (head < heads) & (col < HALF)
+    packed = (row * (H + 2 * Hk) + before + head) * 2 * HALF + col
+    return kind, row % L * HALF + col, inside, packed, (out_row * heads + head) * 2 * HALF + col
 
-    def __init__(self, width, eps=1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
 
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+@triton.jit
+def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
+                        tokens, L, KEYS, OFFSET, H, Hk, HALF, eps: tl.constexpr,
+                        NORM: tl.constexpr, ROTATE: tl.constexpr, GROUP: tl.constexpr,
+                        ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    kind, angle, inside, packed, at = head_tile(tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP, ROWS,
+                                                BLOCK)
+    w_ptr, out_ptr = qw_ptr, q_ptr
+    if kind > 0:
+        w_ptr, out_ptr = kw_ptr, k_ptr
+    if kind > 1:
+        out_ptr = v_ptr
+    a = tl.load(x_ptr + packed, inside, 0).to(tl.float32)
+    b = tl.load(x_ptr + packed + HALF, inside, 0).to(tl.float32)
+    if kind < 2:
+        if NORM:
+            col = tl.arange(0, BLOCK)[None, None]
+            square = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
+            scale = tl.rsqrt(square / (2 * HALF) + eps)
+            # The twin rounds between norm and rotation; here both happen in fp32.
+            a *= scale * tl.load(w_ptr + col, col < HALF, 0).to(tl.float32)
+            b *= scale * tl.load(w_ptr + HALF + col, col < HALF, 0).to(tl.float32)
+        if ROTATE:
+            real = (angle >= 0) & (tl.arange(0, BLOCK)[None, None] < HALF)
+            cos, sin = tl.load(cos_ptr + angle, real, 0), tl.load(sin_ptr + angle, real, 0)
+            a, b = a * cos - b * sin, b * cos + a * sin
+    tl.store(out_ptr + at, a.to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + at + HALF, b.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dv_ptr,
+                                 dx_ptr, dw_ptr, tokens, L, KEYS, OFFSET, H, Hk, HALF,
+                                 eps: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
+                                 GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # Turn back, then through the norm; values pass. The gradient is written in the packed shape.
+    kind, angle, inside, packed, at = head_tile(tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP, ROWS,
+                                                BLOCK)
+    w_ptr, d_ptr = qw_ptr, dq_ptr
+    if kind > 0:
+        w_ptr, d_ptr = kw_ptr, dk_ptr
+    if kind > 1:
+        d_ptr = dv_ptr
+    d1 = tl.load(d_ptr + at, inside, 0).to(tl.float32)
+    d2 = tl.load(d_ptr + at + HALF, inside, 0).to(tl.float32)
+    if kind < 2:
+        col = tl.arange(0, BLOCK)[None, None]
+        if ROTATE:
+            real = (angle >= 0) & (col < HALF)
+            cos, sin = tl.load(cos_ptr + angle, real, 0), tl.load(sin_ptr + angle, real, 0)
+            d1, d2 = d1 * cos + d2 * sin, d2 * cos - d1 * sin
+        if NORM:
+            a = tl.load(x_ptr + packed, inside, 0).to(tl.float32)
+            b = tl.load(x_ptr + packed + HALF, inside, 0).to(tl.float32)
+            square = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
+            scale = tl.rsqrt(square / (2 * HALF) + eps)
+            a, b = a * scale, b * scale
+            groups = tl.cdiv(H, GROUP) + tl.cdiv(Hk, GROUP)
+            dw = dw_ptr + (tl.program_id(0) * groups + tl.program_id(1)) * 2 * HALF
+            col = tl.arange(0, BLOCK)
+            tl.store(dw + col, tl.sum(tl.sum(d1 * a, 0), 0), col < HALF)
+            tl.store(dw + HALF + col, tl.sum(tl.sum(d2 * b, 0), 0), col < HALF)
+            d1 *= tl.load(w_ptr + col, col < HALF, 0).to(tl.float32)[None, None]
+            d2 *= tl.load(w_ptr + HALF + col, col < HALF, 0).to(tl.float32)[None, None]
+            dot = tl.sum(d1 * a, 2, keep_dims=True) + tl.sum(d2 * b, 2, keep_dims=True)
+            d1 = scale * (d1 - a * (dot / (2 * HALF)))
+            d2 = scale * (d2 - b * (dot / (2 * HALF)))
+    tl.store(dx_ptr + packed, d1.to(dx_ptr.dtype.element_ty), inside)
+    tl.store(dx_ptr + packed + HALF, d2.to(dx_ptr.dtype.element_ty), inside)
+
+
+def head_grid(tokens, heads, kv_heads, Dh, values):
+    """Grid and tile for packed heads; values: whether those are moved, too."""
+    block = power_of_two(Dh // 2)
+    rows, group = max(1, 1024 // block), 4
+    groups = cdiv(heads, group) + cdiv(kv_heads, group) * (2 if values else 1)
+    return (cdiv(tokens, rows), groups), dict(GROUP=group, ROWS=rows, BLOCK=block)
+
+
+def empty_heads(qkv, heads, context):
+    """Uninitialised q, k, v of `queries_keys_twin`; v without a context is empty, nothing moves."""
+    B, L, total, Dh = qkv.shape
+    q, kv_heads = qkv.new_empty(B, L, heads, Dh), (total - heads) // 2
+    if context is None:
+        return q, qkv.new_empty(B, L, kv_heads, Dh), qkv.new_empty(0)
+    k = qkv.new_empty(B, L + context.shape[1], kv_heads, Dh)
+    return q, k, torch.empty_like(k)
+
+
+@operator(lambda qkv, cos, sin, heads, q_weight, k_weight, context, context_weight, eps:
+          empty_heads(qkv, heads, context))
+def queries_keys_forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int,
+                         q_weight: Tensor | None, k_weight: Tensor | None,
+                         context: Tensor | None, context_weight: Tensor | None,
+                         eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = empty_heads(qkv, heads, context)
+    (B, L, H, Dh), (_, keys, Hk, _) = q.shape, k.shape
+    grid, tile = head_grid(B * L, H, Hk, Dh, context is not None)
+    queries_keys_kernel[grid](
+        qkv, q_weight, k_weight, cos, sin, q, k, v, B * L, L, keys, 0, H, Hk, Dh // 2, eps,
+        NORM=q_weight is not None, ROTATE=True, **tile, num_warps=8)
+    if context is not None:
+        S = keys - L
+        grid, tile = head_grid(B * S, 0, Hk, Dh, True)
+        queries_keys_kernel[grid](
+            context, context_weight, context_weight, cos, sin, q, k, v, B * S, S, keys, L, 0, Hk,
+            Dh // 2, eps, NORM=context_weight is not None, ROTATE=False, **tile, num_warps=8)
+    return q, k, v
+
+
+def _empty_gradients(qkv, q_weight, k_weight, context, context_weight):
+    return tuple(qkv.new_empty(0) if x is None else torch.empty_like(x)
+                 for x in (qkv, context, q_weight, k_weight, context_weight))
+
+
+@operator(lambda qkv, cos, sin, q_weight, k_weight, context, context_weight, dq, dk, dv, eps:
+          _empty_gradients(qkv, q_weight, k_weight, context, context_weight))
+def queries_keys_backward(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
+                          k_weight: Tensor | None, context: Tensor | None,
+                          context_weight: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+                          eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _empty_gradients(qkv, q_weight, k_weight, context, context_weight)
+    (B, L, H, Dh), (_, keys, Hk, _) = dq.shape, dk.shape
+
+    def launch(x, q_weight, k_weight, dx, L, offset, H, rotate):
+        grid, tile = head_grid(B * L, H, Hk, Dh, True)
+        q_groups, k_groups = cdiv(H, tile["GROUP"]), cdiv(Hk, tile["GROUP"])
+        dw = x.new_empty(grid[0], q_groups + k_groups, Dh, dtype=torch.float32)
+        queries_keys_backward_kernel[grid](
+            x, q_weight, k_weight, cos, sin, dq, dk, dv, dx, dw, B * L, L, keys, offset, H, Hk,
+            Dh // 2, eps, NORM=q_weight is not None, ROTATE=rotate, **tile, num_warps=8)
+        return dw[:, :q_groups].sum((0, 1)), dw[:, q_groups:].sum((0, 1))
+
+    dqw, dkw = launch(qkv, q_weight, k_weight, gradients[0], L, 0, H, True)
+    sums = [dqw, dkw, None]
+    if context is not None:
+        _, sums[2] = launch(context, context_weight, context_weight, gradients[1], keys - L, L, 0,
+                            False)
+    for weight, gradient, total in zip((q_weight, k_weight, context_weight), gradients[2:], sums):
+        if weight is not None:
+            gradient.copy_(total)
+    return gradients
+
+
+class FusedQueriesKeys(Function):
+    """`queries_keys_twin`, read in place from the packed projection."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, heads, q_weight, k_weight, context_weight, context, eps):
+        qkv, context = qkv.contiguous(), context if context is None else context.contiguous()
+        q, k, v = queries_keys_forward(qkv, cos, sin, heads, q_weight, k_weight, context,
+                                       context_weight, eps)
+        ctx.save_for_backward(qkv, cos, sin, q_weight, k_weight, context, context_weight)
+        ctx.eps = eps
+        return q, k, qkv[:, :, heads + k.shape[2]:] if context is None else v
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        qkv, cos, sin, *rest = ctx.saved_tensors
+        dqkv, dc, *dw = queries_keys_backward(qkv, cos, sin, *rest,
+                                              *(d.contiguous() for d in gradients), ctx.eps)
+        q_weight, _, context, context_weight = rest
+        dqw, dkw = dw[:2] if q_weight is not None else (None, None)
+        return (dqkv, None, None, None, dqw, dkw, None if context_weight is None else dw[2],
+                None if context is None else dc, None)
+
+
+def queries_keys(qkv, rope, heads, weights=(None, None, None), context=None, eps=1e-6):
+    """`queries_keys_twin` by the path that suits qkv."""
+    if fused(qkv):
+        return FusedQueriesKeys.apply(qkv, *rope, heads, *weights, context, eps)
+    return queries_keys_twin(qkv, rope, heads, weights, context, eps)
+
+
+# ------------------------------------------------------------------------------------------------
+# The feed-forward network
+
+def swiglu_twin(gate_up):
+    """silu(gate) * up (Shazeer). gate_up: (..., 2F), returns (..., F)."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def feed_forward_twin(x, gate_up, down):
+    """down(swiglu(gate_up(x))). x: (..., D), gate_up: (2F, D), down: (D, F). Returns (..., D)."""
+    return F.linear(swiglu_twin(F.linear(x, gate_up)), down)
+
+
+@triton.jit
+def swiglu_kernel(gu_ptr, h_ptr, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gu_ptr + row * 2 * width + col, col < width, 0).to(tl.float32)
+    up = tl.load(gu_ptr + row * 2 * width + width + col, col < width, 0).to(tl.float32)
+    h = gate * tl.sigmoid(gate) * up
+    tl.store(h_ptr + row * width + col, h.to(h_ptr.dtype.element_ty), col < width)
+
+
+@triton.jit
+def swiglu_backward_kernel(gu_ptr, dh_ptr, dgu_ptr, h_ptr, width, REBUILD: tl.constexpr,
+                           BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gu_ptr + row * 2 * width + col, col < width, 0).to(tl.float32)
+    up = tl.load(gu_ptr + row * 2 * width + width + col, col < width, 0).to(tl.float32)
+    dh = tl.load(dh_ptr + row * width + col, col < width, 0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    dgate, dup = dh * up * s * (1 + gate * (1 - s)), dh * gate * s
+    at = dgu_ptr + row * 2 * width + col
+    tl.store(at, dgate.to(dgu_ptr.dtype.element_ty), col < width)
+    tl.store(at + width, dup.to(dgu_ptr.dtype.element_ty), col < width)
+    if REBUILD:  # the activation was not kept; the gradient of `down` needs it
+        h = gate * s * up
+        tl.store(h_ptr + row * width + col, h.to(h_ptr.dtype.element_ty), col < width)
+
+
+def _half(gate_up):
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+@operator(_half)
+def swiglu_forward(gate_up: Tensor) -> Tensor:
+    h = _half(gate_up)
+    width = h.shape[-1]
+    swiglu_kernel[(h.numel() // width, cdiv(width, 1024))](gate_up, h, width, BLOCK=1024)
+    return h
+
+
+@operator(lambda gate_up, dh, rebuild: (
+    torch.empty_like(gate_up), _half(gate_up) if rebuild else gate_up.new_empty(0)))
+def swiglu_backward(gate_up: Tensor, dh: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
+    width = dh.shape[-1]
+    dgu, h = torch.empty_like(gate_up), _half(gate_up) if rebuild else gate_up.new_empty(0)
+    swiglu_backward_kernel[(dh.numel() // width, cdiv(width, 1024))](
+        gate_up, dh, dgu, h, width, REBUILD=rebuild, BLOCK=1024)
+    return dgu, h
+
+
+class FusedFeedForward(Function):
+    """`feed_forward_twin` that keeps 2F values a token for its backward pass, or none.
+
+    The products are the library's: a product with the activation fused into it is slower on an
+    H200 than the two apart (`LOG.md`).
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate_up, down, recompute):
+        hidden = x @ gate_up.mT                                                   # (B, S, 2F)
+        ctx.save_for_backward(x, gate_up, down, None if recompute else hidden)
+        return swiglu_forward(hidden) @ down.mT                                   # (B, S, D)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, gate_up, down, hidden = ctx.saved_tensors
+        hidden = x @ gate_up.mT if hidden is None else hidden                     # (B, S, 2F)
+        dhidden, h = swiglu_backward(hidden, dy @ down, True)               # (B, S, 2F), (B, S, F)
+        dx = dhidden @ gate_up                                                    # (B, S, D)
+        dhidden, h, dy, x = (a.flatten(0, -2) for a in (dhidden, h, dy, x))
+        return dx, dhidden.mT @ x, dy.mT @ h, None
+
+
+def feed_forward(x, gate_up, down, recompute=False):
+    """`feed_forward_twin` by the path that suits x; recompute: rebuild everything in backward."""
+    if fused(x):
+        return FusedFeedForward.apply(x.contiguous(), gate_up, down, recompute)
+    if recompute:
+        return checkpoint(feed_forward_twin, x, gate_up, down, use_reentrant=False)
+    return feed_forward_twin(x, gate_up, down)
+
+
+def cast(*tensors):
+    """The tensors as autocast hands them to a matrix product."""
+    kind = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward network down(silu(gate(x)) * up(x)) (Shazeer), without biases."""
+    """`feed_forward` with its learned weights, without biases."""
+
+    recompute = False  # keep nothing for the backward pass, at the price of one more product
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -71,5 +529,170 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return feed_forward(*cast(x, self.gate_up.weight, self.down.weight), self.recompute)
+
+
+# ------------------------------------------------------------------------------------------------
+# Mixing the chosen states
+
+def mix_states_twin(states, index, weight, bias=None):
+    """The weighted sum of each token's chosen states. MoS eq. (4), for one generation block.
+
+    states: (B, S, M, D), index and weight: (B, S, K), bias: (D,) to be added.
+    Returns (B, S, D) in the states' type.
+    """
+    rows = index[..., None].expand(-1, -1, -1, states.shape[-1])                  # (B, S, K, D)
+    chosen = states.gather(2, rows)                                               # (B, S, K, D)
+    mixture = (chosen.float() * weight[..., None].float()).sum(2)                 # (B, S, D)
+    return (mixture if bias is None else mixture + bias.float()).type_as(states)
+
+
+@triton.jit
+def mix_kernel(states_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, M, D, i_token, i_k, w_token,
+               w_k, K: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mixture = tl.zeros((BLOCK,), tl.float32)
+    if BIAS:
+        mixture += tl.load(bias_ptr + col, col < D, 0).to(tl.float32)
+    for k in tl.static_range(K):
+        layer = tl.load(index_ptr + token * i_token + k * i_k)
+        weight = tl.load(weight_ptr + token * w_token + k * w_k).to(tl.float32)
+        state = tl.load(states_ptr + (token * M + layer) * D + col, col < D, 0)
+        mixture += weight * state.to(tl.float32)
+    tl.store(out_ptr + token * D + col, mixture.to(out_ptr.dtype.element_ty), col < D)
+
+
+@triton.jit
+def mix_backward_kernel(states_ptr, index_ptr, d_ptr, dw_ptr, M, D, i_token, i_k,
+                        K: tl.constexpr, BLOCK: tl.constexpr):
+    # The gradient of a weight is the dot product of its state with the mixture's gradient.
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    d = tl.load(d_ptr + token * D + col, col < D, 0).to(tl.float32)
+    for k in tl.static_range(K):
+        layer = tl.load(index_ptr + token * i_token + k * i_k)
+        state = tl.load(states_ptr + (token * M + layer) * D + col, col < D, 0)
+        tl.store(dw_ptr + token * K + k, tl.sum(d * state.to(tl.float32), 0))
+
+
+def token_strides(x):
+    """Strides from token to token and from choice to choice of (B, S, K)."""
+    return x.stride(1), x.stride(2)
+
+
+def _mixture(states, *_):
+    return states.new_empty(*states.shape[:2], states.shape[3])
+
+
+@operator(_mixture)
+def mix_forward(states: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out, (B, S, M, D) = _mixture(states), states.shape
+    block = min(2048, power_of_two(D))
+    mix_kernel[(B * S, cdiv(D, block))](
+        states, index, weight, bias, out, M, D, *token_strides(index), *token_strides(weight),
+        K=index.shape[2], BIAS=bias is not None, BLOCK=block)
+    return out
+
+
+@operator(lambda states, index, d: states.new_empty(index.shape, dtype=torch.float32))
+def mix_backward(states: Tensor, index: Tensor, d: Tensor) -> Tensor:
+    B, S, M, D = states.shape
+    dw = states.new_empty(index.shape, dtype=torch.float32)
+    mix_backward_kernel[(B * S,)](states, index, d, dw, M, D, *token_strides(index),
+                                  K=index.shape[2], BLOCK=power_of_two(D), num_warps=8)
+    return dw
+
+
+class FusedMixProject(Function):
+    """Mixing and Proj of MoS eq. (4) in one: autograd would keep the mixture of every block.
+
+    Kept are indices and weights; the backward pass mixes again. Gradients reach the weights and
+    Proj, never the states: the understanding tower is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, states, index, weight, proj, bias):
+        ctx.save_for_backward(states, index, weight, proj)
+        return F.linear(mix_forward(states, index, weight, None), proj, bias)     # (B, S, Dg)
+
+    @staticmethod
+    def backward(ctx, dy):
+        states, index, weight, proj = ctx.saved_tensors
+        mixture = mix_forward(states, index, weight, None).flatten(0, 1)          # (B*S, Du)
+        flat = dy.flatten(0, 1)                                                   # (B*S, Dg)
+        dweight = mix_backward(states, index, (dy @ proj).contiguous())           # (B, S, K)
+        return None, None, dweight.to(weight.dtype), flat.mT @ mixture, flat.sum(0)
+
+
+def mix_states(states, index, weight, bias=None):
+    """`mix_states_twin` by the path that suits the states; on the fused path without a gradient."""
+    if not fused(states):
+        return mix_states_twin(states, index, weight, bias)
+    if torch.is_grad_enabled() and any(a is not None and a.requires_grad
+                                       for a in (states, weight, bias)):
+        raise RuntimeError("mix_states() has no gradient on a GPU; training uses mix_project()")
+    return mix_forward(states.contiguous(), index, weight, bias)
+
+
+def mix_project(states, index, weight, proj, bias):
+    """Proj(mixture) of MoS eq. (4): (B, S, Dg). proj: (Dg, Du), bias: (Dg,)."""
+    states, proj, bias = cast(states, proj, bias)
+    if not fused(states):
+        return F.linear(mix_states_twin(states, index, weight), proj, bias)
+    if states.requires_grad:
+        raise RuntimeError("mix_project() gives the states no gradient: freeze the tower first")
+    return FusedMixProject.apply(states.contiguous(), index, weight, proj, bias)
+
+
+# ------------------------------------------------------------------------------------------------
+# Attention stays the library's
+
+def attention(q, k, v, mask=None, runs=None, causal=False):
+    """Softmax attention with grouped heads; q: (B, L, H, Dh), k, v: (B, L', Hk, Dh).
+
+    mask: (B, 1, 1, L') True at real keys. A mask rules out the fastest kernels, so where the real
+    keys are known to come first, give runs instead: pairs (samples, keys) of neighbouring samples
+    that have the same number of them. Returns (B, L, H*Dh).
+    """
+    q, k, v = (a.transpose(1, 2)
+               for a in (q, k, v))  # (B, H, L, Dh), (B, Hk, L', Dh), (B, Hk, L', Dh)
+    runs = runs or [(q.shape[0], k.shape[2])]
+    sizes = [samples for samples, _ in runs]
+    parts = [F.scaled_dot_product_attention(q, k[:, :, :keys], v[:, :, :keys], mask,
+                                            is_causal=causal, enable_gqa=True)
+             for q, k, v, (_, keys) in zip(q.split(sizes), k.split(sizes), v.split(sizes), runs)]
+    a = torch.cat(parts) if len(parts) > 1 else parts[0]                          # (B, H, L, Dh)
+    return a.transpose(1, 2).flatten(2)                                           # (B, L, H*Dh)
+
+
+def keys_behind(before, mask, runs):
+    """The `mask` and `runs` of attention for keys (B, S) that follow `before` others, all real."""
+    if runs:
+        return None, [(samples, before + keys) for samples, keys in runs]
+    return F.pad(mask, (before, 0), value=True)[:, None, None], None              # (B, 1, 1, L')
+
+
+def replayed(function, *inputs):
+    """The function of tensors, on a GPU as a CUDA graph for inputs of these shapes.
+
+    A graph launches all kernels of a call at once: the host no longer limits small models. Its
+    output is overwritten by the next call.
+    """
+    if not inputs[0].is_cuda:
+        return function
+    static, stream = [x.clone() for x in inputs], torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compile and allocate before anything is recorded
+        function(*static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function(*static)
+
+    def replay(*inputs):
+        for place, x in zip(static, inputs):
+            place.copy_(x)
+        graph.replay()
+        return output
+    return replay

@@ -13,6 +13,8 @@ Time: t = 0 is data, t = 1 is noise; z_t = (1 - t) z0 + t z1 and v = z1 - z0.
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from common import autocast, replacing, setting
 from dit import Generation
-from kernels import mix_states, rms_norm
+from kernels import keys_behind, mix_project, mix_states, replayed, rms_norm
 from router import INPUTS, Router, routing_weights, select
 from towers import Tokenizer, Understanding
 from vae import VAE
@@ -112,6 +114,7 @@ class Context(NamedTuple):
     states: torch.Tensor  # (B, S, M, Du), or (B, S, M, Dg) once projected
     mask: torch.Tensor    # (B, S) True at real tokens
     projected: bool = False
+    runs: list | None = None  # how many samples, how many real tokens: see `attention`
 
 
 class MoS(nn.Module):
@@ -157,9 +160,9 @@ class MoS(nn.Module):
 
     def mix(self, context, index, weight):
         """What one block sees of the context: Proj(S_j^c) of MoS eq. (4), (B, S, Dg)."""
-        mixture = mix_states(context.states, index, weight)          # (B, S, Du or Dg)  MoS eq. (4)
-        proj = self.generation.proj
-        return mixture + proj.bias.type_as(mixture) if context.projected else proj(mixture)
+        proj, mix = self.generation.proj, mix_states if context.projected else mix_project
+        own = (proj.bias,) if context.projected else (proj.weight, proj.bias)
+        return mix(context.states, index, weight, *own)               # (B, S, Dg)  MoS eq. (4)
 
     def forward(self, z, t, context, uniform=None):
         """The velocity (B, C, h, w) of latents z (B, C, h, w) at times t (B,).
@@ -170,15 +173,15 @@ class MoS(nn.Module):
         G = self.generation
         epsilon = 0.0 if uniform is None else self.config.epsilon
         x, places = G.patchify(z)                                     # (B, T, Dg), (T, 3)
-        logits = self.router(context.inputs, context.mask, x, places, t)  # (B, S, M, N)
+        logits = self.router(context.inputs, context.mask, x, places, t, context.runs)
         weights = routing_weights(logits)                             # (B, S, M, N)  MoS eq. (3)
         index, weight = select(weights, self.config.k, epsilon, uniform,
                                self.config.renormalize)               # (B, S, K, N) each
         x, rope = G.add_registers(x, places)                          # (B, R+T, Dg)
-        mask = F.pad(context.mask, (0, x.shape[1]), value=True)[:, None, None]  # (B, 1, 1, S+R+T)
+        keys = keys_behind(x.shape[1], context.mask, context.runs)
         for j, block in enumerate(G.blocks):
             c = self.mix(context, index[..., j], weight[..., j])      # (B, S, Dg)  MoS eq. (4)
-            x = block(x, c, rope, mask)                               # (B, R+T, Dg)
+            x = block(x, c, rope, *keys)                              # (B, R+T, Dg)
         return G.unpatchify(x, *z.shape[2:])                          # (B, C, h, w)
 
     # --- rectified flow --------------------------------------------------------------------------
@@ -227,18 +230,32 @@ class MoS(nn.Module):
         noise = [torch.randn(c.vae_channels, height // f, width // f,
                              generator=torch.Generator().manual_seed(s)) for s in seeds]
         z = torch.stack(noise).to(device)                             # (B, C, h, w)
-        sigmas = make_schedule(steps, schedule, c.shift)
+        sigmas = torch.tensor(make_schedule(steps, schedule, c.shift), device=device)
+        lengths = (tokens != Tokenizer.PAD).sum(1).tolist()
+        runs = [(len(list(same)), length) for length, same in groupby(lengths)]
         with autocast(device):
             context = self.project(self.understand(tokens.to(device)))
+            if len(runs) <= 2:  # one prompt and the empty one, say: attention needs no mask
+                context = context._replace(runs=runs)
+
+            step = replayed(partial(self.step, context, guidance, rescale), z, *sigmas[:2])
             for now, then in (progress or iter)(list(zip(sigmas, sigmas[1:]))):
-                zz = torch.cat((z, z)) if both else z                 # (2B, C, h, w)
-                v = self(zz, z.new_full(zz.shape[:1], now), context).float()
-                v = guide(*v.chunk(2), guidance, rescale) if both else v
-                z = z + (then - now) * v                              # Euler
+                z = step(z, now, then)                                # (B, C, h, w)
         with torch.autocast(device.type, enabled=False):              # the VAE runs in fp32
             pixels = (self.vae.decode(z) + 1) * 127.5                 # (B, 3, H, W)
         pixels = pixels.round().byte().permute(0, 2, 3, 1).cpu()      # (B, H, W, 3)
         return [Image.fromarray(p.numpy()) for p in pixels]
+
+    def step(self, context, guidance, rescale, z, now, then):
+        """One Euler step of latents z (B, C, h, w) from time `now` to `then`, both scalar tensors.
+
+        context: of B prompts, or of B prompts and B negative ones, where guidance is not 1.
+        """
+        both = guidance != 1
+        zz = torch.cat((z, z)) if both else z              # (2*B, C, h, w), or (B, C, h, w)
+        v = self(zz, now.expand(len(zz)), context).float()
+        v = guide(*v.chunk(2), guidance, rescale) if both else v      # (B, C, h, w)
+        return z + (then - now) * v
 
     # --- folders ---------------------------------------------------------------------------------
 
@@ -263,14 +280,18 @@ class MoS(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
-        """The model of a folder that `save_pretrained` wrote, in fp32, ready to sample.
+        """The model of a folder that `save_pretrained` wrote, ready to sample.
 
+        Its towers are stored in bf16; a GPU keeps them so, elsewhere everything becomes fp32.
         Raises FileNotFoundError or ValueError that names what is missing, broken or misshaped.
         """
         folder = Path(folder)
         model = cls(read_config(folder), read_vocabulary(folder))
         for part in cls.PARTS:
             model.load_part(folder, part)
+        if torch.device(device).type == "cuda":
+            for module in (model.understanding, model.router, model.generation):
+                module.bfloat16()
         return model.to(device).eval()
 
     def load_part(self, folder, part):

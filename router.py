@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import RMSNorm, SwiGLU, apply_rope, rope_table
+from kernels import RMSNorm, SwiGLU, attention, keys_behind, queries_keys, rope_table
 
 INPUTS = ("prompt", "latent", "time")
 
@@ -49,25 +49,25 @@ class RouterBlock(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.head_width = width // heads
+        self.heads, self.head_width = heads, width // heads
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_norm, self.k_norm = RMSNorm(self.head_width), RMSNorm(self.head_width)
         self.out = nn.Linear(width, width, bias=False)
         self.ffn = SwiGLU(width, 2 * width)
 
-    def forward(self, x, rope, mask):
-        """x: (B, L, Dr), mask: (B, 1, 1, L). Returns x's successor."""
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, -1, self.head_width))  # (B, L, 3, H, Dh)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, L, Dh) each
-        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # (B, H, L, Dh)
-        x = x + self.out(a.transpose(1, 2).flatten(2))                      # (B, L, Dr)
-        return x + self.ffn(self.norm2(x))
+    def forward(self, x, rope, mask=None, runs=None):
+        """x: (B, L, Dr), mask and runs: as in `kernels.attention`. Returns x's successor."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))  # (B, L, 3*H, Dh)
+        norms = (self.q_norm.weight, self.k_norm.weight, None)
+        q, k, v = queries_keys(qkv, rope, self.heads, norms)                # (B, L, H, Dh) each
+        a = attention(q, k, v, mask, runs)                                  # (B, L, Dr)
+        x, y = self.norm2(self.out(a), x)                                   # (B, L, Dr) each
+        return x + self.ffn(y)
 
 
 class Router(nn.Module):
-    """A two-block transformer over [time; context; latent] that reads W off the context tokens.
+    """A two-block transformer over [time; latent; context] that reads W off the context tokens.
 
     context_width: Du, latent_width: Dg, width: Dr, layers: M, blocks: N.
     inputs: which of prompt, latent and time it sees (the paper's Table 1).
@@ -109,18 +109,19 @@ class Router(nn.Module):
             for layer in (block.out, block.ffn.down):
                 nn.init.normal_(layer.weight, 0, 0.02 / (2 * depth) ** 0.5)
 
-    def forward(self, context, mask, latent, places, t):
+    def forward(self, context, mask, latent, places, t, runs=None):
         """Logits W in fp32: (B, S, M, N).
 
         context: U's input embeddings (B, S, Du), mask: (B, S) True at real tokens,
         latent: G's patchified tokens (B, T, Dg), places: their positions (T, 3), t: (B,).
+        runs: instead of the mask, as in `kernels.attention`, pairs (samples, real tokens).
         """
         B, S, _ = context.shape
         c = self.context_norm(self.context(context))                        # (B, S, Dr)
         # NOTE (ours): input embeddings carry no order, so context token s stands at (2 + s, 0, 0),
         # behind the picture (0, y, x) and a reference picture (1, y, x).
         order = F.pad(torch.arange(2, 2 + S, device=c.device)[:, None], (0, 2))  # (S, 3)
-        tokens, spots = [c], [order]
+        tokens, spots = [], []
         if "latent" in self.inputs:
             tokens.append(self.latent_norm(self.latent(latent)))            # (B, T, Dr)
             spots.append(places)
@@ -131,12 +132,13 @@ class Router(nn.Module):
         if self.cls is not None:
             extra.append(self.cls.expand(B, 1, -1).type_as(c))              # (B, 1, Dr)
         E = len(extra)
-        x = torch.cat(extra + tokens, 1)                                    # (B, L, Dr)
-        rope = rope_table(F.pad(torch.cat(spots), (0, 0, E, 0)), self.axes)  # extras: not rotated
-        keys = F.pad(F.pad(mask, (E, 0), value=True), (0, x.shape[1] - E - S), value=True)
+        x = torch.cat([*extra, *tokens, c], 1)                              # (B, L, Dr)
+        spots = torch.cat([*spots, order])                                  # (T+S, 3)
+        rope = rope_table(F.pad(spots, (0, 0, E, 0)), self.axes)            # the extras do not turn
+        keys = keys_behind(x.shape[1] - S, mask, runs)
         for block in self.blocks:
-            x = block(x, rope, keys[:, None, None])                         # (B, L, Dr)
-        readout = x[:, E:E + S] if self.cls is None else x[:, E - 1:E].expand(-1, S, -1)
+            x = block(x, rope, *keys)                                       # (B, L, Dr)
+        readout = x[:, -S:] if self.cls is None else x[:, E - 1:E].expand(-1, S, -1)
         head = self.logits
         with torch.autocast(x.device.type, enabled=False):
             w = F.linear(self.norm(readout).float(), head.weight.float(), head.bias.float())

@@ -221,22 +221,23 @@ def test_state_norm_pre_forgets_the_scale(norm):
 # --- C. the exact identities of spec.md ----------------------------------------------------------
 
 def test_a_context_without_queries_equals_a_full_block(model):
-    """Identity 1: the block of [context; x], all tokens treated alike, its context then dropped."""
+    """Identity 1: the block of [x; context], all tokens treated alike, its context then dropped."""
     axes, block = model.generation.axes, model.generation.blocks[1]
     B, S, L, H, D = 2, 4, 9, block.heads, block.head_width
     c, x, places = torch.randn(B, S, 64), torch.randn(B, L, 64), torch.randint(0, 9, (L, 3))
     mask = torch.rand(B, 1, 1, S + L) < 0.7
-    qkv = block.qkv(torch.cat((block.norm_context(c), block.norm1(x)), 1))
-    qkv = qkv.view(B, S + L, -1, D).transpose(1, 2)
-    q, k, v = qkv.split([H, block.kv_heads, block.kv_heads], 1)
-    k = torch.cat((block.k_norm_context(k[:, :, :S]), block.k_norm(k[:, :, S:])), 2)
-    rope = rope_table(F.pad(places, (0, 0, S, 0)), axes)  # position 0: the context is not rotated
+    qkv = block.qkv(torch.cat((block.norm1(x), block.norm_context(c)), 1)).view(B, L + S, -1, D)
+    kv_heads = (qkv.shape[2] - H) // 2
+    q, k, v = qkv.split([H, kv_heads, kv_heads], 2)
+    k = torch.cat((block.k_norm(k[:, :L]), block.k_norm_context(k[:, L:])), 1)
+    rope = rope_table(F.pad(places, (0, 0, 0, S)), axes)  # position 0: the context is not rotated
     q, k = apply_rope(block.q_norm(q), rope), apply_rope(k, rope)
-    k, v = (a.repeat_interleave(H // block.kv_heads, 1) for a in (k, v))
+    k, v = (a.repeat_interleave(H // kv_heads, 2) for a in (k, v))
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
     a = (q @ k.mT / D ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v
-    full = torch.cat((c, x), 1) + block.out(a.transpose(1, 2).flatten(2))
+    full = torch.cat((x, c), 1) + block.out(a.transpose(1, 2).flatten(2))
     full = full + block.ffn(block.norm2(full))
-    close(block(x, c, rope_table(places, axes), mask), full[:, S:], **TIGHT)
+    close(block(x, c, rope_table(places, axes), mask), full[:, :L], **TIGHT)
 
 
 def test_projecting_first_equals_mixing_first(model):

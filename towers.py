@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import RMSNorm, SwiGLU, apply_rope, rope_table
+from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
 
 
 class Tokenizer:
@@ -73,7 +73,7 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, width, heads, kv_heads, hidden):
         super().__init__()
-        self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
+        self.heads, self.head_width = heads, width // heads
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -81,14 +81,12 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x, rope):
         """x: (B, S, Du). Returns x's successor."""
-        split = [self.heads, self.kv_heads, self.kv_heads]
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))  # (B, S, H+2Hk, Dh)
-        q, k, v = (a.transpose(1, 2) for a in qkv.split(split, 2))        # (B, H or Hk, S, Dh) each
+        q, k, v = queries_keys(qkv, rope, self.heads)                       # k: (B, S, Hk, Dh)
         # Causality makes a mask needless: padding stands to the right of every real token.
-        a = F.scaled_dot_product_attention(apply_rope(q, rope), apply_rope(k, rope), v,
-                                           is_causal=True, enable_gqa=True)  # (B, H, S, Dh)
-        x = x + self.out(a.transpose(1, 2).flatten(2))                      # (B, S, Du)
-        return x + self.ffn(self.norm2(x))
+        a = attention(q, k, v, causal=True)                                 # (B, S, Du)
+        x, y = self.norm2(self.out(a), x)                                   # (B, S, Du) each
+        return x + self.ffn(y)
 
 
 class Understanding(nn.Module):

@@ -29,6 +29,7 @@ import evaluate
 import shapes
 from common import CommandLine, autocast, pick_device, replacing, run, setting, tqdm_or_none
 from data import Collate, Folder, Shapes, build_tokenizer, loader
+from kernels import fused
 from mos import PRESETS, MoS, MoSConfig, read_config, read_vocabulary, sample_t
 from towers import Tokenizer
 
@@ -633,9 +634,11 @@ def introduce(run):
     c, say, device = run.c, run.world.say, run.world.device
     trainable = sum(p.numel() for p in run.module.parameters())
     everything = sum(p.numel() for p in run.model.parameters())
+    first = next(run.module.parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     say(f"stage {c.stage} | revision {revision()} | torch {torch.__version__} | {name} x "
-        f"{run.world.size} | {'compiled' if c.compile else 'eager'} PyTorch kernels")
+        f"{run.world.size} | {'Triton kernels' if fused(first) else 'plain PyTorch'}, "
+        f"{'compiled' if c.compile else 'eager'}")
     say(f"model {json.dumps(asdict(run.model.config))}")
     say(f"training {json.dumps(asdict(c))}")
     say(f"parameters: {trainable:,} trainable, {everything - trainable:,} frozen | global batch "

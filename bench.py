@@ -1,0 +1,442 @@
+"""Speed: the kernels beside their rivals, measured in one run on one NVIDIA GPU.
+
+    python bench.py kernels    # norms, QK-norm + RoPE, SwiGLU, state mixing, feed-forward network
+
+Everything is bf16 on random data (zeros are faster than data). A time is device time: the sum over
+a call's kernels as the profiler sees them, the median of CALLS calls, which go through SETS sets of
+inputs in turn so that no cache serves them. All are timed so because compiled backward passes do
+not always survive capture in a CUDA graph. What a call costs the host is another column.
+
+"-": does not apply or is not installed; "failed": stderr says why, the run goes on; "?": the
+rival's results differ from ours by more than 2 %.
+
+Letters as in `mos.py`, and for the feed-forward network T tokens, D its width, F its hidden width.
+"""
+
+import gc
+import json
+import math
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch.autograd import DeviceType, grad
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from common import CommandLine, replacing, run
+from train import revision
+
+try:
+    from liger_kernel import ops as liger
+except ImportError:
+    liger = None
+
+DEVICE, DTYPE, EPS = "cuda", torch.bfloat16, 1e-6
+SETS, CALLS = 3, 10
+RIVALS = ("torch.compile", "eager", "Liger", "built-in")
+
+
+# ------------------------------------------------------------------------------------------------
+# The cases
+
+class Case(NamedTuple):
+    """An operation, its rivals, and what it costs at least."""
+    name: str
+    make: Callable  # () -> a fresh set of inputs; the backward pass is for those that require grad
+    twin: Callable  # inputs -> outputs in plain PyTorch: the rivals "eager" and "torch.compile"
+    rivals: dict    # {name: the same by other means}; Liger last: it writes into its gradients
+    passes: dict    # {pass: (values that must move, our operator,
+    #                         inputs and gradients of the twin's outputs -> its arguments)}
+
+
+def normal(*shape):
+    """Standard normal values."""
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
+
+
+def leaf(*shape):
+    """Standard normal values that require a gradient."""
+    return normal(*shape).requires_grad_()
+
+
+def liger_norm(x, w):
+    """Liger's RMSNorm, told to leave the gradient that it is given as it is, like all others."""
+    return liger.LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
+
+
+def norm_case(rows, width):
+    """RMSNorm: read x, write y; backward: read x and dy, write dx."""
+    n = rows * width
+    return Case(
+        f"RMSNorm {rows}x{width}",
+        make=lambda: (leaf(rows, width), leaf(width)),
+        twin=lambda x, w: kernels.rms_norm_twin(x, w, None, EPS),
+        rivals={"built-in": lambda x, w: nnf.rms_norm(x, w.shape, w, EPS), "Liger": liger_norm},
+        passes={
+            "forward": (2 * n, kernels.rms_norm_forward, lambda x, w, dy: (x, w, None, EPS)),
+            "backward": (3 * n, kernels.rms_norm_backward, lambda x, w, dy: (x, w, None, dy, EPS))})
+
+
+def add_norm_case(rows, width):
+    """s = x + r, then RMSNorm: read x, r, write s, y; backward: read s, ds, dy, write dx.
+
+    The gradient of r is that of x, the same tensor: only x requires it here.
+    """
+    def built_in(x, r, w):
+        s = x + r
+        return s, nnf.rms_norm(s, w.shape, w, EPS)
+
+    n = rows * width
+    return Case(
+        f"residual + RMSNorm {rows}x{width}",
+        make=lambda: (leaf(rows, width), normal(rows, width), leaf(width)),
+        twin=lambda x, r, w: kernels.rms_norm_twin(x, w, r, EPS),
+        rivals={"built-in": built_in, "Liger": lambda x, r, w:
+                liger.LigerFusedAddRMSNormFunction.apply(x, r, w, EPS)[::-1]},
+        passes={
+            "forward": (4 * n, kernels.rms_norm_forward, lambda x, r, w, ds, dy: (x, w, r, EPS)),
+            "backward": (4 * n, kernels.rms_norm_backward, lambda x, r, w, ds, dy:
+                         (x + r, w, ds, dy, EPS))})
+
+
+def queries_keys_case(which, B, L, H, Dh):
+    """QK-norm and RoPE out of a packed projection: H queries, H keys, H values of width Dh.
+
+    Read and write q, k; v stays. Backward: read q, k, dq, dk, dv, write the packed gradient.
+    """
+    def make():
+        positions = torch.arange(L, device=DEVICE)[:, None]
+        return (leaf(B, L, 3 * H, Dh), *kernels.rope_table(positions, (Dh,)), leaf(Dh), leaf(Dh))
+
+    def twin(qkv, cos, sin, wq, wk):
+        q, k, v = kernels.queries_keys_twin(qkv, (cos, sin), H, (wq, wk, None), None, EPS)
+        # Compiled apart from its network, a result that is a view of an input costs a copy going
+        # back. The clone, where the forward pass is not timed, spares torch.compile that.
+        return q, k, v.clone() if which == "backward" else v
+
+    def built_in(qkv, cos, sin, wq, wk):
+        q, k, v = qkv.split(H, 2)
+        q, k = nnf.rms_norm(q, wq.shape, wq, EPS), nnf.rms_norm(k, wk.shape, wk, EPS)
+        return kernels.apply_rope(q, (cos, sin)), kernels.apply_rope(k, (cos, sin)), v
+
+    def by_liger(qkv, cos, sin, wq, wk):
+        q, k, v = qkv.split(H, 2)  # the norms copy q and k, the rotation works in place
+        q, k = liger_norm(q, wq).transpose(1, 2), liger_norm(k, wk).transpose(1, 2)
+        q, k = liger.LigerRopeFunction.apply(q, k, cos, sin, None, 1, Dh)
+        return q.transpose(1, 2), k.transpose(1, 2), v
+
+    n = B * L * H * Dh
+    return Case(
+        f"QK-norm + RoPE {B}x{L}x{H}x{Dh}", make, twin,
+        rivals={"built-in": built_in, "Liger": by_liger},
+        passes={which: {
+            "forward": (4 * n, kernels.queries_keys_forward, lambda qkv, cos, sin, wq, wk, *_:
+                        (qkv, cos, sin, H, wq, wk, None, None, EPS)),
+            "backward": (8 * n, kernels.queries_keys_backward, lambda qkv, cos, sin, wq, wk, *d:
+                         (qkv, cos, sin, wq, wk, None, None, *d, EPS))}[which]})
+
+
+def liger_swiglu(gate_up):
+    """Liger's SwiGLU that reads gate and up out of one packed tensor."""
+    return liger.LigerFusedGateUpSiLUMulFunction.apply(gate_up)
+
+
+def swiglu_case(T, F):
+    """h = silu(gate) * up: read 2F, write F a token; backward: read 3F, write 2F, or 3F with h."""
+    n = T * F
+    return Case(
+        f"SwiGLU {T}x{F}",
+        make=lambda: (leaf(T, 2 * F),),
+        twin=kernels.swiglu_twin,
+        rivals={"Liger": liger_swiglu},
+        passes={
+            "forward": (3 * n, kernels.swiglu_forward, lambda gate_up, dh: (gate_up,)),
+            "backward": (5 * n, kernels.swiglu_backward, lambda gate_up, dh: (gate_up, dh, False)),
+            "back + h": (6 * n, kernels.swiglu_backward, lambda gate_up, dh: (gate_up, dh, True))})
+
+
+def mixing_case(B, S, M, K, Du):
+    """The mixture that one block sees, K of M states a token. MoS eq. (4).
+
+    Read K rows, write one; backward, to the weights alone: read K states and one gradient.
+    """
+    def make():
+        index = torch.rand(B, S, M, device=DEVICE).topk(K).indices
+        return normal(B, S, M, Du), index, torch.rand(B, S, K, device=DEVICE).requires_grad_()
+
+    def dense(states, index, weight):
+        zeros = states.new_zeros(states.shape[:3])
+        return torch.einsum("bsm,bsmd->bsd", zeros.scatter(2, index, weight.to(DTYPE)), states)
+
+    n = (K + 1) * B * S * Du
+    return Case(
+        f"mixing {K} of {M} states {B}x{S}x{Du}", make,
+        twin=kernels.mix_states_twin,
+        rivals={"built-in": dense},
+        passes={
+            "forward": (n, kernels.mix_forward, lambda x, index, weight, dy:
+                        (x, index, weight, None)),
+            "backward": (n, kernels.mix_backward, lambda x, index, weight, dy: (x, index, dy))})
+
+
+def network_case(T, D, F):
+    """A SwiGLU feed-forward network, 6 T D F FLOP, and twice as many backward: both in one pass."""
+    def apart(x, gate_up, down):
+        gate, up = gate_up.chunk(2)  # joining their gradients again is 0.2 % of the time
+        return nnf.linear(nnf.silu(nnf.linear(x, gate)) * nnf.linear(x, up), down)
+
+    return Case(
+        f"feed-forward network T={T} D={D} F={F}",
+        make=lambda: (leaf(T, D), *((normal(*size) * size[1] ** -0.5).requires_grad_()
+                                    for size in ((2 * F, D), (D, F)))),
+        twin=kernels.feed_forward_twin,
+        rivals={"ours": kernels.feed_forward,
+                "ours, recompute": partial(kernels.feed_forward, recompute=True),
+                "eager": apart,
+                "eager, checkpoint": partial(checkpoint, apart, use_reentrant=False),
+                "Liger": lambda x, gate_up, down:
+                    nnf.linear(liger_swiglu(nnf.linear(x, gate_up)), down)},
+        passes={"both": (18 * T * D * F, None, None)})
+
+
+CASES = (partial(norm_case, 36864, 2560), partial(norm_case, 98304, 3072),
+         partial(add_norm_case, 36864, 2560),
+         partial(queries_keys_case, "forward", B=8, L=4608, H=20, Dh=128),
+         partial(queries_keys_case, "backward", B=8, L=4608, H=20, Dh=128),
+         partial(swiglu_case, T=36864, F=8192),
+         partial(mixing_case, B=16, S=512, M=32, K=2, Du=4096),
+         partial(network_case, T=36864, D=3072, F=8192))
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+
+def device_time(prepare, calls=CALLS):
+    """Microseconds on the device of a call's kernels, the median of many calls.
+
+    prepare: i -> the i-th call, ready to run; what `prepare` itself does is not timed.
+    """
+    for i in range(SETS):  # compiles
+        prepare(i)()
+    ready = [prepare(i) for i in range(calls)]
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        for call in ready:
+            call()
+        torch.cuda.synchronize()
+    kernels_seen = sorted((e.time_range.start, e.time_range.elapsed_us()) for e in record.events()
+                          if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+                          and not e.name.endswith(" Sync"))  # waiting for the device, not work
+    if not kernels_seen:
+        raise RuntimeError("the profiler saw no kernels")
+    times, each = [t for _, t in kernels_seen], len(kernels_seen) // calls
+    if len(times) != each * calls:  # the calls differ in their kernels and cannot be told apart
+        return sum(times) / calls
+    return median(sum(times[i * each:(i + 1) * each]) for i in range(calls))
+
+
+def call_time(call, calls=50):
+    """Microseconds until a call is back on the host, its kernels still waiting or at work."""
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return median(times) * 1e6
+
+
+def rival_call(function, which, inputs, gradients):
+    """A pass of a differentiable function, ready to run; for "backward" its graph is built here."""
+    wanted = [x for x in inputs if x.requires_grad]
+    if which == "forward":
+        return partial(function, *inputs)
+    if which == "backward":
+        return partial(grad, function(*inputs), wanted, gradients)
+    return lambda: grad(function(*inputs), wanted, gradients)
+
+
+def kept_bytes(function, inputs):
+    """What a forward pass leaves in memory for the backward pass, its output apart."""
+    before = torch.cuda.memory_allocated()
+    y = function(*inputs)
+    return torch.cuda.memory_allocated() - before - y.nbytes
+
+
+def tensors(results):
+    """Results as a list; an empty tensor stands for what an operator was not asked for."""
+    return [x for x in ([results] if isinstance(results, torch.Tensor) else results) if x.numel()]
+
+
+def agree(ours, theirs):
+    """Whether results are the same up to the rounding of bf16; theirs may be more (v, a view)."""
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+    return all((norm(a - b) <= 0.02 * norm(a)).item() for a, b in zip(ours, theirs))
+
+
+def measure(make_case, copy, gemm):
+    """Yields a row for each pass of a case; copy and gemm: the ceilings in bytes/s and FLOP/s.
+
+    cost: bytes, or for "both" FLOP; host: microseconds to launch ours; and for each name times:
+    microseconds on the device, None if it failed; fractions: what it reaches of the ceiling;
+    kept: bytes kept from pass to pass in "both"; differ: the names whose results are not ours.
+    """
+    case, sets = make_case(), []
+    contestants = {"ours": None, "torch.compile": torch.compile(case.twin, dynamic=False),
+                   "eager": case.twin, **case.rivals}
+    if not liger:
+        contestants.pop("Liger", None)
+    for _ in range(SETS):
+        inputs = case.make()
+        sets.append((inputs, [torch.randn_like(y) for y in tensors(case.twin(*inputs))]))
+    for which, (cost, operator, arguments) in case.passes.items():
+        cost *= 1 if which == "both" else DTYPE.itemsize
+        floor = 1e6 * cost / (gemm if which == "both" else copy)
+        row = dict(name=case.name, which=which, cost=cost, host=0, times={}, kept={}, differ=[])
+        expected = []
+        for name, function in contestants.items():
+            ours = name == "ours" and operator
+            if which == "back + h" and not ours:
+                continue
+
+            def prepare(i):
+                inputs, d = sets[i % SETS]
+                return partial(operator, *arguments(*inputs, *d)) if ours else \
+                    rival_call(function, which, inputs, d)
+
+            try:
+                with torch.set_grad_enabled(not ours):
+                    results = tensors(prepare(0)())
+                    if name == "ours":
+                        expected = results
+                    if not agree(expected, results):
+                        row["differ"].append(name)
+                    if ours:
+                        row["host"] = call_time(prepare(0))
+                    if which == "both":
+                        row["kept"][name] = kept_bytes(function, sets[0][0])
+                    row["times"][name] = device_time(prepare)
+            except Exception as e:  # the others may still work
+                row["times"][name] = None
+                print(f"{case.name}, {which}, {name}: {type(e).__name__}: "
+                      f"{f'{e} '.splitlines()[0]}", file=sys.stderr, flush=True)
+        row["fractions"] = {name: floor / t for name, t in row["times"].items() if t}
+        yield row
+
+
+def ceilings():
+    """What this GPU can do: copies in bytes/s, read plus written, and products in FLOP/s."""
+    sources, target = [normal(2**29) for _ in range(SETS)], normal(2**29)
+    copy = device_time(lambda i: partial(target.copy_, sources[i % SETS]), 30)
+    factors = [normal(8192, 8192) for _ in range(SETS)]
+    product = device_time(lambda i: partial(torch.mm, factors[i % SETS], factors[i - 1]), 60)
+    return 2e6 * target.nbytes / copy, 2e6 * 8192**3 / product
+
+
+# ------------------------------------------------------------------------------------------------
+# Showing
+
+def cell(row, name):
+    """The time of a rival and how many times as long as ours it is."""
+    t, ours = row["times"].get(name), row["times"]["ours"]
+    if t is None:
+        return "failed" if name in row["times"] else "-"
+    return f"{t:.1f}{'?' if name in row['differ'] else ''} {t / ours if ours else math.nan:.2f}x"
+
+
+def show(row):
+    """Print a line of the table of operations, or the table of networks."""
+    fraction, cost = row["fractions"], row["cost"] / 1e6
+    if row["which"] != "both":
+        print(f"{row['name']:31} {row['which']:9}{cost:5.0f}{row['host']:5.0f} "
+              f"{row['times']['ours'] or math.nan:7.1f}{fraction.get('ours', 0):5.0%}"
+              + "".join(f" {cell(row, name):>14}" for name in RIVALS), flush=True)
+        return
+    print(f"\n{row['name']:40} {'ms':>7} {'of GEMM':>8} {'MB kept':>8}")
+    for name, t in row["times"].items():
+        print(f"{name:40} " + (
+            f"{t / 1e3:7.2f} {fraction[name]:8.1%} {row['kept'][name] / 1e6:8.0f}"
+            f"{' ?' if name in row['differ'] else ''}" if t else " failed"))
+
+
+def plot(rows, path):
+    """What each row reaches of its ceiling, as bars; without matplotlib the JSON has to do."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(10, 10))
+    for i, name in enumerate(("ours", *RIVALS)):
+        heights = [row["fractions"].get(name, 0) for row in rows]
+        axis.barh([y + 0.16 * i for y in range(len(rows))], heights, 0.15, label=name)
+    axis.set_yticks([y + 0.32 for y in range(len(rows))],
+                    [f"{row['name']}, {row['which']}" for row in rows])
+    axis.set(xlabel="of the copy ceiling (feed-forward network: of the GEMM ceiling)")
+    axis.invert_yaxis()
+    axis.legend()
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
+
+
+def bench_kernels(folder):
+    """The command `kernels`: prints tables, writes kernels.json and kernels.png to the folder."""
+    start, (copy, gemm) = time.time(), ceilings()
+    result = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__,
+                  triton=kernels.triton.__version__, revision=revision(),
+                  liger=version("liger_kernel") if liger else "absent",
+                  copy=copy, gemm=gemm, rows=[])
+    print("{gpu}, torch {torch}, triton {triton}, Liger {liger}, revision {revision}, bf16"
+          .format(**result))
+    print(f"ceilings: copy {copy / 1e9:.0f} GB/s, read plus written; product of two 8192x8192 "
+          f"matrices {gemm / 1e12:.0f} TFLOP/s\n")
+    print("MB: must move; host: microseconds to launch ours; then device microseconds: ours, its "
+          "fraction of the copy\nceiling, rivals and how many times ours they take. built-in: "
+          "F.rms_norm; for mixing a dense sum over all states")
+    print(f"{'':31} {'':9}{'MB':>5}{'host':>5} {'ours':>7}{'':5}"
+          + "".join(f" {name:>14}" for name in RIVALS))
+    for make_case in CASES:
+        for row in measure(make_case, copy, gemm):
+            show(row)
+            result["rows"].append(row)
+            with replacing(folder / "kernels.json") as path:
+                path.write_text(json.dumps(result, indent=1))
+        torch._dynamo.reset()  # the next case has the memory for itself
+        gc.collect()
+        torch.cuda.empty_cache()
+    plot(result["rows"], folder / "kernels.png")
+    print(f"\n{time.time() - start:.0f} s; kernels.json and kernels.png are in {folder}")
+
+
+COMMANDS = {"kernels": bench_kernels}
+
+
+def main():
+    """The command."""
+    parser = CommandLine(__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=tuple(COMMANDS), help="what to measure")
+    parser.add_argument("--out", default="runs/bench", help="folder for the results")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or not torch.version.cuda:
+        raise ValueError("bench.py needs an NVIDIA GPU")
+    if kernels.PLAIN:
+        raise ValueError("bench.py needs Triton, and MOS_PLAIN=1 turns the kernels off")
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    COMMANDS[args.what](folder)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,538 @@
+"""The kernels and their twins against float64, in one table of cases.
+
+Without a GPU the small cases run in fp32 under Triton's interpreter, which takes 1 ms a program,
+and the kernels are compiled for GPUs. With one, `python -m pytest -m gpu` runs all cases there.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Callable, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.autograd import grad
+from torch.library import CustomOpDef, opcheck
+
+import kernels
+from conftest import ROOT, make_model
+
+GPU = torch.cuda.is_available()
+DEVICE, KIND = ("cuda", "mixed") if GPU else ("cpu", "fp32")
+TYPES = {"fp32": (torch.float32, torch.float32), "fp16": (torch.float16, torch.float16),
+         "bf16": (torch.bfloat16, torch.bfloat16),
+         "mixed": (torch.bfloat16, torch.float32)}  # data and weights of norms, as under autocast
+ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative, in L2
+OPERATORS = {name: op for name, op in vars(kernels).items() if isinstance(op, CustomOpDef)}
+
+
+# --- the operations in float64 -------------------------------------------------------------------
+
+def norm64(x, weight, residual=None):
+    s = x if residual is None else x + residual
+    y = s * weight / (s.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return y if residual is None else (s, y)
+
+
+def turn64(x, rope):
+    """A rotation is a product of complex numbers."""
+    y = torch.complex(*x.chunk(2, -1)) * torch.complex(*(a.double()[:, None] for a in rope))
+    return torch.cat((y.real, y.imag), -1)
+
+
+def queries_keys64(qkv, rope, heads, weights, context):
+    q, kv = qkv[:, :, :heads], qkv[:, :, heads:]
+    (k, v), (kc, vc) = kv.chunk(2, 2), (kv[:, :0] if context is None else context).chunk(2, 2)
+    q, k, kc = (x if w is None else norm64(x, w) for x, w in zip((q, k, kc), weights))
+    return turn64(q, rope), torch.cat((turn64(k, rope), kc), 1), torch.cat((v, vc), 1)
+
+
+def feed_forward64(x, gate_up, down):
+    gate, up = (x @ gate_up.T).chunk(2, -1)
+    return gate / (1 + (-gate).exp()) * up @ down.T
+
+
+def mix64(states, index, weight, bias=None):
+    """The dense sum over all states, most of them with weight 0."""
+    dense = torch.einsum("bsk,bskm->bsm", weight, F.one_hot(index, states.shape[2]).double())
+    mixture = torch.einsum("bsm,bsmd->bsd", dense, states)
+    return mixture if bias is None else mixture + bias
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+class Case(NamedTuple):
+    """An operation with its inputs; gradients are due for those that require one."""
+    inputs: list
+    call: Callable       # inputs -> outputs, by the path that suits them
+    reference: Callable  # the same in float64
+
+
+class Draw:
+    """Standard normal leaves, the same at every run; strided: every second value of a wider one."""
+
+    def __init__(self, kind="fp32", strided=False, device=DEVICE, seed=0):
+        torch.manual_seed(seed)
+        (self.dtype, self.weights), self.strided, self.device = TYPES[kind], strided, device
+
+    def __call__(self, *shape):
+        x = torch.randn(shape, device=self.device).to(self.dtype)
+        return (torch.stack((x, x), -1)[..., 0] if self.strided else x).requires_grad_()
+
+    def weight(self, *shape):
+        return torch.randn(shape, device=self.device).to(self.weights).requires_grad_()
+
+
+def norm_case(draw, *shape, add=False, own=False):
+    """own: the residual is x itself."""
+    x, w, r = draw(*shape), draw.weight(shape[-1]), draw(*shape) if add else None
+    if own:
+        return Case([x, w], lambda x, w: kernels.rms_norm(x, w, x), lambda x, w: norm64(x, w, x))
+    return Case([x, w, r], kernels.rms_norm, norm64)
+
+
+def chain_case(draw, *shape):
+    """f(x) + g(f(x), x): an output becomes an input, and x is used twice; s and y apart, too."""
+    def chain(norm, x, w):
+        y = norm(x, w)
+        s, z = norm(y, w, x)
+        return y + s + z, norm(x, w, y)[1], norm(x, w, y)[0]
+
+    return Case([draw(*shape), draw.weight(shape[-1])], lambda *a: chain(kernels.rms_norm, *a),
+                lambda *a: chain(norm64, *a))
+
+
+def heads_case(draw, B, L, H, Hk, Dh, S=None, norm=True, only=slice(None)):
+    """only: which of q, k, v is asked for."""
+    rope = kernels.rope_table(torch.arange(L, device=draw.device)[:, None], (Dh,))
+    context = None if S is None else draw(B, S, 2 * Hk, Dh)
+    weights = [draw.weight(Dh) if norm and (i < 2 or context is not None) else None
+               for i in range(3)]
+    return Case([draw(B, L, H + 2 * Hk, Dh), context, *weights],
+                lambda x, c, *w: kernels.queries_keys(x, rope, H, w, c)[only],
+                lambda x, c, *w: queries_keys64(x, rope, H, w, c)[only])
+
+
+def ffn_case(draw, *shape, hidden, recompute=False, twice=False):
+    """twice: the output becomes an input of the same network."""
+    D = shape[-1]
+    gate_up, down = (draw(*size).detach().mul(size[1] ** -0.5).requires_grad_()
+                     for size in ((2 * hidden, D), (D, hidden)))
+
+    def run(f, x, *weights):
+        y = f(x, *weights)
+        return x + y + f(y, *weights) if twice else y
+
+    return Case([draw(*shape), gate_up, down],
+                lambda *a: run(lambda *b: kernels.feed_forward(*b, recompute), *a),
+                lambda *a: run(feed_forward64, *a))
+
+
+def choose(draw, B, S, M, K):
+    """Frozen states' indices and weights of one block of three, sliced as in `MoS.forward`."""
+    index = torch.rand(B, S, M, 3, device=draw.device).topk(K, 2).indices
+    return index, draw.weight(B, S, K, 3)
+
+
+def mix_case(draw, B, S, M, K, D, bias=True):
+    """Without gradients."""
+    index, weight = choose(draw, B, S, M, K)
+    inputs = [draw(B, S, M, D), index, weight, draw.weight(D) if bias else None]
+    return Case([x if x is None else x.detach() for x in inputs],
+                lambda x, i, w, b: kernels.mix_states(x, i[..., 1], w[..., 1], b),
+                lambda x, i, w, b: mix64(x, i[..., 1], w[..., 1], b))
+
+
+def project_case(draw, B, S, M, K, D, Dg):
+    index, weight = choose(draw, B, S, M, K)
+    return Case([draw(B, S, M, D).detach(), index, weight, draw(Dg, D), draw(Dg)],
+                lambda x, i, w, *p: kernels.mix_project(x, i[..., 1], w[..., 1], *p),
+                lambda x, i, w, *p: F.linear(mix64(x, i[..., 1], w[..., 1]), *p))
+
+
+SMALL = {
+    "norm": (norm_case, 37, 200),
+    "norm, 3-d": (norm_case, 5, 3, 123),
+    "norm, one row": (norm_case, 1, 40),
+    "norm, no row": (norm_case, 2, 0, 64),
+    "norm, wide": (norm_case, 3, 5000),
+    "add": (norm_case, 37, 200, dict(add=True)),
+    "add, odd": (norm_case, 5, 123, dict(add=True)),
+    "add, no row": (norm_case, 0, 64, dict(add=True)),
+    "add, itself": (norm_case, 5, 32, dict(own=True)),
+    "chain": (chain_case, 5, 123),
+    "heads": (heads_case, 2, 9, 4, 4, 32),
+    "heads, groups": (heads_case, 2, 21, 6, 2, 96),
+    "heads, context": (heads_case, 2, 5, 4, 2, 128, 3),
+    "heads, context, one kv head": (heads_case, 2, 7, 5, 1, 32, 20),
+    "heads, tiny": (heads_case, 3, 1, 1, 1, 8, 1),
+    "heads, no norm": (heads_case, 2, 9, 6, 3, 32, None, False),
+    "heads, no norm, context": (heads_case, 1, 9, 6, 1, 96, 4, False),
+    "heads, no sample": (heads_case, 0, 9, 4, 2, 32, 3),
+    "heads, no context token": (heads_case, 2, 3, 4, 2, 32, 0),
+    "heads, only q": (heads_case, 1, 5, 4, 2, 32, 3, True, slice(1)),
+    "heads, only v": (heads_case, 1, 5, 4, 2, 32, None, True, slice(2, 3)),
+    "ffn": (ffn_case, 5, 24, dict(hidden=41)),
+    "ffn, 3-d": (ffn_case, 3, 2, 24, dict(hidden=1030)),
+    "ffn, recompute": (ffn_case, 3, 2, 24, dict(hidden=40, recompute=True)),
+    "ffn, twice": (ffn_case, 3, 16, dict(hidden=40, twice=True)),
+    "ffn, no row": (ffn_case, 2, 0, 24, dict(hidden=40)),
+    "mix": (mix_case, 2, 5, 6, 2, 123),
+    "mix, no bias": (mix_case, 2, 5, 6, 1, 40, False),
+    "mix, wide": (mix_case, 1, 2, 3, 3, 2100),
+    "mix, no token": (mix_case, 2, 0, 6, 2, 40),
+    "project": (project_case, 2, 5, 6, 2, 123, 24),
+    "project, one token": (project_case, 1, 1, 3, 3, 40, 24),
+    "project, no sample": (project_case, 0, 5, 6, 2, 40, 24)}
+LARGE = {  # on a GPU, and compiled without one
+    "norm 2560": (norm_case, 4608, 2560),
+    "norm 3072": (norm_case, 4608, 3072),
+    "norm 128": (norm_case, 2, 999, 128),
+    "add 2560": (norm_case, 4608, 2560, dict(add=True)),
+    "add 3072": (norm_case, 4608, 3072, dict(add=True)),
+    "heads 128": (heads_case, 2, 1028, 20, 20, 128),
+    "heads 128, context": (heads_case, 2, 1028, 24, 8, 128, 77),
+    "heads 128, one kv head": (heads_case, 2, 1028, 20, 1, 128),
+    "heads 128, no norm": (heads_case, 2, 1028, 24, 8, 128, 77, False),
+    "ffn 2048": (ffn_case, 2, 300, 1024, dict(hidden=2048)),
+    "ffn 2048, recompute": (ffn_case, 2, 300, 1024, dict(hidden=2048, recompute=True)),
+    "mix 4096": (mix_case, 2, 300, 32, 2, 4096),
+    "mix 3072, no bias": (mix_case, 2, 300, 28, 2, 3072, False),
+    "project 4096": (project_case, 2, 300, 32, 2, 4096, 2560)}
+
+
+HUGE = {  # more than 2^31 values, on a GPU
+    "norm": (norm_case, 700_000, 3072),
+    "add": (norm_case, 700_000, 3072, dict(add=True)),
+    "heads": (heads_case, 11_000, 64, 16, 4, 128),
+    "heads, context": (heads_case, 3_500, 64, 16, 16, 128, 128),
+    "ffn": (ffn_case, 1_050_000, 16, dict(hidden=1024)),
+    "project": (project_case, 8_200, 8, 32, 2, 1024, 16)}
+EACH = ("norm", "add", "chain", "heads", "heads, context", "heads, no norm", "ffn, 3-d",
+        "ffn, recompute", "mix", "project")
+
+
+def make(case, draw):
+    """A row of the table as a Case."""
+    make_case, *arguments = case
+    options = arguments.pop() if isinstance(arguments[-1], dict) else {}
+    return make_case(draw, *arguments, **options)
+
+
+def device(test):
+    """A test of the kernels: on the CPU with the interpreter, or on the GPU if there is one."""
+    return pytest.mark.gpu(test) if GPU else test
+
+
+def gpu(test):
+    """A test that needs a GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="needs a GPU")(test))
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The kernels take tensors on the CPU, too: with the interpreter."""
+    if not GPU:
+        monkeypatch.setattr(kernels, "fused", lambda x: not kernels.PLAIN)
+
+
+def evaluate(call, inputs, upstream=None):
+    """Outputs, gradients, and the random gradients of the outputs that those belong to."""
+    outputs = call(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if upstream is None:
+        upstream = [torch.randn_like(y) for y in outputs]
+    if not wanted:
+        return outputs, [], upstream
+    return outputs, list(grad(outputs, wanted, upstream, materialize_grads=True)), upstream
+
+
+def agree(ours, theirs):
+    """Tensors of equal shapes differ by no more than the coarsest type among ours explains."""
+    allowed = max(ERROR[a.dtype] for a in ours)
+    for a, b in zip(ours, theirs, strict=True):
+        error, size = (torch.linalg.vector_norm(x).item() for x in (a.double() - b, b.double()))
+        assert a.shape == b.shape and error <= allowed * size, (a.shape, error / max(size, 1e-30))
+
+
+def check(case, kind="fp32", strided=False, ends=False):
+    """Compare with float64; ends: only the first and last two entries of the first axis."""
+    inputs, call, reference = make(case, Draw(kind, strided))
+    rows = len(inputs[0])
+
+    def cut(x):
+        return torch.cat((x[:2], x[-2:])) if ends and len(x) == rows else x
+
+    def widen(x):
+        return cut(x.detach()).double().requires_grad_(x.requires_grad)
+
+    outputs, gradients, upstream = evaluate(call, inputs)
+    assert {y.dtype for y in outputs} == {TYPES[kind][0]}
+    wide = [widen(x) if x is not None and x.is_floating_point() else x if x is None else cut(x)
+            for x in inputs]
+    expected, d_expected, _ = evaluate(reference, wide, [widen(d) for d in upstream])
+    kept = [i for i, d in enumerate(gradients) if not ends or len(d) == rows]
+    agree([cut(y) for y in outputs] + [cut(gradients[i]) for i in kept],
+          expected + [d_expected[i] for i in kept])
+
+
+# --- A. on the CPU with the interpreter, or on the GPU -------------------------------------------
+
+@device
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("kind", TYPES if GPU else ["fp32"])
+@pytest.mark.parametrize("name", SMALL | LARGE if GPU else SMALL)
+def test_kernels_match_float64(name, kind, strided, fused):
+    """Every output and gradient; strided inputs and gradients as well as contiguous ones."""
+    check((SMALL | LARGE)[name], kind, strided)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", SMALL)
+def test_twins_match_float64(name, kind, monkeypatch):
+    """The same for the twins, in all types on any machine."""
+    monkeypatch.setattr(kernels, "PLAIN", True)
+    check(SMALL[name], kind)
+
+
+@device
+@pytest.mark.parametrize("name", SMALL | LARGE if GPU else SMALL)
+def test_same_input_same_bits(name, fused):
+    """Twice forward, twice backward through one graph: equal bits, and inputs stay as they are."""
+    inputs, call, _ = make((SMALL | LARGE)[name], Draw(KIND))
+    before = [None if x is None else x.clone() for x in inputs]
+    outputs, gradients, upstream = evaluate(call, inputs)
+    runs = [outputs + gradients, sum(evaluate(call, inputs, upstream)[:2], [])]
+    if gradients:
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        outputs = call(*inputs)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        runs += [[*outputs, *grad(outputs, wanted, upstream, retain_graph=True,
+                                  materialize_grads=True)] for _ in range(2)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    assert all(x is None or torch.equal(x, b) for x, b in zip(inputs, before))
+
+
+@device
+@pytest.mark.parametrize("name", EACH)
+def test_compiled(name, fused):
+    """Each operation compiles as a whole, and then computes the same."""
+    torch._dynamo.reset()
+    inputs, call, _ = make(SMALL[name], Draw(KIND))
+    outputs, gradients, upstream = evaluate(call, inputs)
+    compiled = torch.compile(call, backend="inductor" if GPU else "aot_eager", fullgraph=True)
+    agree(sum(evaluate(compiled, inputs, upstream)[:2], []), outputs + gradients)
+
+
+@device
+def test_operators(fused, monkeypatch):
+    """What compilers are told of the operators, their schemas and their outputs' shapes, is true."""
+    seen = {name: {} for name in OPERATORS}
+
+    def spy(name):
+        def call(*arguments):
+            arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+            seen[name].setdefault(tuple(x is None for x in arguments), arguments)
+            return OPERATORS[name](*arguments)
+        return call
+
+    for name in OPERATORS:
+        monkeypatch.setattr(kernels, name, spy(name))
+    for case in SMALL.values():
+        inputs, call, _ = make(case, Draw())
+        evaluate(call, inputs)
+    for name, calls in seen.items():
+        assert calls, name
+        for arguments in calls.values():
+            opcheck(OPERATORS[name], arguments)
+
+
+# --- B. which path -------------------------------------------------------------------------------
+
+def start(code, **environment):
+    """Run Python code in a process of its own, by default without the interpreter."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", **environment}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, check=True,
+                          stdout=subprocess.PIPE).stdout
+
+
+@pytest.mark.parametrize("name", ["norm", "add", "heads, context", "ffn", "project"])
+def test_dispatch(name, monkeypatch):
+    """Kernels for tensors on a GPU, twins elsewhere and if PLAIN says so."""
+    for plain in (False, True):
+        monkeypatch.setattr(kernels, "PLAIN", plain)
+        for device in {"cpu", DEVICE}:
+            inputs, call, _ = make(SMALL[name], Draw(device=device))
+            y = call(*inputs)
+            y = y if isinstance(y, torch.Tensor) else y[0]
+            assert ("Fused" in y.grad_fn.name()) == (device == "cuda" and not plain)
+
+
+def test_variable_and_missing_triton():
+    """MOS_PLAIN=1 asks for the twins; where Triton is missing, they are all there is."""
+    assert start("import kernels; print(kernels.PLAIN)", MOS_PLAIN="1") == "True\n"
+    assert start("import sys; sys.modules['triton'] = None; import test_kernels as t\n"
+                 "print(t.kernels.PLAIN, {*map(t.check, t.SMALL.values())})") == "True {None}\n"
+
+
+def test_no_silent_loss_of_gradients(fused):
+    """Kernels that give no gradient refuse tensors that want one."""
+    inputs, call, _ = make(SMALL["mix"], Draw())
+    for i in (0, 2, 3):
+        leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        with pytest.raises(RuntimeError, match=r"mix_project\(\)"):
+            call(*leaves)
+        with torch.no_grad():
+            call(*leaves)
+    inputs, call, _ = make(SMALL["project"], Draw())
+    with pytest.raises(RuntimeError, match="freeze"):
+        call(inputs[0].requires_grad_(), *inputs[1:])
+
+
+# --- C. compiled for GPUs that are not there -----------------------------------------------------
+
+def launches():
+    """(kernel, arguments, options) of each launch in the large cases, without running anything."""
+    found, real = [], dict(vars(kernels))
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: found.append((self.kernel, arguments, options))
+
+    replaced = {name: Recorder(value) for name, value in real.items() if name.endswith("_kernel")}
+    replaced |= {name: op._init_fn for name, op in OPERATORS.items()}
+    vars(kernels).update(replaced, fused=lambda x: True)
+    try:
+        with FakeTensorMode():
+            for case in LARGE.values():
+                inputs, call, _ = make(case, Draw("mixed"))
+                evaluate(call, inputs)
+    finally:
+        vars(kernels).update(real)
+    assert {kernel.__name__ for kernel, _, _ in found} == {*replaced} - {*OPERATORS}
+    return found
+
+
+def compile_kernels(arch):
+    """Compile what `launches` finds; prints registers, stack and 16-byte accesses as JSON lines.
+
+    Arguments are specialised as in a launch: 1 and None are constants, multiples of 16 and pointers
+    are known to be aligned.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names, done = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}, set()
+    for kernel, arguments, options in launches():
+        signature, constants, aligned = {}, {}, {}
+        values = dict(zip(kernel.arg_names, arguments)) | options
+        for i, parameter in enumerate(kernel.params):
+            value = values.pop(parameter.name)
+            tensor = isinstance(value, torch.Tensor)
+            if parameter.is_constexpr or value is None or not tensor and value == 1:
+                signature[parameter.name], constants[(i,)] = "constexpr", value
+            else:
+                signature[parameter.name] = names[value.dtype] if tensor else "i32"
+                if tensor or value % 16 == 0:
+                    aligned[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constants, aligned)
+        if source.hash() in done:
+            continue
+        done.add(source.hash())
+        asm = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=values).asm
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(asm["cubin"])
+            file.flush()
+            usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage",
+                                    file.name], capture_output=True, text=True, check=True).stdout
+        ptx = asm["ptx"]
+        print(json.dumps({
+            "kernel": kernel.__name__, "options": options,
+            **{key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)},
+            **{key: len(re.findall(pattern, ptx)) for key, pattern in (
+                ("loads", r"ld\.global\S*\.v4\.b32"), ("stores", r"st\.global\S*\.v4\.b32"),
+                ("copies", r"cp\.async\S* \[[^,]*, \[[^,]*, 0x10"))}}))
+
+
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90,
+                                  pytest.param(100, marks=pytest.mark.slow)])
+def test_kernels_compile(arch):
+    """For the large cases: no register is spilled, and memory is accessed 16 bytes at a time."""
+    for line in start(f"import test_kernels; test_kernels.compile_kernels({arch})").splitlines():
+        print(line)
+        found = json.loads(line)
+        assert found["STACK"] == found["LOCAL"] == 0, line
+        assert found["loads"] + found["copies"], line
+        assert found["stores"] or found["kernel"] == "mix_backward_kernel", line
+
+
+# --- D. the whole model --------------------------------------------------------------------------
+
+@device
+def test_model(fused, monkeypatch):
+    """Loss and gradients of a small MoS are those of the twins, on a GPU under bf16 autocast."""
+    model, results, B = make_model().to(DEVICE), [], 3
+    z0, z1 = torch.randn(2, B, model.config.vae_channels, 4, 6, device=DEVICE)
+    tokens = model.tokenizer.batch(["a red circle", "two stars", "a star left of the blue square"])
+    arguments = z0, tokens.to(DEVICE), torch.rand(B).to(DEVICE), z1
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for plain in (False, True):
+        monkeypatch.setattr(kernels, "PLAIN", plain)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=GPU):
+            loss = model.loss(*arguments).mean()
+        results.append((loss, torch.cat([d.flatten() for d in grad(loss, trained)])))
+    (ours, d_ours), (theirs, d_theirs) = results
+    torch.testing.assert_close(ours, theirs, rtol=1e-2 if GPU else 1e-5, atol=0)
+    assert F.cosine_similarity(d_ours, d_theirs, 0) > (0.99 if GPU else 0.99999)
+
+
+# --- E. on a GPU alone ---------------------------------------------------------------------------
+
+@gpu
+def test_no_interpreter():
+    """Tensors on the GPU take the kernels, and those are compiled."""
+    import triton
+    assert isinstance(kernels.rms_norm_kernel, triton.JITFunction)
+    assert kernels.fused(torch.ones(1, device="cuda"))
+
+
+@gpu
+@pytest.mark.parametrize("name", EACH)
+def test_cuda_graph(name):
+    """Captured with some inputs and replayed with others, forward and backward."""
+    inputs, call, _ = make(SMALL[name], Draw(KIND))
+    others = make(SMALL[name], Draw(KIND, seed=1)).inputs
+    *expected, upstream = evaluate(call, others)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels are compiled and libraries set up before
+        evaluate(call, inputs, upstream)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        *found, _ = evaluate(call, inputs, upstream)
+    for x, other in zip(inputs, others):
+        if x is not None:
+            x.data.copy_(other)
+    graph.replay()
+    agree(sum(found, []), sum(expected, []))
+
+
+@gpu
+@pytest.mark.parametrize("name", HUGE)
+def test_more_than_2_31_values(name):
+    """Offsets need 64 bits: the first and last rows are right."""
+    if torch.cuda.mem_get_info()[0] < 60e9:
+        pytest.skip("needs 60 GB of free memory")
+    check(HUGE[name], "bf16", ends=True)
