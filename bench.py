@@ -1,6 +1,8 @@
 """Speed: the kernels beside their rivals, measured in one run on one NVIDIA GPU.
 
     python bench.py kernels    # norms, QK-norm + RoPE, SwiGLU, state mixing, feed-forward network
+    python bench.py tower      # a denoising iteration of MoS-S at 1024x1024, as sample.py runs it
+    python bench.py train      # a training step of MoS-S at 512x512
 
 Everything is bf16 on random data (zeros are faster than data). A time is device time: the sum over
 a call's kernels as the profiler sees them, the median of CALLS calls, which go through SETS sets of
@@ -28,10 +30,14 @@ import torch
 import torch.nn.functional as nnf
 from torch.autograd import DeviceType, grad
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from common import CommandLine, replacing, run
+from common import CommandLine, autocast, replacing, run
+from mos import Context, MoS, MoSConfig
+from towers import Tokenizer
 from train import revision
 
 try:
@@ -342,7 +348,165 @@ def ceilings():
 
 
 # ------------------------------------------------------------------------------------------------
+# Whole towers, with random weights
+
+MOS_S = dict(vae_channels=48, und_width=4096, und_depth=32, und_heads=32, und_kv_heads=8,
+             und_hidden=14336, gen_width=3072, gen_depth=28, gen_heads=24, gen_kv_heads=8,
+             gen_hidden=8192, gen_patch=2, router_width=2048, router_heads=16)
+
+
+def large_model(dtype):
+    """Router and generation tower of MoS-S; its other parts stay without memory."""
+    with torch.device("meta"):
+        model = MoS(MoSConfig(**MOS_S), Tokenizer(()))
+    for module in (model.router, model.generation):
+        module.to_empty(device=DEVICE).to(dtype)
+        with torch.no_grad():
+            for p in module.parameters():
+                p.normal_(1.0 if p.ndim == 1 else 0.0, 0.02)
+    return model
+
+
+class Products(TorchDispatchMode):
+    """Collects the matrix products and attention calls that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}  # what identifies a call: how many there were, arguments of some of them
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket.__name__.startswith(("mm", "addmm", "bmm", "_scaled_dot_product")):
+            key = str(op), str([(a.shape, a.stride()) if isinstance(a, torch.Tensor) else a
+                                for a in args])
+            number, kept = self.calls.get(key, (0, []))
+            self.calls[key] = number + 1, [*kept, partial(op, *args, **kwargs or {})][:SETS]
+        return op(*args, **kwargs or {})
+
+    def alone(self):
+        """Microseconds of all calls, each timed alone."""
+        return sum(number * device_time(lambda i: kept[i % len(kept)])
+                   for number, kept in self.calls.values())
+
+
+def replay_time(function, *inputs, calls=20):
+    """Microseconds of a CUDA graph's replay: the median of many, by device events."""
+    replay = kernels.replayed(function, *inputs)
+    times = []
+    for _ in range(calls + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        replay(*inputs)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * begin.elapsed_time(end))
+    return median(times[3:])
+
+
+@torch.no_grad()
+def bench_tower(folder):
+    """The command `tower`: one prompt of 512 tokens with guidance, 32 x 32 visual tokens.
+
+    The other branch is the empty prompt. The plain rival gets 512 tokens in both branches.
+    """
+    result, gemm = header(), ceilings()[1]
+    model, S = large_model(DTYPE), 512
+    c = model.config
+    context = Context(normal(2, S, c.und_width), normal(2, S, c.und_depth, c.gen_width), None,
+                      True, [(1, S), (1, 1)])
+    z, times = torch.randn(1, c.vae_channels, 64, 64, device=DEVICE), torch.tensor([0.6, 0.5])
+    inputs = z, *times.to(DEVICE)
+    step = partial(model.step, context, 5.0, 0.7)
+    with autocast(torch.device(DEVICE)):
+        result["iteration"] = replay_time(step, *inputs)
+        with Products() as products:
+            step(*inputs)
+        result["products alone"] = products.alone()
+        logits = torch.randn(2, S, c.und_depth, c.gen_depth, device=DEVICE)
+        model.router.forward = lambda *_: logits
+        result["without router"] = replay_time(step, *inputs)
+        kernels.PLAIN = True
+        step = partial(model.step, context._replace(runs=[(2, S)]), 5.0, 0.7)
+        result["plain, without router"] = replay_time(step, *inputs)
+        for block in model.generation.blocks:
+            block.forward = torch.compile(block.forward)
+        result["plain, blocks compiled, without router"] = replay_time(step, *inputs)
+    print(f"MoS-S, 1024x1024, {S} tokens, guidance, one iteration; GEMM {gemm / 1e12:.0f} TFLOP/s")
+    for name in list(result)[-5:]:
+        print(f"{name:40} {result[name] / 1e3:7.2f} ms")
+    result["overhead"] = result["iteration"] / result["products alone"]
+    result["router share"] = 1 - result["without router"] / result["iteration"]
+    print(f"iteration / products alone {result['overhead']:.3f}, router {result['router share']:.1%}")
+    save(result, folder / "tower.json")
+
+
+def bench_train(folder, B=48, S=128):
+    """The command `train`: forward, backward and AdamW at 512x512, understanding states given."""
+    result, gemm = header(), ceilings()[1]
+    model = large_model(torch.float32)
+    c, device = model.config, torch.device(DEVICE)
+    context = Context(normal(B, S, c.und_width), normal(B, S, c.und_depth, c.und_width), None,
+                      runs=[(B, S)])
+    z0, z1 = torch.randn(2, B, c.vae_channels, 32, 32, device=DEVICE)
+    t = torch.rand(B, device=DEVICE)
+    uniform = torch.rand(B, S, c.und_depth + 1, c.gen_depth, device=DEVICE)
+    parameters = [*model.router.parameters(), *model.generation.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+
+    def forward():
+        at = t[:, None, None, None]
+        with autocast(device):
+            v = model((1 - at) * z0 + at * z1, t, context, uniform)
+        return (v.float() - (z1 - z0)).square().mean()
+
+    def step():
+        forward().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    flops = 3 * counter.get_total_flops()
+    print(f"MoS-S, 512x512, {B} pictures of {S} tokens; 3 x forward {flops / 1e12:.0f} TFLOP, "
+          f"GEMM {gemm / 1e12:.0f} TFLOP/s")
+    for name in ("ours", "plain"):
+        kernels.PLAIN = name == "plain"
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            times = []
+            for _ in range(6):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                step()
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - begin)
+            seconds, peak = median(times[2:]), torch.cuda.max_memory_allocated()
+        except torch.OutOfMemoryError:
+            print(f"{name:6} out of memory")
+            continue
+        result[name] = dict(seconds=seconds, fraction=flops / seconds / gemm, peak=peak)
+        print(f"{name:6} {1e3 * seconds:7.1f} ms, {flops / seconds / gemm:.1%} of the GEMM "
+              f"ceiling, peak {peak / 2**30:.1f} GiB")
+    save(result, folder / "train.json")
+
+
+# ------------------------------------------------------------------------------------------------
 # Showing
+
+def header():
+    """Print and return what was measured with."""
+    result = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__,
+                  triton=kernels.triton.__version__, revision=revision(),
+                  liger=version("liger_kernel") if liger else "absent")
+    print("{gpu}, torch {torch}, triton {triton}, Liger {liger}, revision {revision}, bf16"
+          .format(**result))
+    return result
+
+
+def save(result, path):
+    """Write a result as JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+
 
 def cell(row, name):
     """The time of a rival and how many times as long as ours it is."""
@@ -393,12 +557,7 @@ def plot(rows, path):
 def bench_kernels(folder):
     """The command `kernels`: prints tables, writes kernels.json and kernels.png to the folder."""
     start, (copy, gemm) = time.time(), ceilings()
-    result = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__,
-                  triton=kernels.triton.__version__, revision=revision(),
-                  liger=version("liger_kernel") if liger else "absent",
-                  copy=copy, gemm=gemm, rows=[])
-    print("{gpu}, torch {torch}, triton {triton}, Liger {liger}, revision {revision}, bf16"
-          .format(**result))
+    result = header() | dict(copy=copy, gemm=gemm, rows=[])
     print(f"ceilings: copy {copy / 1e9:.0f} GB/s, read plus written; product of two 8192x8192 "
           f"matrices {gemm / 1e12:.0f} TFLOP/s\n")
     print("MB: must move; host: microseconds to launch ours; then device microseconds: ours, its "
@@ -410,8 +569,7 @@ def bench_kernels(folder):
         for row in measure(make_case, copy, gemm):
             show(row)
             result["rows"].append(row)
-            with replacing(folder / "kernels.json") as path:
-                path.write_text(json.dumps(result, indent=1))
+            save(result, folder / "kernels.json")
         torch._dynamo.reset()  # the next case has the memory for itself
         gc.collect()
         torch.cuda.empty_cache()
@@ -419,7 +577,7 @@ def bench_kernels(folder):
     print(f"\n{time.time() - start:.0f} s; kernels.json and kernels.png are in {folder}")
 
 
-COMMANDS = {"kernels": bench_kernels}
+COMMANDS = {"kernels": bench_kernels, "tower": bench_tower, "train": bench_train}
 
 
 def main():
