@@ -32,7 +32,6 @@ from torch.autograd import DeviceType, grad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from common import CommandLine, autocast, replacing, run
@@ -234,7 +233,7 @@ def device_time(prepare, calls=CALLS):
         prepare(i)()
     ready = [prepare(i) for i in range(calls)]
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
         for call in ready:
             call()
         torch.cuda.synchronize()
@@ -343,7 +342,7 @@ def ceilings():
     sources, target = [normal(2**29) for _ in range(SETS)], normal(2**29)
     copy = device_time(lambda i: partial(target.copy_, sources[i % SETS]), 30)
     factors = [normal(8192, 8192) for _ in range(SETS)]
-    product = device_time(lambda i: partial(torch.mm, factors[i % SETS], factors[i - 1]), 60)
+    product = device_time(lambda i: partial(torch.mm, factors[i % SETS], factors[(i + 1) % SETS]), 60)
     return 2e6 * target.nbytes / copy, 2e6 * 8192**3 / product
 
 
@@ -381,6 +380,17 @@ class Products(TorchDispatchMode):
             number, kept = self.calls.get(key, (0, []))
             self.calls[key] = number + 1, [*kept, partial(op, *args, **kwargs or {})][:SETS]
         return op(*args, **kwargs or {})
+
+    def flops(self):
+        """Of all calls: 2mnk for a product, and for attention that of its two products."""
+        total = 0
+        for number, (call, *_) in self.calls.values():
+            tensors = [a for a in call.args if isinstance(a, torch.Tensor)]
+            if "attention" in str(call.func):
+                total += number * 4 * tensors[0].numel() * tensors[1].shape[2]
+            else:
+                total += number * 2 * tensors[-2].numel() * tensors[-1].shape[-1]
+        return total
 
     def alone(self):
         """Microseconds of all calls, each timed alone."""
@@ -463,9 +473,10 @@ def bench_train(folder, B=48, S=128):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with torch.no_grad(), Products() as products:
         forward()
-    flops = 3 * counter.get_total_flops()
+    flops = 3 * products.flops()
+    del products
     print(f"MoS-S, 512x512, {B} pictures of {S} tokens; 3 x forward {flops / 1e12:.0f} TFLOP, "
           f"GEMM {gemm / 1e12:.0f} TFLOP/s")
     for name in ("ours", "plain"):

@@ -126,7 +126,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
     rows, D, tile = norm_shape(x)
     s, y = x.new_empty(0) if residual is None else torch.empty_like(x), torch.empty_like(x)
     rms_norm_kernel[(cdiv(rows, tile["ROWS"]),)](
-        x, residual, weight, s, y, rows, D, eps, ADD=residual is not None, **tile, num_warps=8)
+        x, residual, weight, s, y, rows, D, eps, ADD=residual is not None, **tile, num_warps=4)
     return s, y
 
 
@@ -138,7 +138,7 @@ def rms_norm_backward(s: Tensor, weight: Tensor, ds: Tensor | None, dy: Tensor,
     programs = min(cdiv(rows, tile["ROWS"]), 2 * cores)
     dx, dw = torch.empty_like(s), s.new_empty(programs, D, dtype=torch.float32)
     rms_norm_backward_kernel[(programs,)](
-        s, weight, ds, dy, dx, dw, rows, D, eps, ADD=ds is not None, **tile, STAGES=3, num_warps=8)
+        s, weight, ds, dy, dx, dw, rows, D, eps, ADD=ds is not None, **tile, STAGES=3, num_warps=4)
     return dx, dw.sum(0).to(weight.dtype)
 
 
@@ -315,7 +315,7 @@ def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr
 def head_grid(tokens, heads, kv_heads, Dh, values):
     """Grid and tile for packed heads; values: whether those are moved, too."""
     block = power_of_two(Dh // 2)
-    rows, group = max(1, 1024 // block), 4
+    rows, group = max(1, 256 // block), 4
     groups = cdiv(heads, group) + cdiv(kv_heads, group) * (2 if values else 1)
     return (cdiv(tokens, rows), groups), dict(GROUP=group, ROWS=rows, BLOCK=block)
 
@@ -341,13 +341,13 @@ def queries_keys_forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int,
     grid, tile = head_grid(B * L, H, Hk, Dh, context is not None)
     queries_keys_kernel[grid](
         qkv, q_weight, k_weight, cos, sin, q, k, v, B * L, L, keys, 0, H, Hk, Dh // 2, eps,
-        NORM=q_weight is not None, ROTATE=True, **tile, num_warps=8)
+        NORM=q_weight is not None, ROTATE=True, **tile, num_warps=2)
     if context is not None:
         S = keys - L
         grid, tile = head_grid(B * S, 0, Hk, Dh, True)
         queries_keys_kernel[grid](
             context, context_weight, context_weight, cos, sin, q, k, v, B * S, S, keys, L, 0, Hk,
-            Dh // 2, eps, NORM=context_weight is not None, ROTATE=False, **tile, num_warps=8)
+            Dh // 2, eps, NORM=context_weight is not None, ROTATE=False, **tile, num_warps=2)
     return q, k, v
 
 
@@ -371,7 +371,7 @@ def queries_keys_backward(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tenso
         dw = x.new_empty(grid[0], q_groups + k_groups, Dh, dtype=torch.float32)
         queries_keys_backward_kernel[grid](
             x, q_weight, k_weight, cos, sin, dq, dk, dv, dx, dw, B * L, L, keys, offset, H, Hk,
-            Dh // 2, eps, NORM=q_weight is not None, ROTATE=rotate, **tile, num_warps=8)
+            Dh // 2, eps, NORM=q_weight is not None, ROTATE=rotate, **tile, num_warps=2)
         return dw[:, :q_groups].sum((0, 1)), dw[:, q_groups:].sum((0, 1))
 
     dqw, dkw = launch(qkv, q_weight, k_weight, gradients[0], L, 0, H, True)
@@ -465,7 +465,7 @@ def _half(gate_up):
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     h = _half(gate_up)
     width = h.shape[-1]
-    swiglu_kernel[(h.numel() // width, cdiv(width, 1024))](gate_up, h, width, BLOCK=1024)
+    swiglu_kernel[(h.numel() // width, cdiv(width, 4096))](gate_up, h, width, BLOCK=4096, num_warps=8)
     return h
 
 
@@ -474,8 +474,8 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
 def swiglu_backward(gate_up: Tensor, dh: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
     width = dh.shape[-1]
     dgu, h = torch.empty_like(gate_up), _half(gate_up) if rebuild else gate_up.new_empty(0)
-    swiglu_backward_kernel[(dh.numel() // width, cdiv(width, 1024))](
-        gate_up, dh, dgu, h, width, REBUILD=rebuild, BLOCK=1024)
+    swiglu_backward_kernel[(dh.numel() // width, cdiv(width, 4096))](
+        gate_up, dh, dgu, h, width, REBUILD=rebuild, BLOCK=4096, num_warps=8)
     return dgu, h
 
 
@@ -591,7 +591,7 @@ def mix_forward(states: Tensor, index: Tensor, weight: Tensor, bias: Tensor | No
     block = min(2048, power_of_two(D))
     mix_kernel[(B * S, cdiv(D, block))](
         states, index, weight, bias, out, M, D, *token_strides(index), *token_strides(weight),
-        K=index.shape[2], BIAS=bias is not None, BLOCK=block)
+        K=index.shape[2], BIAS=bias is not None, BLOCK=block, num_warps=8)
     return out
 
 
@@ -600,7 +600,7 @@ def mix_backward(states: Tensor, index: Tensor, d: Tensor) -> Tensor:
     B, S, M, D = states.shape
     dw = states.new_empty(index.shape, dtype=torch.float32)
     mix_backward_kernel[(B * S,)](states, index, d, dw, M, D, *token_strides(index),
-                                  K=index.shape[2], BLOCK=power_of_two(D), num_warps=8)
+                                  K=index.shape[2], BLOCK=power_of_two(D), num_warps=4)
     return dw
 
 
