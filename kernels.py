@@ -46,16 +46,6 @@ def operator(fake):
     return wrap
 
 
-def cdiv(a, b):
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
-def power_of_two(n):
-    """The next power of two, and at least 16: the lengths that a tile can have."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
 # ------------------------------------------------------------------------------------------------
 # RMSNorm, alone or with the residual addition before it
 
@@ -115,7 +105,7 @@ def rms_norm_backward_kernel(s_ptr, w_ptr, ds_ptr, dy_ptr, dx_ptr, dw_ptr, rows,
 
 def norm_shape(x):
     """Rows and width of x, and the tile for them: whole rows, about 4096 values."""
-    block = power_of_two(x.shape[-1])
+    block = triton.next_power_of_2(x.shape[-1])
     return x.numel() // x.shape[-1], x.shape[-1], dict(BLOCK=block, ROWS=max(1, 4096 // block))
 
 
@@ -125,7 +115,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
                      eps: float) -> tuple[Tensor, Tensor]:
     rows, D, tile = norm_shape(x)
     s, y = x.new_empty(0) if residual is None else torch.empty_like(x), torch.empty_like(x)
-    rms_norm_kernel[(cdiv(rows, tile["ROWS"]),)](
+    rms_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         x, residual, weight, s, y, rows, D, eps, ADD=residual is not None, **tile, num_warps=4)
     return s, y
 
@@ -135,7 +125,7 @@ def rms_norm_backward(s: Tensor, weight: Tensor, ds: Tensor | None, dy: Tensor,
                       eps: float) -> tuple[Tensor, Tensor]:
     rows, D, tile = norm_shape(s)
     cores = torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 1
-    programs = min(cdiv(rows, tile["ROWS"]), 2 * cores)
+    programs = min(triton.cdiv(rows, tile["ROWS"]), 2 * cores)
     dx, dw = torch.empty_like(s), s.new_empty(programs, D, dtype=torch.float32)
     rms_norm_backward_kernel[(programs,)](
         s, weight, ds, dy, dx, dw, rows, D, eps, ADD=ds is not None, **tile, STAGES=3, num_warps=4)
@@ -314,10 +304,10 @@ def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr
 
 def head_grid(tokens, heads, kv_heads, Dh, values):
     """Grid and tile for packed heads; values: whether those are moved, too."""
-    block = power_of_two(Dh // 2)
+    block = triton.next_power_of_2(Dh // 2)
     rows, group = max(1, 256 // block), 4
-    groups = cdiv(heads, group) + cdiv(kv_heads, group) * (2 if values else 1)
-    return (cdiv(tokens, rows), groups), dict(GROUP=group, ROWS=rows, BLOCK=block)
+    groups = triton.cdiv(heads, group) + triton.cdiv(kv_heads, group) * (2 if values else 1)
+    return (triton.cdiv(tokens, rows), groups), dict(GROUP=group, ROWS=rows, BLOCK=block)
 
 
 def empty_heads(qkv, heads, context):
@@ -367,7 +357,7 @@ def queries_keys_backward(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tenso
 
     def launch(x, q_weight, k_weight, dx, L, offset, H, rotate):
         grid, tile = head_grid(B * L, H, Hk, Dh, True)
-        q_groups, k_groups = cdiv(H, tile["GROUP"]), cdiv(Hk, tile["GROUP"])
+        q_groups, k_groups = triton.cdiv(H, tile["GROUP"]), triton.cdiv(Hk, tile["GROUP"])
         dw = x.new_empty(grid[0], q_groups + k_groups, Dh, dtype=torch.float32)
         queries_keys_backward_kernel[grid](
             x, q_weight, k_weight, cos, sin, dq, dk, dv, dx, dw, B * L, L, keys, offset, H, Hk,
@@ -465,7 +455,8 @@ def _half(gate_up):
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     h = _half(gate_up)
     width = h.shape[-1]
-    swiglu_kernel[(h.numel() // width, cdiv(width, 4096))](gate_up, h, width, BLOCK=4096, num_warps=8)
+    swiglu_kernel[(h.numel() // width, triton.cdiv(width, 4096))](
+        gate_up, h, width, BLOCK=4096, num_warps=8)
     return h
 
 
@@ -474,7 +465,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
 def swiglu_backward(gate_up: Tensor, dh: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
     width = dh.shape[-1]
     dgu, h = torch.empty_like(gate_up), _half(gate_up) if rebuild else gate_up.new_empty(0)
-    swiglu_backward_kernel[(dh.numel() // width, cdiv(width, 4096))](
+    swiglu_backward_kernel[(dh.numel() // width, triton.cdiv(width, 4096))](
         gate_up, dh, dgu, h, width, REBUILD=rebuild, BLOCK=4096, num_warps=8)
     return dgu, h
 
@@ -588,8 +579,8 @@ def _mixture(states, *_):
 @operator(_mixture)
 def mix_forward(states: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out, (B, S, M, D) = _mixture(states), states.shape
-    block = min(2048, power_of_two(D))
-    mix_kernel[(B * S, cdiv(D, block))](
+    block = min(2048, triton.next_power_of_2(D))
+    mix_kernel[(B * S, triton.cdiv(D, block))](
         states, index, weight, bias, out, M, D, *token_strides(index), *token_strides(weight),
         K=index.shape[2], BIAS=bias is not None, BLOCK=block, num_warps=8)
     return out
@@ -600,7 +591,7 @@ def mix_backward(states: Tensor, index: Tensor, d: Tensor) -> Tensor:
     B, S, M, D = states.shape
     dw = states.new_empty(index.shape, dtype=torch.float32)
     mix_backward_kernel[(B * S,)](states, index, d, dw, M, D, *token_strides(index),
-                                  K=index.shape[2], BLOCK=power_of_two(D), num_warps=4)
+                                  K=index.shape[2], BLOCK=triton.next_power_of_2(D), num_warps=4)
     return dw
 
 
@@ -660,10 +651,10 @@ def attention(q, k, v, mask=None, runs=None, causal=False):
     runs = runs or [(q.shape[0], k.shape[2])]
     sizes = [samples for samples, _ in runs]
     parts = [F.scaled_dot_product_attention(q, k[:, :, :keys], v[:, :, :keys], mask,
-                                            is_causal=causal, enable_gqa=True)
+                                            is_causal=causal, enable_gqa=True
+                                            ).transpose(1, 2).flatten(2)
              for q, k, v, (_, keys) in zip(q.split(sizes), k.split(sizes), v.split(sizes), runs)]
-    a = torch.cat(parts) if len(parts) > 1 else parts[0]                          # (B, H, L, Dh)
-    return a.transpose(1, 2).flatten(2)                                           # (B, L, H*Dh)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]                       # (B, L, H*Dh)
 
 
 def keys_behind(before, mask, runs):

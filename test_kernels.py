@@ -333,7 +333,7 @@ def test_compiled(name, fused):
 
 @device
 def test_operators(fused, monkeypatch):
-    """What compilers are told of the operators, their schemas and their outputs' shapes, is true."""
+    """What compilers are told of the operators, schemas and shapes of outputs, is true."""
     seen = {name: {} for name in OPERATORS}
 
     def spy(name):
