@@ -73,16 +73,22 @@ class Case(NamedTuple):
     reference: Callable  # the same in float64
 
 
+def spread(x):
+    """The same values, as every second one of a wider tensor."""
+    return torch.stack((x, x), -1)[..., 0]
+
+
 class Draw:
-    """Standard normal leaves, the same at every run; strided: every second value of a wider one."""
+    """Random normal leaves, the same at every run."""
 
     def __init__(self, kind="fp32", strided=False, device=DEVICE, seed=0):
         torch.manual_seed(seed)
+        self.scale = 1
         (self.dtype, self.weights), self.strided, self.device = TYPES[kind], strided, device
 
     def __call__(self, *shape):
-        x = torch.randn(shape, device=self.device).to(self.dtype)
-        return (torch.stack((x, x), -1)[..., 0] if self.strided else x).requires_grad_()
+        x = torch.randn(shape, device=self.device).mul_(self.scale).to(self.dtype)
+        return (spread(x) if self.strided else x).requires_grad_()
 
     def weight(self, *shape):
         return torch.randn(shape, device=self.device).to(self.weights).requires_grad_()
@@ -161,6 +167,7 @@ SMALL = {
     "norm, one row": (norm_case, 1, 40),
     "norm, no row": (norm_case, 2, 0, 64),
     "norm, wide": (norm_case, 3, 5000),
+    "norm, small": (norm_case, 9, 32, dict(scale=1e-3)),  # eps matters
     "add": (norm_case, 37, 200, dict(add=True)),
     "add, odd": (norm_case, 5, 123, dict(add=True)),
     "add, no row": (norm_case, 0, 64, dict(add=True)),
@@ -175,6 +182,7 @@ SMALL = {
     "heads, no norm, context": (heads_case, 1, 9, 6, 1, 96, 4, False),
     "heads, no sample": (heads_case, 0, 9, 4, 2, 32, 3),
     "heads, no context token": (heads_case, 2, 3, 4, 2, 32, 0),
+    "heads, small": (heads_case, 1, 5, 4, 2, 32, 3, dict(scale=1e-3)),
     "heads, only q": (heads_case, 1, 5, 4, 2, 32, 3, True, slice(1)),
     "heads, only v": (heads_case, 1, 5, 4, 2, 32, None, True, slice(2, 3)),
     "ffn": (ffn_case, 5, 24, dict(hidden=41)),
@@ -204,13 +212,11 @@ LARGE = {  # on a GPU, and compiled without one
     "mix 4096": (mix_case, 2, 300, 32, 2, 4096),
     "mix 3072, no bias": (mix_case, 2, 300, 28, 2, 3072, False),
     "project 4096": (project_case, 2, 300, 32, 2, 4096, 2560)}
-
-
 HUGE = {  # more than 2^31 values, on a GPU
     "norm": (norm_case, 700_000, 3072),
     "add": (norm_case, 700_000, 3072, dict(add=True)),
     "heads": (heads_case, 11_000, 64, 16, 4, 128),
-    "heads, context": (heads_case, 3_500, 64, 16, 16, 128, 128),
+    "heads, context": (heads_case, 5_500, 64, 16, 16, 128, 128),
     "ffn": (ffn_case, 1_050_000, 16, dict(hidden=1024)),
     "project": (project_case, 8_200, 8, 32, 2, 1024, 16)}
 EACH = ("norm", "add", "chain", "heads", "heads, context", "heads, no norm", "ffn, 3-d",
@@ -218,9 +224,10 @@ EACH = ("norm", "add", "chain", "heads", "heads, context", "heads, no norm", "ff
 
 
 def make(case, draw):
-    """A row of the table as a Case."""
+    """A row of the table as a Case; scale: of the data."""
     make_case, *arguments = case
-    options = arguments.pop() if isinstance(arguments[-1], dict) else {}
+    options = dict(arguments.pop()) if isinstance(arguments[-1], dict) else {}
+    draw.scale = options.pop("scale", 1)
     return make_case(draw, *arguments, **options)
 
 
@@ -241,16 +248,19 @@ def fused(monkeypatch):
         monkeypatch.setattr(kernels, "fused", lambda x: not kernels.PLAIN)
 
 
-def evaluate(call, inputs, upstream=None):
-    """Outputs, gradients, and the random gradients of the outputs that those belong to."""
+def evaluate(call, inputs, upstream=None, strided=False, times=1):
+    """Outputs, gradients, and the random gradients of the outputs that those belong to.
+
+    times: of passing backward through the one graph.
+    """
     outputs = call(*inputs)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    if upstream is None:
-        upstream = [torch.randn_like(y) for y in outputs]
-    if not wanted:
-        return outputs, [], upstream
-    return outputs, list(grad(outputs, wanted, upstream, materialize_grads=True)), upstream
+    upstream = upstream or [torch.randn_like(y) for y in outputs]
+    upstream = [spread(d) for d in upstream] if strided else upstream
+    wanted, gradients = [x for x in inputs if x is not None and x.requires_grad], []
+    for _ in range(times if wanted else 0):
+        gradients = grad(outputs, wanted, upstream, retain_graph=times > 1, materialize_grads=True)
+    return outputs, list(gradients), upstream
 
 
 def agree(ours, theirs):
@@ -270,13 +280,14 @@ def check(case, kind="fp32", strided=False, ends=False):
         return torch.cat((x[:2], x[-2:])) if ends and len(x) == rows else x
 
     def widen(x):
+        if x is None or not x.is_floating_point():
+            return x if x is None else cut(x)
         return cut(x.detach()).double().requires_grad_(x.requires_grad)
 
-    outputs, gradients, upstream = evaluate(call, inputs)
+    outputs, gradients, upstream = evaluate(call, inputs, strided=strided)
     assert {y.dtype for y in outputs} == {TYPES[kind][0]}
-    wide = [widen(x) if x is not None and x.is_floating_point() else x if x is None else cut(x)
-            for x in inputs]
-    expected, d_expected, _ = evaluate(reference, wide, [widen(d) for d in upstream])
+    expected, d_expected, _ = evaluate(reference, [widen(x) for x in inputs],
+                                       [widen(d) for d in upstream])
     kept = [i for i, d in enumerate(gradients) if not ends or len(d) == rows]
     agree([cut(y) for y in outputs] + [cut(gradients[i]) for i in kept],
           expected + [d_expected[i] for i in kept])
@@ -307,17 +318,21 @@ def test_same_input_same_bits(name, fused):
     """Twice forward, twice backward through one graph: equal bits, and inputs stay as they are."""
     inputs, call, _ = make((SMALL | LARGE)[name], Draw(KIND))
     before = [None if x is None else x.clone() for x in inputs]
-    outputs, gradients, upstream = evaluate(call, inputs)
-    runs = [outputs + gradients, sum(evaluate(call, inputs, upstream)[:2], [])]
-    if gradients:
-        wanted = [x for x in inputs if x is not None and x.requires_grad]
-        outputs = call(*inputs)
-        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-        runs += [[*outputs, *grad(outputs, wanted, upstream, retain_graph=True,
-                                  materialize_grads=True)] for _ in range(2)]
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    *first, upstream = evaluate(call, inputs)
+    for times in (1, 2):
+        *again, _ = evaluate(call, inputs, upstream, times=times)
+        assert all(map(torch.equal, sum(first, []), sum(again, [])))
     assert all(x is None or torch.equal(x, b) for x, b in zip(inputs, before))
+
+
+@pytest.mark.xfail(strict=True, reason="token_strides() forgets the stride of the samples")
+@device
+def test_choices_of_some_tokens(fused):
+    """Index and weight may be any part of a larger tensor."""
+    (states, index, weight, bias), call, reference = make(SMALL["mix"], Draw())
+    more = [torch.cat((x, x), 1)[:, 2:-3] for x in (index, weight)]
+    agree([call(states, *more, bias)],
+          [reference(states.double(), more[0], more[1].double(), bias.double())])
 
 
 @device
