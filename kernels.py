@@ -52,8 +52,8 @@ def operator(fake):
 def rms_norm_twin(x, weight, residual=None, eps=1e-6):
     """s = x + residual, y = s / sqrt(mean(s^2) + eps) * weight, in fp32 (Zhang & Sennrich).
 
-    x, residual: (..., D) of any float type, weight: (D,). Returns y, or s and y where there is a
-    residual, in x's shape and type.
+    x, residual: (..., D) of any float type, weight: (D,). Returns y in x's type; with a residual s
+    and y, s in the wider type of the two.
     """
     s = x if residual is None else x + residual
     wide = s.float()
@@ -70,7 +70,8 @@ def rms_norm_kernel(x_ptr, r_ptr, w_ptr, s_ptr, y_ptr, rows, D, eps: tl.constexp
     inside, at = (row < rows) & (col < D), row * D + col
     s = tl.load(x_ptr + at, inside, 0)
     if ADD:  # rounded to the type that is stored, so that the backward pass sees the same s
-        s = (s.to(tl.float32) + tl.load(r_ptr + at, inside, 0).to(tl.float32)).to(s.dtype)
+        s = s.to(tl.float32) + tl.load(r_ptr + at, inside, 0).to(tl.float32)
+        s = s.to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + at, s, inside)
     s = s.to(tl.float32)
     scale = tl.rsqrt(tl.sum(s * s, 1, keep_dims=True) / D + eps)
@@ -109,14 +110,21 @@ def norm_shape(x):
     return x.numel() // x.shape[-1], x.shape[-1], dict(BLOCK=block, ROWS=max(1, 4096 // block))
 
 
-@operator(lambda x, weight, residual, eps: (
-    x.new_empty(0) if residual is None else torch.empty_like(x), torch.empty_like(x)))
+def empty_sum(x, residual):
+    """Uninitialised x + residual, in their common type; nothing where there is no residual."""
+    if residual is None:
+        return x.new_empty(0)
+    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+@operator(lambda x, weight, residual, eps: (empty_sum(x, residual), torch.empty_like(x)))
 def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
                      eps: float) -> tuple[Tensor, Tensor]:
     rows, D, tile = norm_shape(x)
-    s, y = x.new_empty(0) if residual is None else torch.empty_like(x), torch.empty_like(x)
+    s, y = empty_sum(x, residual), torch.empty_like(x)
     rms_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        x, residual, weight, s, y, rows, D, eps, ADD=residual is not None, **tile, num_warps=4)
+        x, residual, weight.contiguous(), s, y, rows, D, eps, ADD=residual is not None, **tile,
+        num_warps=4)
     return s, y
 
 
@@ -128,7 +136,8 @@ def rms_norm_backward(s: Tensor, weight: Tensor, ds: Tensor | None, dy: Tensor,
     programs = min(triton.cdiv(rows, tile["ROWS"]), 2 * cores)
     dx, dw = torch.empty_like(s), s.new_empty(programs, D, dtype=torch.float32)
     rms_norm_backward_kernel[(programs,)](
-        s, weight, ds, dy, dx, dw, rows, D, eps, ADD=ds is not None, **tile, STAGES=3, num_warps=4)
+        s, weight.contiguous(), ds, dy, dx, dw, rows, D, eps, ADD=ds is not None, **tile, STAGES=3,
+        num_warps=4)
     return dx, dw.sum(0).to(weight.dtype)
 
 
@@ -140,7 +149,7 @@ class FusedNorm(Function):
         x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
         s, y = rms_norm_forward(x, weight, residual, eps)
         ctx.save_for_backward(x if residual is None else s, weight)
-        ctx.eps = eps
+        ctx.eps, ctx.dtypes = eps, (x.dtype, None if residual is None else residual.dtype)
         return y if residual is None else (s, y)
 
     @staticmethod
@@ -148,11 +157,14 @@ class FusedNorm(Function):
         s, weight = ctx.saved_tensors
         *ds, dy = (d.contiguous() for d in gradients)
         dx, dw = rms_norm_backward(s, weight, *ds or [None], dy, ctx.eps)
-        return dx, dw, dx if ds else None, None
+        return dx.to(ctx.dtypes[0]), dw, dx.to(ctx.dtypes[1]) if ds else None, None
 
 
 def rms_norm(x, weight, residual=None, eps=1e-6):
-    """`rms_norm_twin` by the path that suits x."""
+    """`rms_norm_twin` by the path that suits x. Raises ValueError for shapes that do not fit."""
+    if weight.shape != x.shape[-1:] or residual is not None and residual.shape != x.shape:
+        raise ValueError(f"x {tuple(x.shape)} needs a weight as wide and a residual of its shape, "
+                         f"got {[tuple(a.shape) for a in (weight, residual) if a is not None]}")
     return (FusedNorm.apply if fused(x) else rms_norm_twin)(x, weight, residual, eps)
 
 
@@ -192,11 +204,11 @@ def apply_rope(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)       # (B, L, H, Dh)
 
 
-def queries_keys_twin(qkv, rope, heads, weights=(None, None), context=None, eps=1e-6):
+def queries_keys_twin(qkv, rope, heads, weights=(None, None, None), context=None, eps=1e-6):
     """Queries, keys and values of a packed projection, normalised by head and rotated.
 
     qkv: (B, L, H+2Hk, Dh), H queries, Hk keys, Hk values; rope: `rope_table` of L positions.
-    weights: of the norms of q and k, and of the context's k, each (Dh,) or None.
+    weights: of the norms of q and k, and of the context's k, each (Dh,), or None: no norm.
     context: (B, S, 2Hk, Dh), keys and values of tokens that are not rotated and come last.
     Returns q (B, L, H, Dh), k and v (B, L+S, Hk, Dh) in qkv's type.
     """
@@ -228,7 +240,8 @@ def head_tile(tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP: tl.constexpr, ROWS: t
     head = first * GROUP + tl.arange(0, GROUP)[None, :, None]
     inside = (row < tokens) & (head < heads) & (col < HALF)
     packed = (row * (H + 2 * Hk) + before + head) * 2 * HALF + col
-    return kind, row % L * HALF + col, inside, packed, (out_row * heads + head) * 2 * HALF + col
+    angle = tl.broadcast_to(row % L * HALF + col, (ROWS, GROUP, BLOCK))
+    return kind, angle, inside, packed, (out_row * heads + head) * 2 * HALF + col
 
 
 @triton.jit
@@ -248,14 +261,14 @@ def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v
     if kind < 2:
         if NORM:
             col = tl.arange(0, BLOCK)[None, None]
+            wide = tl.broadcast_to(col, (ROWS, GROUP, BLOCK))
             square = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
             scale = tl.rsqrt(square / (2 * HALF) + eps)
             # The twin rounds between norm and rotation; here both happen in fp32.
-            a *= scale * tl.load(w_ptr + col, col < HALF, 0).to(tl.float32)
-            b *= scale * tl.load(w_ptr + HALF + col, col < HALF, 0).to(tl.float32)
+            a *= scale * tl.load(w_ptr + wide, inside, 0).to(tl.float32)
+            b *= scale * tl.load(w_ptr + HALF + wide, inside, 0).to(tl.float32)
         if ROTATE:
-            real = (angle >= 0) & (tl.arange(0, BLOCK)[None, None] < HALF)
-            cos, sin = tl.load(cos_ptr + angle, real, 0), tl.load(sin_ptr + angle, real, 0)
+            cos, sin = tl.load(cos_ptr + angle, inside, 0), tl.load(sin_ptr + angle, inside, 0)
             a, b = a * cos - b * sin, b * cos + a * sin
     tl.store(out_ptr + at, a.to(out_ptr.dtype.element_ty), inside)
     tl.store(out_ptr + at + HALF, b.to(out_ptr.dtype.element_ty), inside)
@@ -279,8 +292,7 @@ def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr
     if kind < 2:
         col = tl.arange(0, BLOCK)[None, None]
         if ROTATE:
-            real = (angle >= 0) & (col < HALF)
-            cos, sin = tl.load(cos_ptr + angle, real, 0), tl.load(sin_ptr + angle, real, 0)
+            cos, sin = tl.load(cos_ptr + angle, inside, 0), tl.load(sin_ptr + angle, inside, 0)
             d1, d2 = d1 * cos + d2 * sin, d2 * cos - d1 * sin
         if NORM:
             a = tl.load(x_ptr + packed, inside, 0).to(tl.float32)
@@ -293,8 +305,9 @@ def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr
             col = tl.arange(0, BLOCK)
             tl.store(dw + col, tl.sum(tl.sum(d1 * a, 0), 0), col < HALF)
             tl.store(dw + HALF + col, tl.sum(tl.sum(d2 * b, 0), 0), col < HALF)
-            d1 *= tl.load(w_ptr + col, col < HALF, 0).to(tl.float32)[None, None]
-            d2 *= tl.load(w_ptr + HALF + col, col < HALF, 0).to(tl.float32)[None, None]
+            wide = tl.broadcast_to(tl.arange(0, BLOCK)[None, None], (ROWS, GROUP, BLOCK))
+            d1 *= tl.load(w_ptr + wide, inside, 0).to(tl.float32)
+            d2 *= tl.load(w_ptr + HALF + wide, inside, 0).to(tl.float32)
             dot = tl.sum(d1 * a, 2, keep_dims=True) + tl.sum(d2 * b, 2, keep_dims=True)
             d1 = scale * (d1 - a * (dot / (2 * HALF)))
             d2 = scale * (d2 - b * (dot / (2 * HALF)))
@@ -380,7 +393,10 @@ class FusedQueriesKeys(Function):
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, heads, q_weight, k_weight, context_weight, context, eps):
-        qkv, context = qkv.contiguous(), context if context is None else context.contiguous()
+        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+        context = context if context is None else context.contiguous()
+        q_weight, k_weight, context_weight = (
+            w if w is None else w.contiguous() for w in (q_weight, k_weight, context_weight))
         q, k, v = queries_keys_forward(qkv, cos, sin, heads, q_weight, k_weight, context,
                                        context_weight, eps)
         ctx.save_for_backward(qkv, cos, sin, q_weight, k_weight, context, context_weight)
@@ -399,7 +415,16 @@ class FusedQueriesKeys(Function):
 
 
 def queries_keys(qkv, rope, heads, weights=(None, None, None), context=None, eps=1e-6):
-    """`queries_keys_twin` by the path that suits qkv."""
+    """`queries_keys_twin` by the path that suits qkv.
+
+    Raises ValueError where the table is not for L positions, or only one of q and k has a norm.
+    """
+    L, half = qkv.shape[1], qkv.shape[3] // 2
+    if any(table.shape != (L, half) for table in rope):
+        raise ValueError(f"{L} tokens with heads {2 * half} wide need tables of shape {(L, half)}, "
+                         f"got {tuple(rope[0].shape)}")
+    if (weights[0] is None) != (weights[1] is None):
+        raise ValueError("queries and keys must both have a norm, or neither")
     if fused(qkv):
         return FusedQueriesKeys.apply(qkv, *rope, heads, *weights, context, eps)
     return queries_keys_twin(qkv, rope, heads, weights, context, eps)
@@ -505,8 +530,9 @@ def feed_forward(x, gate_up, down, recompute=False):
 def cast(*tensors):
     """The tensors as autocast hands them to a matrix product."""
     kind = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 class SwiGLU(nn.Module):
@@ -567,11 +593,6 @@ def mix_backward_kernel(states_ptr, index_ptr, d_ptr, dw_ptr, M, D, i_token, i_k
         tl.store(dw_ptr + token * K + k, tl.sum(d * state.to(tl.float32), 0))
 
 
-def token_strides(x):
-    """Strides from token to token and from choice to choice of (B, S, K)."""
-    return x.stride(1), x.stride(2)
-
-
 def _mixture(states, *_):
     return states.new_empty(*states.shape[:2], states.shape[3])
 
@@ -579,19 +600,20 @@ def _mixture(states, *_):
 @operator(_mixture)
 def mix_forward(states: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out, (B, S, M, D) = _mixture(states), states.shape
+    index, weight = index.flatten(0, 1), weight.flatten(0, 1)
     block = min(2048, triton.next_power_of_2(D))
     mix_kernel[(B * S, triton.cdiv(D, block))](
-        states, index, weight, bias, out, M, D, *token_strides(index), *token_strides(weight),
-        K=index.shape[2], BIAS=bias is not None, BLOCK=block, num_warps=8)
+        states, index, weight, bias, out, M, D, *index.stride(), *weight.stride(),
+        K=index.shape[1], BIAS=bias is not None, BLOCK=block, num_warps=8)
     return out
 
 
 @operator(lambda states, index, d: states.new_empty(index.shape, dtype=torch.float32))
 def mix_backward(states: Tensor, index: Tensor, d: Tensor) -> Tensor:
     B, S, M, D = states.shape
-    dw = states.new_empty(index.shape, dtype=torch.float32)
-    mix_backward_kernel[(B * S,)](states, index, d, dw, M, D, *token_strides(index),
-                                  K=index.shape[2], BLOCK=triton.next_power_of_2(D), num_warps=4)
+    dw, index = states.new_empty(index.shape, dtype=torch.float32), index.flatten(0, 1)
+    mix_backward_kernel[(B * S,)](states, index, d, dw, M, D, *index.stride(), K=index.shape[1],
+                                  BLOCK=triton.next_power_of_2(D), num_warps=4)
     return dw
 
 
@@ -623,7 +645,8 @@ def mix_states(states, index, weight, bias=None):
     if torch.is_grad_enabled() and any(a is not None and a.requires_grad
                                        for a in (states, weight, bias)):
         raise RuntimeError("mix_states() has no gradient on a GPU; training uses mix_project()")
-    return mix_forward(states.contiguous(), index, weight, bias)
+    return mix_forward(states.contiguous(), index, weight, bias if bias is None else
+                       bias.contiguous())
 
 
 def mix_project(states, index, weight, proj, bias):

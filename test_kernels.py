@@ -325,7 +325,6 @@ def test_same_input_same_bits(name, fused):
     assert all(x is None or torch.equal(x, b) for x, b in zip(inputs, before))
 
 
-@pytest.mark.xfail(strict=True, reason="token_strides() forgets the stride of the samples")
 @device
 def test_choices_of_some_tokens(fused):
     """Index and weight may be any part of a larger tensor."""
@@ -333,6 +332,30 @@ def test_choices_of_some_tokens(fused):
     more = [torch.cat((x, x), 1)[:, 2:-3] for x in (index, weight)]
     agree([call(states, *more, bias)],
           [reference(states.double(), more[0], more[1].double(), bias.double())])
+
+
+@device
+def test_a_residual_in_fp32(fused):
+    """Under autocast a product in bf16 meets a stream in fp32, and the stream stays so."""
+    x, w, r = Draw("bf16")(5, 32), Draw()(32), Draw(seed=1)(5, 32)
+    (s, y), gradients, upstream = evaluate(kernels.rms_norm, [x, w, r])
+    assert (s.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+    assert [d.dtype for d in gradients] == [x.dtype, w.dtype, r.dtype]
+    wide = [a.detach().double().requires_grad_() for a in (x, w, r)]
+    expected, d_expected, _ = evaluate(norm64, wide, [d.double() for d in upstream])
+    agree([y, s, *gradients], [expected[1], expected[0], *d_expected])
+
+
+@pytest.mark.parametrize("call, blame", [
+    (lambda: kernels.rms_norm(torch.ones(2, 8), torch.ones(4)), r"weight as wide.*\[\(4,\)\]"),
+    (lambda: kernels.rms_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8)), "of its shape"),
+    (lambda: kernels.queries_keys(torch.ones(1, 3, 3, 8), torch.ones(2, 2, 4), 1), r"\(3, 4\)"),
+    (lambda: kernels.queries_keys(torch.ones(1, 3, 3, 8), torch.ones(2, 3, 4), 1,
+                                  (torch.ones(8), None, None)), "or neither")])
+def test_shapes_that_do_not_fit(call, blame):
+    """A kernel would read beyond a tensor's end: refused before, with the sizes."""
+    with pytest.raises(ValueError, match=blame):
+        call()
 
 
 @device
