@@ -398,6 +398,15 @@ class Products(TorchDispatchMode):
                    for number, kept in self.calls.values())
 
 
+def show_profile(call):
+    """Print which kernels a call spends its time in."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
+        call()
+        torch.cuda.synchronize()
+    print(record.key_averages().table(sort_by="self_device_time_total", row_limit=20,
+                                      max_name_column_width=70))
+
+
 def replay_time(function, *inputs, calls=20):
     """Microseconds of a CUDA graph's replay: the median of many, by device events."""
     replay = kernels.replayed(function, *inputs)
@@ -428,6 +437,7 @@ def bench_tower(folder):
     step = partial(model.step, context, 5.0, 0.7)
     with autocast(torch.device(DEVICE)):
         result["iteration"] = replay_time(step, *inputs)
+        show_profile(partial(step, *inputs))
         with Products() as products:
             step(*inputs)
         result["products alone"] = products.alone()
@@ -498,6 +508,7 @@ def bench_train(folder, B=48, S=128):
         result[name] = dict(seconds=seconds, fraction=flops / seconds / gemm, peak=peak)
         print(f"{name:6} {1e3 * seconds:7.1f} ms, {flops / seconds / gemm:.1%} of the GEMM "
               f"ceiling, peak {peak / 2**30:.1f} GiB")
+        show_profile(step)
     save(result, folder / "train.json")
 
 
