@@ -4,10 +4,12 @@
     python bench.py tower      # a denoising iteration of MoS-S at 1024x1024, as sample.py runs it
     python bench.py train      # a training step of MoS-S at 512x512
 
-Everything is bf16 on random data (zeros are faster than data). A time is device time: the sum over
-a call's kernels as the profiler sees them, the median of CALLS calls, which go through SETS sets of
-inputs in turn so that no cache serves them. All are timed so because compiled backward passes do
-not always survive capture in a CUDA graph. What a call costs the host is another column.
+Everything is bf16 on random data (zeros are faster than data); `train` has fp32 weights under
+autocast. `kernels` prints device time: the sum over a call's kernels as the profiler sees them, the
+median of CALLS calls, which go through SETS sets of inputs in turn so that no cache serves them.
+(Compiled backward passes do not always survive capture in a CUDA graph, so nothing is captured.)
+What a call costs the host is another column. `tower` times a graph's replay by device events,
+`train` whole steps by the clock.
 
 "-": does not apply or is not installed; "failed": stderr says why, the run goes on; "?": the
 rival's results differ from ours by more than 2 %.
@@ -425,7 +427,7 @@ def replay_time(function, *inputs, calls=20):
 def bench_tower(folder):
     """The command `tower`: one prompt of 512 tokens with guidance, 32 x 32 visual tokens.
 
-    The other branch is the empty prompt. The plain rival gets 512 tokens in both branches.
+    The other branch is the empty prompt.
     """
     result, gemm = header(), ceilings()[1]
     model, S = large_model(DTYPE), 512
@@ -445,7 +447,6 @@ def bench_tower(folder):
         model.router.forward = lambda *_: logits
         result["without router"] = replay_time(step, *inputs)
         kernels.PLAIN = True
-        step = partial(model.step, context._replace(runs=[(2, S)]), 5.0, 0.7)
         result["plain, without router"] = replay_time(step, *inputs)
         for block in model.generation.blocks:
             block.forward = torch.compile(block.forward)

@@ -6,8 +6,8 @@ environment variable MOS_PLAIN=1 asks for the twins.
 
 A kernel's floor is the bytes it must move over the bandwidth of the memory (`bench.py` prints the
 fraction), so each reads its inputs once, keeps the rest in registers and writes its outputs once.
-Backward passes rebuild what they need from the inputs of the forward pass. Where many programs add
-to one sum, each writes a row of partial sums and no atomics are used: same input, same bits.
+Backward passes rebuild what they need from what the forward pass read or wrote. Where many programs
+add to one sum, each writes a row of partial sums and no atomics are used: same input, same bits.
 """
 
 import os
@@ -35,7 +35,7 @@ def fused(x):
 
 
 def operator(fake):
-    """Make a function the operator `mos::name`, which compilers and CUDA graphs take as a whole.
+    """Make a function the operator `mos::name`, which torch.compile calls instead of tracing it.
 
     fake: the same signature; returns outputs of the right shape and type, uncomputed.
     """
@@ -104,6 +104,11 @@ def rms_norm_backward_kernel(s_ptr, w_ptr, ds_ptr, dy_ptr, dx_ptr, dw_ptr, rows,
     tl.store(dw_ptr + tl.program_id(0) * D + col, tl.sum(dw, 0, keep_dims=True), col < D)
 
 
+def multiprocessors(x):
+    """Of the tensor's GPU; the interpreter has one."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
 def norm_shape(x):
     """Rows and width of x, and the tile for them: whole rows, about 4096 values."""
     block = triton.next_power_of_2(x.shape[-1])
@@ -132,8 +137,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
 def rms_norm_backward(s: Tensor, weight: Tensor, ds: Tensor | None, dy: Tensor,
                       eps: float) -> tuple[Tensor, Tensor]:
     rows, D, tile = norm_shape(s)
-    cores = torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 1
-    programs = min(triton.cdiv(rows, tile["ROWS"]), 2 * cores)
+    programs = min(triton.cdiv(rows, tile["ROWS"]), 2 * multiprocessors(s))
     dx, dw = torch.empty_like(s), s.new_empty(programs, D, dtype=torch.float32)
     rms_norm_backward_kernel[(programs,)](
         s, weight.contiguous(), ds, dy, dx, dw, rows, D, eps, ADD=ds is not None, **tile, STAGES=3,
@@ -156,7 +160,7 @@ class FusedNorm(Function):
     def backward(ctx, *gradients):
         s, weight = ctx.saved_tensors
         *ds, dy = (d.contiguous() for d in gradients)
-        dx, dw = rms_norm_backward(s, weight, *ds or [None], dy, ctx.eps)
+        dx, dw = rms_norm_backward(s, weight, ds[0] if ds else None, dy, ctx.eps)
         return dx.to(ctx.dtypes[0]), dw, dx.to(ctx.dtypes[1]) if ds else None, None
 
 
@@ -224,24 +228,38 @@ def queries_keys_twin(qkv, rope, heads, weights=(None, None, None), context=None
 
 
 @triton.jit
-def head_tile(tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP: tl.constexpr, ROWS: tl.constexpr,
-              BLOCK: tl.constexpr):
-    # A tile is the first half of GROUP heads of ROWS tokens; the second half lies HALF further on.
-    # Axis 1 of the grid: groups of query heads, then of key heads, then of value heads (kind 0, 1,
-    # 2). A sample's token l has its key and its value in row OFFSET + l of KEYS.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
-    col = tl.arange(0, BLOCK)[None, None]
+def head_kind(H, Hk, GROUP: tl.constexpr):
+    # Axis 1 of the grid: groups of query heads (kind 0), of key heads (1), of value heads (2).
     group, q_groups, k_groups = tl.program_id(1), tl.cdiv(H, GROUP), tl.cdiv(Hk, GROUP)
-    kind = (group >= q_groups).to(tl.int32) + (group >= q_groups + k_groups).to(tl.int32)
-    heads, out_row, before, first = H, row, 0, group
+    return (group >= q_groups).to(tl.int32) + (group >= q_groups + k_groups).to(tl.int32)
+
+
+@triton.jit
+def head_tile(i, tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP: tl.constexpr, ROWS: tl.constexpr,
+              BLOCK: tl.constexpr):
+    # Where tile i lies, which is the first half of GROUP heads of ROWS tokens; the second half is
+    # HALF further on. Token l of a sample has its key and its value in row OFFSET + l of KEYS.
+    row = (i * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+    col = tl.arange(0, BLOCK)[None, None]
+    kind, group = head_kind(H, Hk, GROUP), tl.program_id(1)
+    heads, out_row, before = H, row, 0
     if kind > 0:
         heads, out_row = Hk, row // L * KEYS + OFFSET + row % L
-        before, first = H + (kind - 1) * Hk, (group - q_groups) % k_groups
-    head = first * GROUP + tl.arange(0, GROUP)[None, :, None]
+        before, group = H + (kind - 1) * Hk, (group - tl.cdiv(H, GROUP)) % tl.cdiv(Hk, GROUP)
+    head = group * GROUP + tl.arange(0, GROUP)[None, :, None]
     inside = (row < tokens) & (head < heads) & (col < HALF)
     packed = (row * (H + 2 * Hk) + before + head) * 2 * HALF + col
+    # Angles take the shape of a tile: loaded as rows, they would change their layout afterwards.
     angle = tl.broadcast_to(row % L * HALF + col, (ROWS, GROUP, BLOCK))
-    return kind, angle, inside, packed, (out_row * heads + head) * 2 * HALF + col
+    return inside, packed, (out_row * heads + head) * 2 * HALF + col, angle
+
+
+@triton.jit
+def head_weight(w_ptr, HALF, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # The halves of a norm's weight, in the shape of a tile for the same reason.
+    col = tl.broadcast_to(tl.arange(0, BLOCK)[None, None], (ROWS, GROUP, BLOCK))
+    return (tl.load(w_ptr + col, col < HALF, 0).to(tl.float32),
+            tl.load(w_ptr + HALF + col, col < HALF, 0).to(tl.float32))
 
 
 @triton.jit
@@ -249,24 +267,22 @@ def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v
                         tokens, L, KEYS, OFFSET, H, Hk, HALF, eps: tl.constexpr,
                         NORM: tl.constexpr, ROTATE: tl.constexpr, GROUP: tl.constexpr,
                         ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    kind, angle, inside, packed, at = head_tile(tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP, ROWS,
-                                                BLOCK)
+    kind = head_kind(H, Hk, GROUP)
     w_ptr, out_ptr = qw_ptr, q_ptr
     if kind > 0:
         w_ptr, out_ptr = kw_ptr, k_ptr
     if kind > 1:
         out_ptr = v_ptr
+    inside, packed, at, angle = head_tile(tl.program_id(0), tokens, L, KEYS, OFFSET, H, Hk, HALF,
+                                          GROUP, ROWS, BLOCK)
     a = tl.load(x_ptr + packed, inside, 0).to(tl.float32)
     b = tl.load(x_ptr + packed + HALF, inside, 0).to(tl.float32)
-    if kind < 2:
+    if kind < 2:  # values pass
         if NORM:
-            col = tl.arange(0, BLOCK)[None, None]
-            wide = tl.broadcast_to(col, (ROWS, GROUP, BLOCK))
+            w1, w2 = head_weight(w_ptr, HALF, GROUP, ROWS, BLOCK)
             square = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
             scale = tl.rsqrt(square / (2 * HALF) + eps)
-            # The twin rounds between norm and rotation; here both happen in fp32.
-            a *= scale * tl.load(w_ptr + wide, inside, 0).to(tl.float32)
-            b *= scale * tl.load(w_ptr + HALF + wide, inside, 0).to(tl.float32)
+            a, b = a * scale * w1, b * scale * w2  # the twin rounds here, too
         if ROTATE:
             cos, sin = tl.load(cos_ptr + angle, inside, 0), tl.load(sin_ptr + angle, inside, 0)
             a, b = a * cos - b * sin, b * cos + a * sin
@@ -278,41 +294,49 @@ def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v
 def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dv_ptr,
                                  dx_ptr, dw_ptr, tokens, L, KEYS, OFFSET, H, Hk, HALF,
                                  eps: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
-                                 GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    # Turn back, then through the norm; values pass. The gradient is written in the packed shape.
-    kind, angle, inside, packed, at = head_tile(tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP, ROWS,
-                                                BLOCK)
+                                 GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                                 STAGES: tl.constexpr):
+    # Turn back, then through the norm, into the packed shape; values pass. As in RMSNorm's, a few
+    # programs stride over all tokens with the next loads under way and dw in registers.
+    kind = head_kind(H, Hk, GROUP)
     w_ptr, d_ptr = qw_ptr, dq_ptr
     if kind > 0:
         w_ptr, d_ptr = kw_ptr, dk_ptr
     if kind > 1:
         d_ptr = dv_ptr
-    d1 = tl.load(d_ptr + at, inside, 0).to(tl.float32)
-    d2 = tl.load(d_ptr + at + HALF, inside, 0).to(tl.float32)
-    if kind < 2:
-        col = tl.arange(0, BLOCK)[None, None]
+    if NORM:
+        w1, w2 = head_weight(w_ptr, HALF, GROUP, ROWS, BLOCK)
+        dw1 = tl.zeros((ROWS, GROUP, BLOCK), tl.float32)
+        dw2 = tl.zeros((ROWS, GROUP, BLOCK), tl.float32)
+    for i in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0),
+                      num_stages=STAGES):
+        inside, packed, at, angle = head_tile(i, tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP, ROWS,
+                                              BLOCK)
+        turned = inside & (kind < 2)
+        d1 = tl.load(d_ptr + at, inside, 0).to(tl.float32)
+        d2 = tl.load(d_ptr + at + HALF, inside, 0).to(tl.float32)
         if ROTATE:
-            cos, sin = tl.load(cos_ptr + angle, inside, 0), tl.load(sin_ptr + angle, inside, 0)
+            cos, sin = tl.load(cos_ptr + angle, turned, 1), tl.load(sin_ptr + angle, turned, 0)
             d1, d2 = d1 * cos + d2 * sin, d2 * cos - d1 * sin
         if NORM:
-            a = tl.load(x_ptr + packed, inside, 0).to(tl.float32)
-            b = tl.load(x_ptr + packed + HALF, inside, 0).to(tl.float32)
+            a = tl.load(x_ptr + packed, turned, 0).to(tl.float32)
+            b = tl.load(x_ptr + packed + HALF, turned, 0).to(tl.float32)
             square = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
             scale = tl.rsqrt(square / (2 * HALF) + eps)
-            a, b = a * scale, b * scale
-            groups = tl.cdiv(H, GROUP) + tl.cdiv(Hk, GROUP)
-            dw = dw_ptr + (tl.program_id(0) * groups + tl.program_id(1)) * 2 * HALF
-            col = tl.arange(0, BLOCK)
-            tl.store(dw + col, tl.sum(tl.sum(d1 * a, 0), 0), col < HALF)
-            tl.store(dw + HALF + col, tl.sum(tl.sum(d2 * b, 0), 0), col < HALF)
-            wide = tl.broadcast_to(tl.arange(0, BLOCK)[None, None], (ROWS, GROUP, BLOCK))
-            d1 *= tl.load(w_ptr + wide, inside, 0).to(tl.float32)
-            d2 *= tl.load(w_ptr + HALF + wide, inside, 0).to(tl.float32)
-            dot = tl.sum(d1 * a, 2, keep_dims=True) + tl.sum(d2 * b, 2, keep_dims=True)
-            d1 = scale * (d1 - a * (dot / (2 * HALF)))
-            d2 = scale * (d2 - b * (dot / (2 * HALF)))
-    tl.store(dx_ptr + packed, d1.to(dx_ptr.dtype.element_ty), inside)
-    tl.store(dx_ptr + packed + HALF, d2.to(dx_ptr.dtype.element_ty), inside)
+            a, b, g1, g2 = a * scale, b * scale, d1 * w1, d2 * w2
+            dw1, dw2 = dw1 + d1 * a, dw2 + d2 * b
+            mean = (tl.sum(g1 * a, 2, keep_dims=True) + tl.sum(g2 * b, 2, keep_dims=True)
+                    ) / (2 * HALF)
+            d1 = tl.where(turned, scale * (g1 - a * mean), d1)
+            d2 = tl.where(turned, scale * (g2 - b * mean), d2)
+        tl.store(dx_ptr + packed, d1.to(dx_ptr.dtype.element_ty), inside)
+        tl.store(dx_ptr + packed + HALF, d2.to(dx_ptr.dtype.element_ty), inside)
+    if NORM:
+        if kind < 2:
+            groups, col = tl.cdiv(H, GROUP) + tl.cdiv(Hk, GROUP), tl.arange(0, BLOCK)
+            dw = dw_ptr + (tl.program_id(0) * groups + tl.program_id(1)) * 2 * HALF + col
+            tl.store(dw, tl.sum(tl.sum(dw1, 0), 0), col < HALF)
+            tl.store(dw + HALF, tl.sum(tl.sum(dw2, 0), 0), col < HALF)
 
 
 def head_grid(tokens, heads, kv_heads, Dh, values):
@@ -368,23 +392,24 @@ def queries_keys_backward(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tenso
     gradients = _empty_gradients(qkv, q_weight, k_weight, context, context_weight)
     (B, L, H, Dh), (_, keys, Hk, _) = dq.shape, dk.shape
 
-    def launch(x, q_weight, k_weight, dx, L, offset, H, rotate):
-        grid, tile = head_grid(B * L, H, Hk, Dh, True)
+    def launch(x, q_weight, k_weight, dx, dq_weight, dk_weight, L, offset, H, rotate):
+        (tiles, groups), tile = head_grid(B * L, H, Hk, Dh, True)
+        programs = min(tiles, triton.cdiv(4 * multiprocessors(x), groups))
         q_groups, k_groups = triton.cdiv(H, tile["GROUP"]), triton.cdiv(Hk, tile["GROUP"])
-        dw = x.new_empty(grid[0], q_groups + k_groups, Dh, dtype=torch.float32)
-        queries_keys_backward_kernel[grid](
+        dw = x.new_empty(programs, q_groups + k_groups, Dh, dtype=torch.float32)
+        queries_keys_backward_kernel[(programs, groups)](
             x, q_weight, k_weight, cos, sin, dq, dk, dv, dx, dw, B * L, L, keys, offset, H, Hk,
-            Dh // 2, eps, NORM=q_weight is not None, ROTATE=rotate, **tile, num_warps=2)
-        return dw[:, :q_groups].sum((0, 1)), dw[:, q_groups:].sum((0, 1))
+            Dh // 2, eps, NORM=q_weight is not None, ROTATE=rotate, **tile, STAGES=3, num_warps=4)
+        if q_weight is not None:
+            dw = dw.sum(0)
+            dq_weight.copy_(dw[:q_groups].sum(0))
+            dk_weight.copy_(dw[q_groups:].sum(0))
 
-    dqw, dkw = launch(qkv, q_weight, k_weight, gradients[0], L, 0, H, True)
-    sums = [dqw, dkw, None]
-    if context is not None:
-        _, sums[2] = launch(context, context_weight, context_weight, gradients[1], keys - L, L, 0,
-                            False)
-    for weight, gradient, total in zip((q_weight, k_weight, context_weight), gradients[2:], sums):
-        if weight is not None:
-            gradient.copy_(total)
+    dqkv, dcontext, dq_weight, dk_weight, dcontext_weight = gradients
+    launch(qkv, q_weight, k_weight, dqkv, dq_weight, dk_weight, L, 0, H, True)
+    if context is not None:  # it has no queries: the last call's sum of none is overwritten
+        launch(context, context_weight, context_weight, dcontext, dcontext_weight, dcontext_weight,
+               keys - L, L, 0, False)
     return gradients
 
 
@@ -401,7 +426,7 @@ class FusedQueriesKeys(Function):
                                        context_weight, eps)
         ctx.save_for_backward(qkv, cos, sin, q_weight, k_weight, context, context_weight)
         ctx.eps = eps
-        return q, k, qkv[:, :, heads + k.shape[2]:] if context is None else v
+        return q, k, qkv[:, :, heads + k.shape[2]:] if context is None else v  # or a view of qkv
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -498,8 +523,7 @@ def swiglu_backward(gate_up: Tensor, dh: Tensor, rebuild: bool) -> tuple[Tensor,
 class FusedFeedForward(Function):
     """`feed_forward_twin` that keeps 2F values a token for its backward pass, or none.
 
-    The products are the library's: a product with the activation fused into it is slower on an
-    H200 than the two apart (`LOG.md`).
+    The products are the library's; ours is the activation between them, rebuilt going back.
     """
 
     @staticmethod
@@ -538,7 +562,7 @@ def cast(*tensors):
 class SwiGLU(nn.Module):
     """`feed_forward` with its learned weights, without biases."""
 
-    recompute = False  # keep nothing for the backward pass, at the price of one more product
+    recompute = False  # set it to keep nothing for the backward pass, for one more product
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -676,12 +700,12 @@ def attention(q, k, v, mask=None, runs=None, causal=False):
     parts = [F.scaled_dot_product_attention(q, k[:, :, :keys], v[:, :, :keys], mask,
                                             is_causal=causal, enable_gqa=True
                                             ).transpose(1, 2).flatten(2)
-             for q, k, v, (_, keys) in zip(q.split(sizes), k.split(sizes), v.split(sizes), runs)]
+             for q, k, v, (_, keys) in zip(*(a.split(sizes) for a in (q, k, v)), runs)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]                       # (B, L, H*Dh)
 
 
 def keys_behind(before, mask, runs):
-    """The `mask` and `runs` of attention for keys (B, S) that follow `before` others, all real."""
+    """`mask` and `runs` of attention where `before` real keys stand before those of mask (B, S)."""
     if runs:
         return None, [(samples, before + keys) for samples, keys in runs]
     return F.pad(mask, (before, 0), value=True)[:, None, None], None              # (B, 1, 1, L')

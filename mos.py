@@ -160,9 +160,10 @@ class MoS(nn.Module):
 
     def mix(self, context, index, weight):
         """What one block sees of the context: Proj(S_j^c) of MoS eq. (4), (B, S, Dg)."""
-        proj, mix = self.generation.proj, mix_states if context.projected else mix_project
-        own = (proj.bias,) if context.projected else (proj.weight, proj.bias)
-        return mix(context.states, index, weight, *own)               # (B, S, Dg)  MoS eq. (4)
+        proj = self.generation.proj
+        if context.projected:
+            return mix_states(context.states, index, weight, proj.bias)            # (B, S, Dg)
+        return mix_project(context.states, index, weight, proj.weight, proj.bias)  # (B, S, Dg)
 
     def forward(self, z, t, context, uniform=None):
         """The velocity (B, C, h, w) of latents z (B, C, h, w) at times t (B,).
@@ -235,7 +236,7 @@ class MoS(nn.Module):
         runs = [(len(list(same)), length) for length, same in groupby(lengths)]
         with autocast(device):
             context = self.project(self.understand(tokens.to(device)))
-            if len(runs) <= 2:  # one prompt and the empty one, say: attention needs no mask
+            if len(runs) <= 2:  # no mask, then; but each run is one more call in every block
                 context = context._replace(runs=runs)
 
             step = replayed(partial(self.step, context, guidance, rescale), z, *sigmas[:2])
@@ -282,7 +283,7 @@ class MoS(nn.Module):
     def from_pretrained(cls, folder, device="cpu"):
         """The model of a folder that `save_pretrained` wrote, ready to sample.
 
-        Its towers are stored in bf16; a GPU keeps them so, elsewhere everything becomes fp32.
+        Everything is stored in bf16; on a GPU towers and router stay so, all else becomes fp32.
         Raises FileNotFoundError or ValueError that names what is missing, broken or misshaped.
         """
         folder = Path(folder)

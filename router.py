@@ -1,7 +1,8 @@
 """The router R: which understanding states each context token hands to each generation block.
 
 `Router` predicts the logits W of MoS sec. 3.2, `routing_weights` normalises them (eq. 3) and
-`select` picks the top-k states with epsilon-greedy exploration; `kernels.mix_states` sums (eq. 4).
+`select` picks the top-k states with epsilon-greedy exploration; `kernels.mix_project` and
+`kernels.mix_states` sum them (eq. 4).
 """
 
 import torch
@@ -133,7 +134,7 @@ class Router(nn.Module):
             extra.append(self.cls.expand(B, 1, -1).type_as(c))              # (B, 1, Dr)
         E = len(extra)
         x = torch.cat([*extra, *tokens, c], 1)                              # (B, L, Dr)
-        spots = torch.cat([*spots, order])                                  # (T+S, 3)
+        spots = torch.cat([*spots, order])                                  # (T+S, 3), or (S, 3)
         rope = rope_table(F.pad(spots, (0, 0, E, 0)), self.axes)            # the extras do not turn
         keys = keys_behind(x.shape[1] - S, mask, runs)
         for block in self.blocks:
