@@ -76,7 +76,7 @@ def rms_norm_kernel(x_ptr, r_ptr, w_ptr, s_ptr, y_ptr, rows, D, eps: tl.constexp
     s = s.to(tl.float32)
     scale = tl.rsqrt(tl.sum(s * s, 1, keep_dims=True) / D + eps)
     w = tl.load(w_ptr + col, col < D, 0).to(tl.float32)
-    tl.store(y_ptr + at, (s * scale * w).to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_ptr + at, s * scale * w, inside)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def rms_norm_backward_kernel(s_ptr, w_ptr, ds_ptr, dy_ptr, dx_ptr, dw_ptr, rows,
         dx = scale * (g - n * (scale * tl.sum(g * s, 1, keep_dims=True) / D))
         if ADD:
             dx += tl.load(ds_ptr + at, inside, 0).to(tl.float32)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)
+        tl.store(dx_ptr + at, dx, inside)
         dw += dy * n
     tl.store(dw_ptr + tl.program_id(0) * D + col, tl.sum(dw, 0, keep_dims=True), col < D)
 
@@ -286,8 +286,8 @@ def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v
         if ROTATE:
             cos, sin = tl.load(cos_ptr + angle, inside, 0), tl.load(sin_ptr + angle, inside, 0)
             a, b = a * cos - b * sin, b * cos + a * sin
-    tl.store(out_ptr + at, a.to(out_ptr.dtype.element_ty), inside)
-    tl.store(out_ptr + at + HALF, b.to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + at, a, inside)
+    tl.store(out_ptr + at + HALF, b, inside)
 
 
 @triton.jit
@@ -329,8 +329,8 @@ def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr
                     ) / (2 * HALF)
             d1 = tl.where(turned, scale * (g1 - a * mean), d1)
             d2 = tl.where(turned, scale * (g2 - b * mean), d2)
-        tl.store(dx_ptr + packed, d1.to(dx_ptr.dtype.element_ty), inside)
-        tl.store(dx_ptr + packed + HALF, d2.to(dx_ptr.dtype.element_ty), inside)
+        tl.store(dx_ptr + packed, d1, inside)
+        tl.store(dx_ptr + packed + HALF, d2, inside)
     if NORM:
         if kind < 2:
             groups, col = tl.cdiv(H, GROUP) + tl.cdiv(Hk, GROUP), tl.arange(0, BLOCK)
@@ -475,8 +475,7 @@ def swiglu_kernel(gu_ptr, h_ptr, width, BLOCK: tl.constexpr):
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gu_ptr + row * 2 * width + col, col < width, 0).to(tl.float32)
     up = tl.load(gu_ptr + row * 2 * width + width + col, col < width, 0).to(tl.float32)
-    h = gate * tl.sigmoid(gate) * up
-    tl.store(h_ptr + row * width + col, h.to(h_ptr.dtype.element_ty), col < width)
+    tl.store(h_ptr + row * width + col, gate * tl.sigmoid(gate) * up, col < width)
 
 
 @triton.jit
@@ -488,13 +487,11 @@ def swiglu_backward_kernel(gu_ptr, dh_ptr, dgu_ptr, h_ptr, width, REBUILD: tl.co
     up = tl.load(gu_ptr + row * 2 * width + width + col, col < width, 0).to(tl.float32)
     dh = tl.load(dh_ptr + row * width + col, col < width, 0).to(tl.float32)
     s = tl.sigmoid(gate)
-    dgate, dup = dh * up * s * (1 + gate * (1 - s)), dh * gate * s
     at = dgu_ptr + row * 2 * width + col
-    tl.store(at, dgate.to(dgu_ptr.dtype.element_ty), col < width)
-    tl.store(at + width, dup.to(dgu_ptr.dtype.element_ty), col < width)
+    tl.store(at, dh * up * s * (1 + gate * (1 - s)), col < width)
+    tl.store(at + width, dh * gate * s, col < width)
     if REBUILD:  # the activation was not kept; the gradient of `down` needs it
-        h = gate * s * up
-        tl.store(h_ptr + row * width + col, h.to(h_ptr.dtype.element_ty), col < width)
+        tl.store(h_ptr + row * width + col, gate * s * up, col < width)
 
 
 def _half(gate_up):
@@ -601,7 +598,7 @@ def mix_kernel(states_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, M, D, i_tok
         weight = tl.load(weight_ptr + token * w_token + k * w_k).to(tl.float32)
         state = tl.load(states_ptr + (token * M + layer) * D + col, col < D, 0)
         mixture += weight * state.to(tl.float32)
-    tl.store(out_ptr + token * D + col, mixture.to(out_ptr.dtype.element_ty), col < D)
+    tl.store(out_ptr + token * D + col, mixture, col < D)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ Without a GPU the small cases run in fp32 under Triton's interpreter, which take
 and the kernels are compiled for GPUs. With one, `python -m pytest -m gpu` runs all cases there.
 """
 
+import csv
 import json
 import os
 import re
@@ -20,7 +21,8 @@ from torch.autograd import grad
 from torch.library import CustomOpDef, opcheck
 
 import kernels
-from conftest import ROOT, make_model
+import mos
+from conftest import ROOT, make_model, run_script
 
 GPU = torch.cuda.is_available()
 DEVICE, KIND = ("cuda", "mixed") if GPU else ("cpu", "fp32")
@@ -565,6 +567,35 @@ def test_cuda_graph(name):
             x.data.copy_(other)
     graph.replay()
     agree(sum(found, []), sum(expected, []))
+
+
+@gpu
+def test_generate_replays(monkeypatch):
+    """Pictures by CUDA graphs are those without, alone and in a batch with a mask."""
+    model, prompts = make_model().cuda(), ["a red circle", "two stars", "a star left of the square"]
+    for some in (prompts[:1], prompts):
+        graph = model.generate(some, steps=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(mos, "replayed", lambda function, *_: function)
+            plain = model.generate(some, steps=3)
+        assert [a.tobytes() for a in graph] == [b.tobytes() for b in plain]
+
+
+@gpu
+@pytest.mark.slow
+def test_training_on_a_gpu(tmp_path):
+    """train.py itself, compiled: with the kernels the losses are those of the twins."""
+    losses = []
+    for plain in "01":
+        out = tmp_path / plain
+        flags = "--stage image --steps 6 --warmup 1 --batch 64 --scenes 500 --log-every 2 --seed 3"
+        done = run_script("train.py", *flags.split(), "--init", ROOT / "weights", "--out", out,
+                          timeout=600, MOS_PLAIN=plain)
+        assert done.returncode == 0, done.stderr
+        assert ("plain PyTorch" if plain == "1" else "Triton kernels") in done.stdout
+        rows = csv.DictReader((out / "image.csv").read_text().splitlines())
+        losses.append([float(row["loss"]) for row in rows if row["loss"]])
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 @gpu
