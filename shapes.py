@@ -196,7 +196,8 @@ def describe(rng, scene, task):
     """A caption of the scene in the manner of the task, and what it commits to.
 
     Half of the captions are GenEval's own templates; the rest vary prefix and wording and may add
-    a colour, a size or the background.
+    a colour, a size or the background. Half of those with a relation say its converse, too: a
+    language model that never needs to tell "left of" from "right of" gives both the same states.
     """
     plain = task != "dense" and rng.random() < 0.5
     prefix = PREFIXES[0] if plain else rng.choice(PREFIXES)
@@ -222,6 +223,10 @@ def describe(rng, scene, task):
     text = f"{prefix} {words}".strip()
     if background:
         text += f" on {_noun(Object(None, background))} background"
+    if task == "position" and not plain and rng.random() < 0.5:
+        a, b = (_noun(Object(o.shape, o.colour), "the") for o in said)
+        text += f" , {b} is {rng.choice(RELATIONS[INVERSE[relation]])} {a}"
+        relations += ((1, INVERSE[relation], 0),)
     if task == "dense":
         true = [(i, r, j) for i, j in permutations(range(len(said)), 2) for r in RELATIONS
                 if related(scene.objects[i], r, scene.objects[j])]
