@@ -37,6 +37,7 @@ def make_model(seed=0, **changes):
 
 @pytest.fixture
 def model():
+    """A fresh small model."""
     return make_model()
 
 

@@ -65,6 +65,7 @@ def rms_norm_twin(x, weight, residual=None, eps=1e-6):
 @triton.jit
 def rms_norm_kernel(x_ptr, r_ptr, w_ptr, s_ptr, y_ptr, rows, D, eps: tl.constexpr,
                     ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program normalises ROWS whole rows; ADD: of x + r, which is written to s."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None]
     inside, at = (row < rows) & (col < D), row * D + col
@@ -83,9 +84,11 @@ def rms_norm_kernel(x_ptr, r_ptr, w_ptr, s_ptr, y_ptr, rows, D, eps: tl.constexp
 def rms_norm_backward_kernel(s_ptr, w_ptr, ds_ptr, dy_ptr, dx_ptr, dw_ptr, rows, D,
                              eps: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
                              BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    # With n = s * scale, g = dy * w:  dx = scale * (g - n * mean(g * n)) + ds,  dw = sum(dy * n).
-    # A few programs for each multiprocessor stride over all rows: dw stays in registers, and the
-    # next rows are on their way (STAGES) while these are reduced.
+    """With n = s * scale, g = dy * w:  dx = scale * (g - n * mean(g * n)) + ds, dw = sum(dy * n).
+
+    A few programs for each multiprocessor stride over all rows: dw stays in registers, and the next
+    rows are on their way (STAGES) while these are reduced. dw_ptr: a row for each program.
+    """
     col = tl.arange(0, BLOCK)[None]
     w = tl.load(w_ptr + col, col < D, 0).to(tl.float32)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -125,6 +128,7 @@ def empty_sum(x, residual):
 @operator(lambda x, weight, residual, eps: (empty_sum(x, residual), torch.empty_like(x)))
 def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
                      eps: float) -> tuple[Tensor, Tensor]:
+    """s (empty without a residual) and y of `rms_norm_twin`; x and residual contiguous."""
     rows, D, tile = norm_shape(x)
     s, y = empty_sum(x, residual), torch.empty_like(x)
     rms_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
@@ -136,6 +140,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
 @operator(lambda s, weight, ds, dy, eps: (torch.empty_like(s), torch.empty_like(weight)))
 def rms_norm_backward(s: Tensor, weight: Tensor, ds: Tensor | None, dy: Tensor,
                       eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x (that of the residual, too) and of the weight; s is x without a residual."""
     rows, D, tile = norm_shape(s)
     programs = min(triton.cdiv(rows, tile["ROWS"]), 2 * multiprocessors(s))
     dx, dw = torch.empty_like(s), s.new_empty(programs, D, dtype=torch.float32)
@@ -229,16 +234,30 @@ def queries_keys_twin(qkv, rope, heads, weights=(None, None, None), context=None
 
 @triton.jit
 def head_kind(H, Hk, GROUP: tl.constexpr):
-    # Axis 1 of the grid: groups of query heads (kind 0), of key heads (1), of value heads (2).
+    """Axis 1 of the grid: groups of query heads (kind 0), of key heads (1), of value heads (2)."""
     group, q_groups, k_groups = tl.program_id(1), tl.cdiv(H, GROUP), tl.cdiv(Hk, GROUP)
     return (group >= q_groups).to(tl.int32) + (group >= q_groups + k_groups).to(tl.int32)
 
 
 @triton.jit
+def choose(kind, q_ptr, k_ptr, v_ptr):
+    """The tensor of this program's kind."""
+    ptr = q_ptr
+    if kind > 0:
+        ptr = k_ptr
+    if kind > 1:
+        ptr = v_ptr
+    return ptr
+
+
+@triton.jit
 def head_tile(i, tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP: tl.constexpr, ROWS: tl.constexpr,
               BLOCK: tl.constexpr):
-    # Where tile i lies, which is the first half of GROUP heads of ROWS tokens; the second half is
-    # HALF further on. Token l of a sample has its key and its value in row OFFSET + l of KEYS.
+    """Tile i is the first half of GROUP heads of ROWS tokens; the second is HALF further on.
+
+    Token l of a sample has its key and its value in row OFFSET + l of KEYS. Returns which places
+    exist, and where they are in the packed tensor, in q, k or v, and in the table of angles.
+    """
     row = (i * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
     col = tl.arange(0, BLOCK)[None, None]
     kind, group = head_kind(H, Hk, GROUP), tl.program_id(1)
@@ -256,7 +275,7 @@ def head_tile(i, tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP: tl.constexpr, ROWS
 
 @triton.jit
 def head_weight(w_ptr, HALF, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    # The halves of a norm's weight, in the shape of a tile for the same reason.
+    """The halves of a norm's weight, in the shape of a tile for the same reason."""
     col = tl.broadcast_to(tl.arange(0, BLOCK)[None, None], (ROWS, GROUP, BLOCK))
     return (tl.load(w_ptr + col, col < HALF, 0).to(tl.float32),
             tl.load(w_ptr + HALF + col, col < HALF, 0).to(tl.float32))
@@ -267,12 +286,9 @@ def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v
                         tokens, L, KEYS, OFFSET, H, Hk, HALF, eps: tl.constexpr,
                         NORM: tl.constexpr, ROTATE: tl.constexpr, GROUP: tl.constexpr,
                         ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program normalises and rotates a tile of queries or keys, or moves one of values."""
     kind = head_kind(H, Hk, GROUP)
-    w_ptr, out_ptr = qw_ptr, q_ptr
-    if kind > 0:
-        w_ptr, out_ptr = kw_ptr, k_ptr
-    if kind > 1:
-        out_ptr = v_ptr
+    w_ptr, out_ptr = choose(kind, qw_ptr, kw_ptr, kw_ptr), choose(kind, q_ptr, k_ptr, v_ptr)
     inside, packed, at, angle = head_tile(tl.program_id(0), tokens, L, KEYS, OFFSET, H, Hk, HALF,
                                           GROUP, ROWS, BLOCK)
     a = tl.load(x_ptr + packed, inside, 0).to(tl.float32)
@@ -296,14 +312,13 @@ def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr
                                  eps: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
                                  GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                                  STAGES: tl.constexpr):
-    # Turn back, then through the norm, into the packed shape; values pass. As in RMSNorm's, a few
-    # programs stride over all tokens with the next loads under way and dw in registers.
+    """Turn back, then through the norm, into the packed shape; values pass.
+
+    As in RMSNorm's, a few programs stride over all tokens, the next loads under way and dw in
+    registers.
+    """
     kind = head_kind(H, Hk, GROUP)
-    w_ptr, d_ptr = qw_ptr, dq_ptr
-    if kind > 0:
-        w_ptr, d_ptr = kw_ptr, dk_ptr
-    if kind > 1:
-        d_ptr = dv_ptr
+    w_ptr, d_ptr = choose(kind, qw_ptr, kw_ptr, kw_ptr), choose(kind, dq_ptr, dk_ptr, dv_ptr)
     if NORM:
         w1, w2 = head_weight(w_ptr, HALF, GROUP, ROWS, BLOCK)
         dw1 = tl.zeros((ROWS, GROUP, BLOCK), tl.float32)
@@ -363,6 +378,7 @@ def queries_keys_forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int,
                          q_weight: Tensor | None, k_weight: Tensor | None,
                          context: Tensor | None, context_weight: Tensor | None,
                          eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of `queries_keys_twin`; without a context v is empty: it stays in qkv."""
     q, k, v = empty_heads(qkv, heads, context)
     (B, L, H, Dh), (_, keys, Hk, _) = q.shape, k.shape
     grid, tile = head_grid(B * L, H, Hk, Dh, context is not None)
@@ -389,6 +405,7 @@ def queries_keys_backward(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tenso
                           k_weight: Tensor | None, context: Tensor | None,
                           context_weight: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
                           eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, context and the three weights; empty for what is None."""
     gradients = _empty_gradients(qkv, q_weight, k_weight, context, context_weight)
     (B, L, H, Dh), (_, keys, Hk, _) = dq.shape, dk.shape
 
@@ -471,6 +488,7 @@ def feed_forward_twin(x, gate_up, down):
 
 @triton.jit
 def swiglu_kernel(gu_ptr, h_ptr, width, BLOCK: tl.constexpr):
+    """A program takes BLOCK columns of one row, of the gate and of what it gates."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gu_ptr + row * 2 * width + col, col < width, 0).to(tl.float32)
@@ -481,6 +499,7 @@ def swiglu_kernel(gu_ptr, h_ptr, width, BLOCK: tl.constexpr):
 @triton.jit
 def swiglu_backward_kernel(gu_ptr, dh_ptr, dgu_ptr, h_ptr, width, REBUILD: tl.constexpr,
                            BLOCK: tl.constexpr):
+    """With s = sigmoid(gate): dgate = dh * up * s * (1 + gate * (1 - s)), dup = dh * gate * s."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gu_ptr + row * 2 * width + col, col < width, 0).to(tl.float32)
@@ -500,6 +519,7 @@ def _half(gate_up):
 
 @operator(_half)
 def swiglu_forward(gate_up: Tensor) -> Tensor:
+    """`swiglu_twin` of a contiguous tensor."""
     h = _half(gate_up)
     width = h.shape[-1]
     swiglu_kernel[(h.numel() // width, triton.cdiv(width, 4096))](
@@ -510,6 +530,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
 @operator(lambda gate_up, dh, rebuild: (
     torch.empty_like(gate_up), _half(gate_up) if rebuild else gate_up.new_empty(0)))
 def swiglu_backward(gate_up: Tensor, dh: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of gate_up, and h once more if it is to be rebuilt (else empty)."""
     width = dh.shape[-1]
     dgu, h = torch.empty_like(gate_up), _half(gate_up) if rebuild else gate_up.new_empty(0)
     swiglu_backward_kernel[(dh.numel() // width, triton.cdiv(width, 4096))](
@@ -588,6 +609,7 @@ def mix_states_twin(states, index, weight, bias=None):
 @triton.jit
 def mix_kernel(states_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, M, D, i_token, i_k, w_token,
                w_k, K: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program mixes BLOCK columns of a token's K states; i_, w_: strides of index and weight."""
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mixture = tl.zeros((BLOCK,), tl.float32)
@@ -604,7 +626,7 @@ def mix_kernel(states_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, M, D, i_tok
 @triton.jit
 def mix_backward_kernel(states_ptr, index_ptr, d_ptr, dw_ptr, M, D, i_token, i_k,
                         K: tl.constexpr, BLOCK: tl.constexpr):
-    # The gradient of a weight is the dot product of its state with the mixture's gradient.
+    """The gradient of a weight is the dot product of its state with the mixture's gradient."""
     token = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     d = tl.load(d_ptr + token * D + col, col < D, 0).to(tl.float32)
@@ -620,6 +642,7 @@ def _mixture(states, *_):
 
 @operator(_mixture)
 def mix_forward(states: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`mix_states_twin` of contiguous states."""
     out, (B, S, M, D) = _mixture(states), states.shape
     index, weight = index.flatten(0, 1), weight.flatten(0, 1)
     block = min(2048, triton.next_power_of_2(D))
@@ -631,6 +654,7 @@ def mix_forward(states: Tensor, index: Tensor, weight: Tensor, bias: Tensor | No
 
 @operator(lambda states, index, d: states.new_empty(index.shape, dtype=torch.float32))
 def mix_backward(states: Tensor, index: Tensor, d: Tensor) -> Tensor:
+    """The gradient (B, S, K) of the weights in fp32, of the mixture's gradient d (B, S, D)."""
     B, S, M, D = states.shape
     dw, index = states.new_empty(index.shape, dtype=torch.float32), index.flatten(0, 1)
     mix_backward_kernel[(B * S,)](states, index, d, dw, M, D, *index.stride(), K=index.shape[1],

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from common import autocast, replacing, setting
 from dit import Generation
-from kernels import keys_behind, mix_project, mix_states, replayed, rms_norm
+from kernels import cast, keys_behind, mix_project, mix_states, replayed, rms_norm
 from router import INPUTS, Router, routing_weights, select
 from towers import Tokenizer, Understanding
 from vae import VAE
@@ -145,6 +145,7 @@ class MoS(nn.Module):
         states = self.understanding(inputs)                           # (B, S, M, Du)  MoS eq. (2)
         if self.config.state_norm == "pre":
             states = rms_norm(states, states.new_ones(states.shape[-1]))
+        (states,) = cast(states)  # once, instead of in every block
         return Context(inputs, states, tokens != Tokenizer.PAD)
 
     def project(self, context):

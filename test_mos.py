@@ -218,7 +218,7 @@ def test_state_norm_pre_forgets_the_scale(norm):
     assert torch.allclose(*velocities, rtol=1e-3, atol=1e-4) == (norm == "pre")
 
 
-# --- C. the exact identities of spec.md ----------------------------------------------------------
+# --- C. exact identities -------------------------------------------------------------------------
 
 def test_a_context_without_queries_equals_a_full_block(model):
     """Identity 1: the block of [x; context], all tokens treated alike, its context then dropped."""
@@ -238,6 +238,14 @@ def test_a_context_without_queries_equals_a_full_block(model):
     full = torch.cat((x, c), 1) + block.out(a.transpose(1, 2).flatten(2))
     full = full + block.ffn(block.norm2(full))
     close(block(x, c, rope_table(places, axes), mask), full[:, :L], **TIGHT)
+
+
+def test_states_are_cast_once(model):
+    """Under autocast the states come in the type of the products, so that no block casts them."""
+    tokens = draw(model)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.understand(tokens).states.dtype == torch.bfloat16
+    assert model.understand(tokens).states.dtype == torch.float32
 
 
 def test_projecting_first_equals_mixing_first(model):
