@@ -310,7 +310,7 @@ def test_euler_is_exact_on_a_straight_line(schedule, steps):
 
 
 def test_schedules_and_densities():
-    """The golden values of spec.md; the shares of t below its quantiles are right (4 sigma)."""
+    """Golden values; the shares of t below its quantiles are right (4 sigma)."""
     golden = [1, .99375, .9875, .98125, .975, .909375, .725, .421875, 0]
     for n, expected in ((8, golden), (1, [1, 0]), (2, [1, .975, 0])):  # it knows no shift
         assert make_schedule(n, "linear-quadratic", 3) == pytest.approx(expected, abs=1e-12)
