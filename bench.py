@@ -399,14 +399,24 @@ class Products(TorchDispatchMode):
         return sum(number * device_time(lambda i: kept[i % len(kept)])
                    for number, kept in self.calls.values())
 
+    def all(self, *_):
+        """Run every call as often as it was seen, and nothing else."""
+        for number, kept in self.calls.values():
+            for i in range(number):
+                kept[i % len(kept)]()
 
-def show_profile(call):
-    """Print which kernels a call spends its time in."""
+
+def show_profile(call, rows=16):
+    """Print which kernels a call spends its time in: share, milliseconds, launches, name."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
         call()
         torch.cuda.synchronize()
-    print(record.key_averages().table(sort_by="self_device_time_total", row_limit=20,
-                                      max_name_column_width=70))
+    found = [(e.self_device_time_total, e.count, e.key) for e in record.key_averages()
+             if e.self_device_time_total]
+    total = sum(time for time, *_ in found)
+    print(f"profile: {total / 1e3:.2f} ms in kernels")
+    for time, count, name in sorted(found, reverse=True)[:rows]:
+        print(f"{time / total:7.1%} {time / 1e3:8.3f} {count:5} {name[:80]}")
 
 
 def replay_time(function, *inputs, calls=20):
@@ -443,6 +453,7 @@ def bench_tower(folder):
         with Products() as products:
             step(*inputs)
         result["products alone"] = products.alone()
+        result["products in one graph"] = replay_time(products.all, *inputs)
         logits = torch.randn(2, S, c.und_depth, c.gen_depth, device=DEVICE)
         model.router.forward = lambda *_: logits
         result["without router"] = replay_time(step, *inputs)
@@ -452,7 +463,7 @@ def bench_tower(folder):
             block.forward = torch.compile(block.forward)
         result["plain, blocks compiled, without router"] = replay_time(step, *inputs)
     print(f"MoS-S, 1024x1024, {S} tokens, guidance, one iteration; GEMM {gemm / 1e12:.0f} TFLOP/s")
-    for name in list(result)[-5:]:
+    for name in list(result)[-6:]:
         print(f"{name:40} {result[name] / 1e3:7.2f} ms")
     result["overhead"] = result["iteration"] / result["products alone"]
     result["router share"] = 1 - result["without router"] / result["iteration"]
@@ -461,55 +472,67 @@ def bench_tower(folder):
     save(result, folder / "tower.json")
 
 
-def bench_train(folder, B=48, S=128):
-    """The command `train`: forward, backward and AdamW at 512x512, understanding states given."""
+def bench_train(folder, S=128):
+    """The command `train`: forward, backward and AdamW at 512x512, understanding states given.
+
+    The batch is the largest of a few that fits into memory.
+    """
     result, gemm = header(), ceilings()[1]
     model = large_model(torch.float32)
     c, device = model.config, torch.device(DEVICE)
-    context = Context(normal(B, S, c.und_width), normal(B, S, c.und_depth, c.und_width), None,
-                      runs=[(B, S)])
-    z0, z1 = torch.randn(2, B, c.vae_channels, 32, 32, device=DEVICE)
-    t = torch.rand(B, device=DEVICE)
-    uniform = torch.rand(B, S, c.und_depth + 1, c.gen_depth, device=DEVICE)
     parameters = [*model.router.parameters(), *model.generation.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 
-    def forward():
-        at = t[:, None, None, None]
-        with autocast(device):
-            v = model((1 - at) * z0 + at * z1, t, context, uniform)
-        return (v.float() - (z1 - z0)).square().mean()
+    def measure_step(B):
+        context = Context(normal(B, S, c.und_width), normal(B, S, c.und_depth, c.und_width), None,
+                          runs=[(B, S)])
+        z0, z1 = torch.randn(2, B, c.vae_channels, 32, 32, device=DEVICE)
+        t = torch.rand(B, device=DEVICE)
+        uniform = torch.rand(B, S, c.und_depth + 1, c.gen_depth, device=DEVICE)
 
-    def step():
-        forward().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        def forward():
+            at = t[:, None, None, None]
+            with autocast(device):
+                v = model((1 - at) * z0 + at * z1, t, context, uniform)
+            return (v.float() - (z1 - z0)).square().mean()
 
-    with torch.no_grad(), Products() as products:
-        forward()
-    flops = 3 * products.flops()
-    del products
-    print(f"MoS-S, 512x512, {B} pictures of {S} tokens; 3 x forward {flops / 1e12:.0f} TFLOP, "
-          f"GEMM {gemm / 1e12:.0f} TFLOP/s")
-    for name in ("ours", "plain"):
-        kernels.PLAIN = name == "plain"
+        def step():
+            forward().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
         torch.cuda.reset_peak_memory_stats()
-        try:
-            times = []
-            for _ in range(6):
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                step()
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - begin)
-            seconds, peak = median(times[2:]), torch.cuda.max_memory_allocated()
-        except torch.OutOfMemoryError:
-            print(f"{name:6} out of memory")
-            continue
-        result[name] = dict(seconds=seconds, fraction=flops / seconds / gemm, peak=peak)
-        print(f"{name:6} {1e3 * seconds:7.1f} ms, {flops / seconds / gemm:.1%} of the GEMM "
-              f"ceiling, peak {peak / 2**30:.1f} GiB")
+        times = []
+        for _ in range(6):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        seconds, peak = median(times[2:]), torch.cuda.max_memory_allocated()
         show_profile(step)
+        with torch.no_grad(), Products() as products:
+            forward()
+        return dict(batch=B, seconds=seconds, peak=peak,
+                    fraction=3 * products.flops() / seconds / gemm)
+
+    for B in (64, 48, 32, 24, 16):
+        for name in ("ours", "plain"):
+            kernels.PLAIN = name == "plain"
+            try:
+                result[name] = measure_step(B)
+            except torch.OutOfMemoryError:
+                print(f"{name}: a batch of {B} does not fit")
+                optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        if "ours" in result:
+            break
+    print(f"MoS-S, 512x512, {S} tokens a picture; GEMM {gemm / 1e12:.0f} TFLOP/s")
+    for name in ("ours", "plain"):
+        if name in result:
+            print("{name:6} batch {batch}: {ms:7.1f} ms, {fraction:.1%} of the GEMM ceiling, peak "
+                  "{gib:.1f} GiB".format(name=name, ms=1e3 * result[name]["seconds"],
+                                         gib=result[name]["peak"] / 2**30, **result[name]))
     save(result, folder / "train.json")
 
 

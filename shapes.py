@@ -36,7 +36,7 @@ RELATIONS = {  # the first wording is GenEval's
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PREFIXES = ("a photo of", "a picture of", "an image of", "a drawing of", "")
 TASKS = ("single object", "two objects", "counting", "colours", "position", "attribution")
-MIXTURE = {"single object": 1, "two objects": 2, "counting": 3, "colours": 2, "position": 4,
+MIXTURE = {"single object": 1, "two objects": 2, "counting": 3, "colours": 2, "position": 6,
            "attribution": 3, "dense": 4}  # training weights: the harder task is drawn more often
 MAX_OBJECTS = 4
 REACH = 1.15  # radii that a shape keeps free around it; margins take the square's corners (1.2)
@@ -196,12 +196,15 @@ def describe(rng, scene, task):
     """A caption of the scene in the manner of the task, and what it commits to.
 
     Half of the captions are GenEval's own templates; the rest vary prefix and wording and may add
-    a colour, a size or the background. Half of those with a relation say its converse, too: a
-    language model that never needs to tell "left of" from "right of" gives both the same states.
+    a colour, a size or the background. Of those with a relation most name colours (which of two
+    shapes is where shows little in a noisy picture, which of two colours shows at once), and half
+    say the converse, too: a language model that never needs to tell "left of" from "right of"
+    gives both the same states.
     """
     plain = task != "dense" and rng.random() < 0.5
     prefix = PREFIXES[0] if plain else rng.choice(PREFIXES)
-    colour = {"colours": 1, "attribution": 1, "dense": 1}.get(task, 0 if plain else 0.4)
+    colour = {"colours": 1, "attribution": 1, "dense": 1}.get(
+        task, 0 if plain else 0.8 if task == "position" else 0.4)
     said = tuple(_keep(rng, o, colour, 0 if plain else 0.25) for o in scene.objects)
     background = scene.background if not plain and rng.random() < 0.4 else None
     relations = ()
