@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from common import CommandLine, autocast, replacing, run
+from common import CommandLine, autocast, replacing, replayed, run
 from mos import Context, MoS, MoSConfig
 from towers import Tokenizer
 from train import revision
@@ -146,9 +146,9 @@ def queries_keys_case(which, B, L, H, Dh):
         rivals={"built-in": built_in, "Liger": by_liger},
         passes={which: {
             "forward": (4 * n, kernels.queries_keys_forward, lambda qkv, cos, sin, wq, wk, *_:
-                        (qkv, cos, sin, H, wq, wk, None, None, EPS)),
+                        (qkv, None, cos, sin, wq, wk, None, H, EPS)),
             "backward": (8 * n, kernels.queries_keys_backward, lambda qkv, cos, sin, wq, wk, *d:
-                         (qkv, cos, sin, wq, wk, None, None, *d, EPS))}[which]})
+                         (qkv, None, cos, sin, wq, wk, None, *d, EPS))}[which]})
 
 
 def liger_swiglu(gate_up):
@@ -421,7 +421,7 @@ def show_profile(call, rows=16):
 
 def replay_time(function, *inputs, calls=20):
     """Microseconds of a CUDA graph's replay: the median of many, by device events."""
-    replay = kernels.replayed(function, *inputs)
+    replay = replayed(function, *inputs)
     times = []
     for _ in range(calls + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -36,11 +36,14 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.ffn = SwiGLU(width, hidden)
 
-    def forward(self, x, context, rope, mask=None, runs=None):
-        """x: (B, R+T, Dg), context: (B, S, Dg), mask and runs: as in `kernels.attention`, for
-        R+T+S keys. Returns x's successor.
+    def forward(self, x, h, context, rope, mask=None, runs=None):
+        """x: the residual stream (B, R+T, Dg), h: like x, what is still to be added to it,
+        context: (B, S, Dg), mask and runs: as in `kernels.attention`, for R+T+S keys.
+
+        Returns the next x and h: the sum is left to the next norm, which is one pass over memory.
         """
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))     # (B, R+T, H+2Hk, Dh)
+        x, y = self.norm1(h, x)                                                # (B, R+T, Dg) each
+        qkv = self.qkv(y).unflatten(-1, (-1, self.head_width))                 # (B, R+T, H+2Hk, Dh)
         kv_rows = self.qkv.weight[self.heads * self.head_width:]               # (2*Hk*Dh, Dg)
         kv = F.linear(self.norm_context(context), kv_rows)                     # (B, S, 2*Hk*Dh)
         kv = kv.unflatten(-1, (-1, self.head_width))                           # (B, S, 2*Hk, Dh)
@@ -48,7 +51,7 @@ class Block(nn.Module):
         q, k, v = queries_keys(qkv, rope, self.heads, norms, kv)  # k and v: (B, R+T+S, Hk, Dh)
         a = attention(q, k, v, mask, runs)                                     # (B, R+T, Dg)
         x, y = self.norm2(self.out(a), x)                                      # (B, R+T, Dg) each
-        return x + self.ffn(y)
+        return x, self.ffn(y)                                                  # (B, R+T, Dg) each
 
 
 class Generation(nn.Module):

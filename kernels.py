@@ -233,133 +233,117 @@ def queries_keys_twin(qkv, rope, heads, weights=(None, None, None), context=None
 
 
 @triton.jit
-def head_kind(H, Hk, GROUP: tl.constexpr):
-    """Axis 1 of the grid: groups of query heads (kind 0), of key heads (1), of value heads (2)."""
-    group, q_groups, k_groups = tl.program_id(1), tl.cdiv(H, GROUP), tl.cdiv(Hk, GROUP)
-    return (group >= q_groups).to(tl.int32) + (group >= q_groups + k_groups).to(tl.int32)
+def head_tile(q_ptr, k_ptr, v_ptr, row, kv_row, head, H, Hk, HALF: tl.constexpr,
+              GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Heads head, head + 1, ... of some tokens that have H queries, Hk keys and Hk values each.
 
-
-@triton.jit
-def choose(kind, q_ptr, k_ptr, v_ptr):
-    """The tensor of this program's kind."""
-    ptr = q_ptr
-    if kind > 0:
-        ptr = k_ptr
-    if kind > 1:
-        ptr = v_ptr
-    return ptr
-
-
-@triton.jit
-def head_tile(i, tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP: tl.constexpr, ROWS: tl.constexpr,
-              BLOCK: tl.constexpr):
-    """Tile i is the first half of GROUP heads of ROWS tokens; the second is HALF further on.
-
-    Token l of a sample has its key and its value in row OFFSET + l of KEYS. Returns which places
-    exist, and where they are in the packed tensor, in q, k or v, and in the table of angles.
+    Returns whether these are queries, whether they are values, and where their first halves are,
+    in the packed tensor and in q, k or v; the second halves are HALF further on.
     """
-    row = (i * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+    head += tl.arange(0, GROUP)[None, :, None]
     col = tl.arange(0, BLOCK)[None, None]
-    kind, group = head_kind(H, Hk, GROUP), tl.program_id(1)
-    heads, out_row, before = H, row, 0
-    if kind > 0:
-        heads, out_row = Hk, row // L * KEYS + OFFSET + row % L
-        before, group = H + (kind - 1) * Hk, (group - tl.cdiv(H, GROUP)) % tl.cdiv(Hk, GROUP)
-    head = group * GROUP + tl.arange(0, GROUP)[None, :, None]
-    inside = (row < tokens) & (head < heads) & (col < HALF)
-    packed = (row * (H + 2 * Hk) + before + head) * 2 * HALF + col
-    # Angles take the shape of a tile: loaded as rows, they would change their layout afterwards.
-    angle = tl.broadcast_to(row % L * HALF + col, (ROWS, GROUP, BLOCK))
-    return inside, packed, (out_row * heads + head) * 2 * HALF + col, angle
-
-
-@triton.jit
-def head_weight(w_ptr, HALF, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The halves of a norm's weight, in the shape of a tile for the same reason."""
-    col = tl.broadcast_to(tl.arange(0, BLOCK)[None, None], (ROWS, GROUP, BLOCK))
-    return (tl.load(w_ptr + col, col < HALF, 0).to(tl.float32),
-            tl.load(w_ptr + HALF + col, col < HALF, 0).to(tl.float32))
+    packed = (row * (H + 2 * Hk) + head) * 2 * HALF + col
+    apart = tl.where(head < H + Hk, k_ptr + ((kv_row * Hk + head - H) * 2 * HALF + col),
+                     v_ptr + ((kv_row * Hk + head - H - Hk) * 2 * HALF + col))
+    apart = tl.where(head < H, q_ptr + ((row * H + head) * 2 * HALF + col), apart)
+    return head < H, head >= H + Hk, packed, apart
 
 
 @triton.jit
 def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
-                        tokens, L, KEYS, OFFSET, H, Hk, HALF, eps: tl.constexpr,
-                        NORM: tl.constexpr, ROTATE: tl.constexpr, GROUP: tl.constexpr,
-                        ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program normalises and rotates a tile of queries or keys, or moves one of values."""
-    kind = head_kind(H, Hk, GROUP)
-    w_ptr, out_ptr = choose(kind, qw_ptr, kw_ptr, kw_ptr), choose(kind, q_ptr, k_ptr, v_ptr)
-    inside, packed, at, angle = head_tile(tl.program_id(0), tokens, L, KEYS, OFFSET, H, Hk, HALF,
-                                          GROUP, ROWS, BLOCK)
-    a = tl.load(x_ptr + packed, inside, 0).to(tl.float32)
-    b = tl.load(x_ptr + packed + HALF, inside, 0).to(tl.float32)
-    if kind < 2:  # values pass
+                        tokens, L, KEYS, OFFSET, H, Hk, HEADS, eps: tl.constexpr,
+                        NORM: tl.constexpr, TURN: tl.constexpr, HALF: tl.constexpr,
+                        GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program takes the first HEADS heads of ROWS tokens, so that their angles are read once.
+
+    Token l of a sample has its key and its value in row OFFSET + l of KEYS.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    kv_row, lane = row // L * KEYS + OFFSET + row % L, tl.arange(0, GROUP)[None, :, None]
+    # Angles are loaded in the shape of a tile: broadcast later, they would change their layout.
+    col = tl.broadcast_to(tl.arange(0, BLOCK)[None, None], (ROWS, GROUP, BLOCK))
+    if TURN:
+        cos = tl.load(cos_ptr + row % L * HALF + col, col < HALF, 0)
+        sin = tl.load(sin_ptr + row % L * HALF + col, col < HALF, 0)
+    for head in range(0, HEADS, GROUP):
+        inside = (row < tokens) & (head + lane < HEADS) & (col < HALF)
+        query, value, packed, apart = head_tile(q_ptr, k_ptr, v_ptr, row, kv_row, head, H, Hk, HALF,
+                                                GROUP, BLOCK)
+        a = tl.load(x_ptr + packed, inside, 0).to(tl.float32)
+        b = tl.load(x_ptr + packed + HALF, inside, 0).to(tl.float32)
+        y, z = a, b
         if NORM:
-            w1, w2 = head_weight(w_ptr, HALF, GROUP, ROWS, BLOCK)
+            w_ptr = tl.where(query, qw_ptr, kw_ptr) + col
+            w1, w2 = tl.load(w_ptr, col < HALF, 0), tl.load(w_ptr + HALF, col < HALF, 0)
             square = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
             scale = tl.rsqrt(square / (2 * HALF) + eps)
-            a, b = a * scale * w1, b * scale * w2  # the twin rounds here, too
-        if ROTATE:
-            cos, sin = tl.load(cos_ptr + angle, inside, 0), tl.load(sin_ptr + angle, inside, 0)
-            a, b = a * cos - b * sin, b * cos + a * sin
-    tl.store(out_ptr + at, a, inside)
-    tl.store(out_ptr + at + HALF, b, inside)
+            y, z = a * scale * w1.to(tl.float32), b * scale * w2.to(tl.float32)
+        if TURN:
+            y, z = y * cos - z * sin, z * cos + y * sin
+        tl.store(apart, tl.where(value, a, y), inside)  # values pass
+        tl.store(apart + HALF, tl.where(value, b, z), inside)
 
 
 @triton.jit
 def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dv_ptr,
-                                 dx_ptr, dw_ptr, tokens, L, KEYS, OFFSET, H, Hk, HALF,
-                                 eps: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
-                                 GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                                 STAGES: tl.constexpr):
-    """Turn back, then through the norm, into the packed shape; values pass.
+                                 dx_ptr, dw_ptr, tokens, L, KEYS, OFFSET, H, Hk,
+                                 eps: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+                                 HALF: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                                 BLOCK: tl.constexpr):
+    """Turn back, then through the norm, into the packed shape.
 
-    As in RMSNorm's, a few programs stride over all tokens, the next loads under way and dw in
-    registers.
+    As in RMSNorm's, a few programs stride over all tokens with dw in registers. dw_ptr: for each
+    program that of the queries' norm and that of the keys'.
     """
-    kind = head_kind(H, Hk, GROUP)
-    w_ptr, d_ptr = choose(kind, qw_ptr, kw_ptr, kw_ptr), choose(kind, dq_ptr, dk_ptr, dv_ptr)
+    lane = tl.arange(0, GROUP)[None, :, None]
+    col = tl.broadcast_to(tl.arange(0, BLOCK)[None, None], (ROWS, GROUP, BLOCK))
+    none = tl.zeros((ROWS, GROUP, BLOCK), tl.float32)
+    q1, q2, k1, k2 = none, none, none, none
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+        kv_row = row // L * KEYS + OFFSET + row % L
+        if TURN:
+            cos = tl.load(cos_ptr + row % L * HALF + col, col < HALF, 0)
+            sin = tl.load(sin_ptr + row % L * HALF + col, col < HALF, 0)
+        for head in range(0, H + 2 * Hk, GROUP):
+            inside = (row < tokens) & (head + lane < H + 2 * Hk) & (col < HALF)
+            query, value, packed, apart = head_tile(dq_ptr, dk_ptr, dv_ptr, row, kv_row, head,
+                                                    H, Hk, HALF, GROUP, BLOCK)
+            d1 = tl.load(apart, inside, 0).to(tl.float32)
+            d2 = tl.load(apart + HALF, inside, 0).to(tl.float32)
+            y, z = d1, d2
+            if TURN:
+                y, z = d1 * cos + d2 * sin, d2 * cos - d1 * sin
+            if NORM:
+                w_ptr = tl.where(query, qw_ptr, kw_ptr) + col
+                w1, w2 = tl.load(w_ptr, col < HALF, 0), tl.load(w_ptr + HALF, col < HALF, 0)
+                a = tl.load(x_ptr + packed, inside & ~value, 0).to(tl.float32)
+                b = tl.load(x_ptr + packed + HALF, inside & ~value, 0).to(tl.float32)
+                square = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
+                scale = tl.rsqrt(square / (2 * HALF) + eps)
+                a, b = a * scale, b * scale
+                q1, q2 = q1 + tl.where(query, y * a, 0), q2 + tl.where(query, z * b, 0)
+                k1, k2 = k1 + tl.where(query, 0, y * a), k2 + tl.where(query, 0, z * b)
+                y, z = y * w1.to(tl.float32), z * w2.to(tl.float32)
+                mean = tl.sum(y * a, 2, keep_dims=True) + tl.sum(z * b, 2, keep_dims=True)
+                mean /= 2 * HALF
+                y, z = scale * (y - a * mean), scale * (z - b * mean)
+            tl.store(dx_ptr + packed, tl.where(value, d1, y), inside)  # values pass
+            tl.store(dx_ptr + packed + HALF, tl.where(value, d2, z), inside)
     if NORM:
-        w1, w2 = head_weight(w_ptr, HALF, GROUP, ROWS, BLOCK)
-        dw1 = tl.zeros((ROWS, GROUP, BLOCK), tl.float32)
-        dw2 = tl.zeros((ROWS, GROUP, BLOCK), tl.float32)
-    for i in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0),
-                      num_stages=STAGES):
-        inside, packed, at, angle = head_tile(i, tokens, L, KEYS, OFFSET, H, Hk, HALF, GROUP, ROWS,
-                                              BLOCK)
-        turned = inside & (kind < 2)
-        d1 = tl.load(d_ptr + at, inside, 0).to(tl.float32)
-        d2 = tl.load(d_ptr + at + HALF, inside, 0).to(tl.float32)
-        if ROTATE:
-            cos, sin = tl.load(cos_ptr + angle, turned, 1), tl.load(sin_ptr + angle, turned, 0)
-            d1, d2 = d1 * cos + d2 * sin, d2 * cos - d1 * sin
-        if NORM:
-            a = tl.load(x_ptr + packed, turned, 0).to(tl.float32)
-            b = tl.load(x_ptr + packed + HALF, turned, 0).to(tl.float32)
-            square = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
-            scale = tl.rsqrt(square / (2 * HALF) + eps)
-            a, b, g1, g2 = a * scale, b * scale, d1 * w1, d2 * w2
-            dw1, dw2 = dw1 + d1 * a, dw2 + d2 * b
-            mean = (tl.sum(g1 * a, 2, keep_dims=True) + tl.sum(g2 * b, 2, keep_dims=True)
-                    ) / (2 * HALF)
-            d1 = tl.where(turned, scale * (g1 - a * mean), d1)
-            d2 = tl.where(turned, scale * (g2 - b * mean), d2)
-        tl.store(dx_ptr + packed, d1, inside)
-        tl.store(dx_ptr + packed + HALF, d2, inside)
-    if NORM:
-        if kind < 2:
-            groups, col = tl.cdiv(H, GROUP) + tl.cdiv(Hk, GROUP), tl.arange(0, BLOCK)
-            dw = dw_ptr + (tl.program_id(0) * groups + tl.program_id(1)) * 2 * HALF + col
-            tl.store(dw, tl.sum(tl.sum(dw1, 0), 0), col < HALF)
-            tl.store(dw + HALF, tl.sum(tl.sum(dw2, 0), 0), col < HALF)
+        dw, col = dw_ptr + tl.program_id(0) * 4 * HALF, tl.arange(0, BLOCK)
+        tl.store(dw + col, tl.sum(tl.sum(q1, 0), 0), col < HALF)
+        tl.store(dw + HALF + col, tl.sum(tl.sum(q2, 0), 0), col < HALF)
+        tl.store(dw + 2 * HALF + col, tl.sum(tl.sum(k1, 0), 0), col < HALF)
+        tl.store(dw + 3 * HALF + col, tl.sum(tl.sum(k2, 0), 0), col < HALF)
 
 
-def head_grid(tokens, heads, kv_heads, Dh, values):
-    """Grid and tile for packed heads; values: whether those are moved, too."""
-    block = triton.next_power_of_2(Dh // 2)
-    rows, group = max(1, 256 // block), 4
-    groups = triton.cdiv(heads, group) + triton.cdiv(kv_heads, group) * (2 if values else 1)
-    return (triton.cdiv(tokens, rows), groups), dict(GROUP=group, ROWS=rows, BLOCK=block)
+def head_tiles(x):
+    """Tiles of packed heads, of 4 heads and about 1,024 pairs: their number and shape."""
+    block = triton.next_power_of_2(x.shape[3] // 2)
+    rows = max(1, 256 // block)
+    return triton.cdiv(x.shape[0] * x.shape[1], rows), dict(
+        HALF=x.shape[3] // 2, GROUP=4, ROWS=rows, BLOCK=block)
 
 
 def empty_heads(qkv, heads, context):
@@ -372,103 +356,91 @@ def empty_heads(qkv, heads, context):
     return q, k, torch.empty_like(k)
 
 
-@operator(lambda qkv, cos, sin, heads, q_weight, k_weight, context, context_weight, eps:
+@operator(lambda qkv, context, cos, sin, q_weight, k_weight, c_weight, heads, eps:
           empty_heads(qkv, heads, context))
-def queries_keys_forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int,
-                         q_weight: Tensor | None, k_weight: Tensor | None,
-                         context: Tensor | None, context_weight: Tensor | None,
-                         eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def queries_keys_forward(qkv: Tensor, context: Tensor | None, cos: Tensor, sin: Tensor,
+                         q_weight: Tensor | None, k_weight: Tensor | None, c_weight: Tensor | None,
+                         heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of `queries_keys_twin`; without a context v is empty: it stays in qkv."""
     q, k, v = empty_heads(qkv, heads, context)
-    (B, L, H, Dh), (_, keys, Hk, _) = q.shape, k.shape
-    grid, tile = head_grid(B * L, H, Hk, Dh, context is not None)
-    queries_keys_kernel[grid](
-        qkv, q_weight, k_weight, cos, sin, q, k, v, B * L, L, keys, 0, H, Hk, Dh // 2, eps,
-        NORM=q_weight is not None, ROTATE=True, **tile, num_warps=2)
-    if context is not None:
-        S = keys - L
-        grid, tile = head_grid(B * S, 0, Hk, Dh, True)
-        queries_keys_kernel[grid](
-            context, context_weight, context_weight, cos, sin, q, k, v, B * S, S, keys, L, 0, Hk,
-            Dh // 2, eps, NORM=context_weight is not None, ROTATE=False, **tile, num_warps=2)
+    (B, L), (_, keys, Hk, _) = qkv.shape[:2], k.shape
+    for x, qw, kw, length, offset, H in ((qkv, q_weight, k_weight, L, 0, heads),
+                                         (context, c_weight, c_weight, keys - L, L, 0)):
+        if x is not None:
+            tiles, tile = head_tiles(x)
+            queries_keys_kernel[(tiles,)](
+                x, qw, kw, cos, sin, q, k, v, B * length, length, keys, offset, H, Hk,
+                H + (Hk if context is None else 2 * Hk), eps, NORM=qw is not None,
+                TURN=x is qkv, **tile, num_warps=4)
     return q, k, v
 
 
-def _empty_gradients(qkv, q_weight, k_weight, context, context_weight):
-    return tuple(qkv.new_empty(0) if x is None else torch.empty_like(x)
-                 for x in (qkv, context, q_weight, k_weight, context_weight))
+def empty_gradients(qkv, context, q_weight):
+    """Uninitialised gradients of qkv, the context (empty if there is none), and all norms."""
+    norms = 0 if q_weight is None else 4
+    return (torch.empty_like(qkv), qkv.new_empty(0) if context is None else
+            torch.empty_like(context), qkv.new_empty(norms, qkv.shape[3], dtype=torch.float32))
 
 
-@operator(lambda qkv, cos, sin, q_weight, k_weight, context, context_weight, dq, dk, dv, eps:
-          _empty_gradients(qkv, q_weight, k_weight, context, context_weight))
-def queries_keys_backward(qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
-                          k_weight: Tensor | None, context: Tensor | None,
-                          context_weight: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
-                          eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, context and the three weights; empty for what is None."""
-    gradients = _empty_gradients(qkv, q_weight, k_weight, context, context_weight)
-    (B, L, H, Dh), (_, keys, Hk, _) = dq.shape, dk.shape
-
-    def launch(x, q_weight, k_weight, dx, dq_weight, dk_weight, L, offset, H, rotate):
-        (tiles, groups), tile = head_grid(B * L, H, Hk, Dh, True)
-        programs = min(tiles, triton.cdiv(4 * multiprocessors(x), groups))
-        q_groups, k_groups = triton.cdiv(H, tile["GROUP"]), triton.cdiv(Hk, tile["GROUP"])
-        dw = x.new_empty(programs, q_groups + k_groups, Dh, dtype=torch.float32)
-        queries_keys_backward_kernel[(programs, groups)](
-            x, q_weight, k_weight, cos, sin, dq, dk, dv, dx, dw, B * L, L, keys, offset, H, Hk,
-            Dh // 2, eps, NORM=q_weight is not None, ROTATE=rotate, **tile, STAGES=3, num_warps=4)
-        if q_weight is not None:
-            dw = dw.sum(0)
-            dq_weight.copy_(dw[:q_groups].sum(0))
-            dk_weight.copy_(dw[q_groups:].sum(0))
-
-    dqkv, dcontext, dq_weight, dk_weight, dcontext_weight = gradients
-    launch(qkv, q_weight, k_weight, dqkv, dq_weight, dk_weight, L, 0, H, True)
-    if context is not None:  # it has no queries: the last call's sum of none is overwritten
-        launch(context, context_weight, context_weight, dcontext, dcontext_weight, dcontext_weight,
-               keys - L, L, 0, False)
-    return gradients
+@operator(lambda qkv, context, cos, sin, q_weight, *_: empty_gradients(qkv, context, q_weight))
+def queries_keys_backward(qkv: Tensor, context: Tensor | None, cos: Tensor, sin: Tensor,
+                          q_weight: Tensor | None, k_weight: Tensor | None,
+                          c_weight: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+                          eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv, context (else empty), and of the norms: q, k, none, context's k."""
+    dqkv, dcontext, dw = empty_gradients(qkv, context, q_weight)
+    (B, L, heads, Dh), (_, keys, Hk, _) = dq.shape, dk.shape
+    dw.zero_()
+    for i, x, dx, qw, kw, length, offset, H in (
+            (0, qkv, dqkv, q_weight, k_weight, L, 0, heads),
+            (2, context, dcontext, c_weight, c_weight, keys - L, L, 0)):
+        if x is not None:
+            tiles, tile = head_tiles(x)
+            programs = min(tiles, 4 * multiprocessors(x))
+            sums = dw.new_empty(programs, 2, Dh)
+            queries_keys_backward_kernel[(programs,)](
+                x, qw, kw, cos, sin, dq, dk, dv, dx, sums, B * length, length, keys, offset, H, Hk,
+                eps, NORM=qw is not None, TURN=x is qkv, **tile, num_warps=4)
+            if qw is not None:
+                dw[i:i + 2] = sums.sum(0)
+    return dqkv, dcontext, dw
 
 
 class FusedQueriesKeys(Function):
     """`queries_keys_twin`, read in place from the packed projection."""
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin, heads, q_weight, k_weight, context_weight, context, eps):
-        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
-        context = context if context is None else context.contiguous()
-        q_weight, k_weight, context_weight = (
-            w if w is None else w.contiguous() for w in (q_weight, k_weight, context_weight))
-        q, k, v = queries_keys_forward(qkv, cos, sin, heads, q_weight, k_weight, context,
-                                       context_weight, eps)
-        ctx.save_for_backward(qkv, cos, sin, q_weight, k_weight, context, context_weight)
+    def forward(ctx, qkv, context, cos, sin, q_weight, k_weight, c_weight, heads, eps):
+        inputs = [x if x is None else x.contiguous()
+                  for x in (qkv, context, cos, sin, q_weight, k_weight, c_weight)]
+        ctx.save_for_backward(*inputs)
         ctx.eps = eps
-        return q, k, qkv[:, :, heads + k.shape[2]:] if context is None else v  # or a view of qkv
+        q, k, v = queries_keys_forward(*inputs, heads, eps)
+        return q, k, inputs[0][:, :, heads + k.shape[2]:] if context is None else v
 
     @staticmethod
     def backward(ctx, *gradients):
-        qkv, cos, sin, *rest = ctx.saved_tensors
-        dqkv, dc, *dw = queries_keys_backward(qkv, cos, sin, *rest,
-                                              *(d.contiguous() for d in gradients), ctx.eps)
-        q_weight, _, context, context_weight = rest
-        dqw, dkw = dw[:2] if q_weight is not None else (None, None)
-        return (dqkv, None, None, None, dqw, dkw, None if context_weight is None else dw[2],
-                None if context is None else dc, None)
+        inputs = ctx.saved_tensors
+        dqkv, dcontext, dw = queries_keys_backward(
+            *inputs, *(d.contiguous() for d in gradients), ctx.eps)
+        dw = [w if w is None else dw[i].to(w.dtype) for i, w in zip((0, 1, 3), inputs[4:])]
+        return dqkv, None if inputs[1] is None else dcontext, None, None, *dw, None, None
 
 
 def queries_keys(qkv, rope, heads, weights=(None, None, None), context=None, eps=1e-6):
     """`queries_keys_twin` by the path that suits qkv.
 
-    Raises ValueError where the table is not for L positions, or only one of q and k has a norm.
+    Raises ValueError where the table is not for L positions, or only some have a norm.
     """
     L, half = qkv.shape[1], qkv.shape[3] // 2
     if any(table.shape != (L, half) for table in rope):
         raise ValueError(f"{L} tokens with heads {2 * half} wide need tables of shape {(L, half)}, "
                          f"got {tuple(rope[0].shape)}")
-    if (weights[0] is None) != (weights[1] is None):
-        raise ValueError("queries and keys must both have a norm, or neither")
+    weights = weights if context is not None else (*weights[:2], None)
+    if len({w is None for w in weights[:2 if context is None else 3]}) > 1:
+        raise ValueError("queries and keys must all have a norm, or none")
     if fused(qkv):
-        return FusedQueriesKeys.apply(qkv, *rope, heads, *weights, context, eps)
+        return FusedQueriesKeys.apply(qkv, context, *rope, *weights, heads, eps)
     return queries_keys_twin(qkv, rope, heads, weights, context, eps)
 
 
@@ -572,7 +544,7 @@ def feed_forward(x, gate_up, down, recompute=False):
 def cast(*tensors):
     """The tensors as autocast hands them to a matrix product."""
     kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
@@ -730,28 +702,3 @@ def keys_behind(before, mask, runs):
     if runs:
         return None, [(samples, before + keys) for samples, keys in runs]
     return F.pad(mask, (before, 0), value=True)[:, None, None], None              # (B, 1, 1, L')
-
-
-def replayed(function, *inputs):
-    """The function of tensors, on a GPU as a CUDA graph for inputs of these shapes.
-
-    A graph launches all kernels of a call at once: the host no longer limits small models. Its
-    output is overwritten by the next call.
-    """
-    if not inputs[0].is_cuda:
-        return function
-    static, stream = [x.clone() for x in inputs], torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compile and allocate before anything is recorded
-        function(*static)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function(*static)
-
-    def replay(*inputs):
-        for place, x in zip(static, inputs):
-            place.copy_(x)
-        graph.replay()
-        return output
-    return replay

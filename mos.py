@@ -25,9 +25,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import autocast, replacing, setting
+from common import autocast, replacing, replayed, setting
 from dit import Generation
-from kernels import cast, keys_behind, mix_project, mix_states, replayed, rms_norm
+from kernels import cast, keys_behind, mix_project, mix_states, rms_norm
 from router import INPUTS, Router, routing_weights, select
 from towers import Tokenizer, Understanding
 from vae import VAE
@@ -181,10 +181,11 @@ class MoS(nn.Module):
                                self.config.renormalize)               # (B, S, K, N) each
         x, rope = G.add_registers(x, places)                          # (B, R+T, Dg)
         keys = keys_behind(x.shape[1], context.mask, context.runs)
+        h = torch.zeros_like(x)  # what a block leaves for the next one to add
         for j, block in enumerate(G.blocks):
             c = self.mix(context, index[..., j], weight[..., j])      # (B, S, Dg)  MoS eq. (4)
-            x = block(x, c, rope, *keys)                              # (B, R+T, Dg)
-        return G.unpatchify(x, *z.shape[2:])                          # (B, C, h, w)
+            x, h = block(x, h, c, rope, *keys)                        # (B, R+T, Dg) each
+        return G.unpatchify(x + h, *z.shape[2:])                      # (B, C, h, w)
 
     # --- rectified flow --------------------------------------------------------------------------
 

@@ -353,7 +353,7 @@ def test_a_residual_in_fp32(fused):
     (lambda: kernels.rms_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8)), "of its shape"),
     (lambda: kernels.queries_keys(torch.ones(1, 3, 3, 8), torch.ones(2, 2, 4), 1), r"\(3, 4\)"),
     (lambda: kernels.queries_keys(torch.ones(1, 3, 3, 8), torch.ones(2, 3, 4), 1,
-                                  (torch.ones(8), None, None)), "or neither")])
+                                  (torch.ones(8), None, None)), "or none")])
 def test_shapes_that_do_not_fit(call, blame):
     """A kernel would read beyond a tensor's end: refused before, with the sizes."""
     with pytest.raises(ValueError, match=blame):
