@@ -233,49 +233,48 @@ def queries_keys_twin(qkv, rope, heads, weights=(None, None, None), context=None
 
 
 @triton.jit
-def head_tile(q_ptr, k_ptr, v_ptr, row, kv_row, head, H, Hk, HALF: tl.constexpr,
+def head_tile(q_ptr, k_ptr, v_ptr, token, kv_row, first, H, Hk, HALF: tl.constexpr,
               GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Heads head, head + 1, ... of some tokens that have H queries, Hk keys and Hk values each.
+    """GROUP heads of a token, from `first` on, of its H queries, Hk keys and Hk values.
 
-    Returns whether these are queries, whether they are values, and where their first halves are,
-    in the packed tensor and in q, k or v; the second halves are HALF further on.
+    Returns whether they are queries, whether they are values, and where their first halves are, in
+    the packed tensor and in q, k or v; the second halves are HALF further on.
     """
-    head += tl.arange(0, GROUP)[None, :, None]
-    col = tl.arange(0, BLOCK)[None, None]
-    packed = (row * (H + 2 * Hk) + head) * 2 * HALF + col
+    head, col = first + tl.arange(0, GROUP)[:, None], tl.arange(0, BLOCK)[None]
+    packed = (token * (H + 2 * Hk) + head) * 2 * HALF + col
     apart = tl.where(head < H + Hk, k_ptr + ((kv_row * Hk + head - H) * 2 * HALF + col),
                      v_ptr + ((kv_row * Hk + head - H - Hk) * 2 * HALF + col))
-    apart = tl.where(head < H, q_ptr + ((row * H + head) * 2 * HALF + col), apart)
+    apart = tl.where(head < H, q_ptr + ((token * H + head) * 2 * HALF + col), apart)
     return head < H, head >= H + Hk, packed, apart
 
 
 @triton.jit
 def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
-                        tokens, L, KEYS, OFFSET, H, Hk, HEADS, eps: tl.constexpr,
-                        NORM: tl.constexpr, TURN: tl.constexpr, HALF: tl.constexpr,
-                        GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program takes the first HEADS heads of ROWS tokens, so that their angles are read once.
+                        L, KEYS, OFFSET, H, Hk, HEADS, eps: tl.constexpr, NORM: tl.constexpr,
+                        TURN: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+                        BLOCK: tl.constexpr):
+    """A program takes the first HEADS heads of one token, so that its angles are read once.
 
     Token l of a sample has its key and its value in row OFFSET + l of KEYS.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
-    kv_row, lane = row // L * KEYS + OFFSET + row % L, tl.arange(0, GROUP)[None, :, None]
-    # Angles are loaded in the shape of a tile: broadcast later, they would change their layout.
-    col = tl.broadcast_to(tl.arange(0, BLOCK)[None, None], (ROWS, GROUP, BLOCK))
+    token = tl.program_id(0).to(tl.int64)
+    kv_row, lane = token // L * KEYS + OFFSET + token % L, tl.arange(0, GROUP)[:, None]
+    # Angles and weights are loaded in the shape of a tile: broadcast later, they would move.
+    col = tl.broadcast_to(tl.arange(0, BLOCK)[None], (GROUP, BLOCK))
     if TURN:
-        cos = tl.load(cos_ptr + row % L * HALF + col, col < HALF, 0)
-        sin = tl.load(sin_ptr + row % L * HALF + col, col < HALF, 0)
-    for head in range(0, HEADS, GROUP):
-        inside = (row < tokens) & (head + lane < HEADS) & (col < HALF)
-        query, value, packed, apart = head_tile(q_ptr, k_ptr, v_ptr, row, kv_row, head, H, Hk, HALF,
-                                                GROUP, BLOCK)
+        cos = tl.load(cos_ptr + token % L * HALF + col, col < HALF, 0)
+        sin = tl.load(sin_ptr + token % L * HALF + col, col < HALF, 0)
+    for first in range(0, HEADS, GROUP):
+        query, value, packed, apart = head_tile(q_ptr, k_ptr, v_ptr, token, kv_row, first, H, Hk,
+                                                HALF, GROUP, BLOCK)
+        inside = (first + lane < HEADS) & (col < HALF)
         a = tl.load(x_ptr + packed, inside, 0).to(tl.float32)
         b = tl.load(x_ptr + packed + HALF, inside, 0).to(tl.float32)
         y, z = a, b
         if NORM:
-            w_ptr = tl.where(query, qw_ptr, kw_ptr) + col
-            w1, w2 = tl.load(w_ptr, col < HALF, 0), tl.load(w_ptr + HALF, col < HALF, 0)
-            square = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
+            w = tl.where(query, qw_ptr, kw_ptr) + col
+            w1, w2 = tl.load(w, col < HALF, 0), tl.load(w + HALF, col < HALF, 0)
+            square = tl.sum(a * a, 1, keep_dims=True) + tl.sum(b * b, 1, keep_dims=True)
             scale = tl.rsqrt(square / (2 * HALF) + eps)
             y, z = a * scale * w1.to(tl.float32), b * scale * w2.to(tl.float32)
         if TURN:
@@ -288,62 +287,52 @@ def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v
 def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dv_ptr,
                                  dx_ptr, dw_ptr, tokens, L, KEYS, OFFSET, H, Hk,
                                  eps: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
-                                 HALF: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                                 BLOCK: tl.constexpr):
+                                 HALF: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """Turn back, then through the norm, into the packed shape.
 
-    As in RMSNorm's, a few programs stride over all tokens with dw in registers. dw_ptr: for each
+    As in RMSNorm's, the programs stride over all tokens with dw in registers. dw_ptr: for each
     program that of the queries' norm and that of the keys'.
     """
-    lane = tl.arange(0, GROUP)[None, :, None]
-    col = tl.broadcast_to(tl.arange(0, BLOCK)[None, None], (ROWS, GROUP, BLOCK))
-    none = tl.zeros((ROWS, GROUP, BLOCK), tl.float32)
+    lane = tl.arange(0, GROUP)[:, None]
+    col = tl.broadcast_to(tl.arange(0, BLOCK)[None], (GROUP, BLOCK))
+    none = tl.zeros((GROUP, BLOCK), tl.float32)
     q1, q2, k1, k2 = none, none, none, none
-    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
-        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
-        kv_row = row // L * KEYS + OFFSET + row % L
+    for token in range(tl.program_id(0).to(tl.int64), tokens, tl.num_programs(0)):
+        kv_row = token // L * KEYS + OFFSET + token % L
         if TURN:
-            cos = tl.load(cos_ptr + row % L * HALF + col, col < HALF, 0)
-            sin = tl.load(sin_ptr + row % L * HALF + col, col < HALF, 0)
-        for head in range(0, H + 2 * Hk, GROUP):
-            inside = (row < tokens) & (head + lane < H + 2 * Hk) & (col < HALF)
-            query, value, packed, apart = head_tile(dq_ptr, dk_ptr, dv_ptr, row, kv_row, head,
+            cos = tl.load(cos_ptr + token % L * HALF + col, col < HALF, 0)
+            sin = tl.load(sin_ptr + token % L * HALF + col, col < HALF, 0)
+        for first in range(0, H + 2 * Hk, GROUP):
+            query, value, packed, apart = head_tile(dq_ptr, dk_ptr, dv_ptr, token, kv_row, first,
                                                     H, Hk, HALF, GROUP, BLOCK)
+            inside = (first + lane < H + 2 * Hk) & (col < HALF)
             d1 = tl.load(apart, inside, 0).to(tl.float32)
             d2 = tl.load(apart + HALF, inside, 0).to(tl.float32)
             y, z = d1, d2
             if TURN:
                 y, z = d1 * cos + d2 * sin, d2 * cos - d1 * sin
             if NORM:
-                w_ptr = tl.where(query, qw_ptr, kw_ptr) + col
-                w1, w2 = tl.load(w_ptr, col < HALF, 0), tl.load(w_ptr + HALF, col < HALF, 0)
+                w = tl.where(query, qw_ptr, kw_ptr) + col
+                w1, w2 = tl.load(w, col < HALF, 0), tl.load(w + HALF, col < HALF, 0)
                 a = tl.load(x_ptr + packed, inside & ~value, 0).to(tl.float32)
                 b = tl.load(x_ptr + packed + HALF, inside & ~value, 0).to(tl.float32)
-                square = tl.sum(a * a, 2, keep_dims=True) + tl.sum(b * b, 2, keep_dims=True)
+                square = tl.sum(a * a, 1, keep_dims=True) + tl.sum(b * b, 1, keep_dims=True)
                 scale = tl.rsqrt(square / (2 * HALF) + eps)
                 a, b = a * scale, b * scale
                 q1, q2 = q1 + tl.where(query, y * a, 0), q2 + tl.where(query, z * b, 0)
                 k1, k2 = k1 + tl.where(query, 0, y * a), k2 + tl.where(query, 0, z * b)
                 y, z = y * w1.to(tl.float32), z * w2.to(tl.float32)
-                mean = tl.sum(y * a, 2, keep_dims=True) + tl.sum(z * b, 2, keep_dims=True)
+                mean = tl.sum(y * a, 1, keep_dims=True) + tl.sum(z * b, 1, keep_dims=True)
                 mean /= 2 * HALF
                 y, z = scale * (y - a * mean), scale * (z - b * mean)
             tl.store(dx_ptr + packed, tl.where(value, d1, y), inside)  # values pass
             tl.store(dx_ptr + packed + HALF, tl.where(value, d2, z), inside)
     if NORM:
         dw, col = dw_ptr + tl.program_id(0) * 4 * HALF, tl.arange(0, BLOCK)
-        tl.store(dw + col, tl.sum(tl.sum(q1, 0), 0), col < HALF)
-        tl.store(dw + HALF + col, tl.sum(tl.sum(q2, 0), 0), col < HALF)
-        tl.store(dw + 2 * HALF + col, tl.sum(tl.sum(k1, 0), 0), col < HALF)
-        tl.store(dw + 3 * HALF + col, tl.sum(tl.sum(k2, 0), 0), col < HALF)
-
-
-def head_tiles(x):
-    """Tiles of packed heads, of 4 heads and about 1,024 pairs: their number and shape."""
-    block = triton.next_power_of_2(x.shape[3] // 2)
-    rows = max(1, 256 // block)
-    return triton.cdiv(x.shape[0] * x.shape[1], rows), dict(
-        HALF=x.shape[3] // 2, GROUP=4, ROWS=rows, BLOCK=block)
+        tl.store(dw + col, tl.sum(q1, 0), col < HALF)
+        tl.store(dw + HALF + col, tl.sum(q2, 0), col < HALF)
+        tl.store(dw + 2 * HALF + col, tl.sum(k1, 0), col < HALF)
+        tl.store(dw + 3 * HALF + col, tl.sum(k2, 0), col < HALF)
 
 
 def empty_heads(qkv, heads, context):
@@ -363,15 +352,15 @@ def queries_keys_forward(qkv: Tensor, context: Tensor | None, cos: Tensor, sin: 
                          heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of `queries_keys_twin`; without a context v is empty: it stays in qkv."""
     q, k, v = empty_heads(qkv, heads, context)
-    (B, L), (_, keys, Hk, _) = qkv.shape[:2], k.shape
+    (B, L), (_, keys, Hk, Dh) = qkv.shape[:2], k.shape
     for x, qw, kw, length, offset, H in ((qkv, q_weight, k_weight, L, 0, heads),
                                          (context, c_weight, c_weight, keys - L, L, 0)):
-        if x is not None:
-            tiles, tile = head_tiles(x)
-            queries_keys_kernel[(tiles,)](
-                x, qw, kw, cos, sin, q, k, v, B * length, length, keys, offset, H, Hk,
+        if x is not None and x.numel():
+            queries_keys_kernel[(B * length,)](
+                x, qw, kw, cos, sin, q, k, v, length, keys, offset, H, Hk,
                 H + (Hk if context is None else 2 * Hk), eps, NORM=qw is not None,
-                TURN=x is qkv, **tile, num_warps=4)
+                TURN=x is qkv, HALF=Dh // 2, GROUP=8, BLOCK=triton.next_power_of_2(Dh // 2),
+                num_warps=2)
     return q, k, v
 
 
@@ -394,13 +383,13 @@ def queries_keys_backward(qkv: Tensor, context: Tensor | None, cos: Tensor, sin:
     for i, x, dx, qw, kw, length, offset, H in (
             (0, qkv, dqkv, q_weight, k_weight, L, 0, heads),
             (2, context, dcontext, c_weight, c_weight, keys - L, L, 0)):
-        if x is not None:
-            tiles, tile = head_tiles(x)
-            programs = min(tiles, 4 * multiprocessors(x))
+        if x is not None and x.numel():
+            programs = min(B * length, 16 * multiprocessors(x))
             sums = dw.new_empty(programs, 2, Dh)
             queries_keys_backward_kernel[(programs,)](
                 x, qw, kw, cos, sin, dq, dk, dv, dx, sums, B * length, length, keys, offset, H, Hk,
-                eps, NORM=qw is not None, TURN=x is qkv, **tile, num_warps=4)
+                eps, NORM=qw is not None, TURN=x is qkv, HALF=Dh // 2, GROUP=4,
+                BLOCK=triton.next_power_of_2(Dh // 2), num_warps=1)
             if qw is not None:
                 dw[i:i + 2] = sums.sum(0)
     return dqkv, dcontext, dw
