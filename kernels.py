@@ -448,54 +448,50 @@ def feed_forward_twin(x, gate_up, down):
 
 
 @triton.jit
-def swiglu_kernel(gu_ptr, h_ptr, width, BLOCK: tl.constexpr):
-    """A program takes BLOCK columns of one row, of the gate and of what it gates."""
+def swiglu_kernel(gu_ptr, dh_ptr, dgu_ptr, h_ptr, width, BACK: tl.constexpr, HIDDEN: tl.constexpr,
+                  BLOCK: tl.constexpr):
+    """With s = sigmoid(gate), h = gate * s * up is written if HIDDEN; BACK: also the gradients
+    dgate = dh * up * s * (1 + gate * (1 - s)), dup = dh * gate * s.
+
+    A program takes BLOCK columns of one row, of the gate and of what it gates.
+    """
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gu_ptr + row * 2 * width + col, col < width, 0).to(tl.float32)
-    up = tl.load(gu_ptr + row * 2 * width + width + col, col < width, 0).to(tl.float32)
-    tl.store(h_ptr + row * width + col, gate * tl.sigmoid(gate) * up, col < width)
-
-
-@triton.jit
-def swiglu_backward_kernel(gu_ptr, dh_ptr, dgu_ptr, h_ptr, width, REBUILD: tl.constexpr,
-                           BLOCK: tl.constexpr):
-    """With s = sigmoid(gate): dgate = dh * up * s * (1 + gate * (1 - s)), dup = dh * gate * s."""
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gu_ptr + row * 2 * width + col, col < width, 0).to(tl.float32)
-    up = tl.load(gu_ptr + row * 2 * width + width + col, col < width, 0).to(tl.float32)
-    dh = tl.load(dh_ptr + row * width + col, col < width, 0).to(tl.float32)
+    at, inside = row * 2 * width + col, col < width
+    gate = tl.load(gu_ptr + at, inside, 0).to(tl.float32)
+    up = tl.load(gu_ptr + at + width, inside, 0).to(tl.float32)
     s = tl.sigmoid(gate)
-    at = dgu_ptr + row * 2 * width + col
-    tl.store(at, dh * up * s * (1 + gate * (1 - s)), col < width)
-    tl.store(at + width, dh * gate * s, col < width)
-    if REBUILD:  # the activation was not kept; the gradient of `down` needs it
-        tl.store(h_ptr + row * width + col, gate * s * up, col < width)
+    if BACK:
+        dh = tl.load(dh_ptr + row * width + col, inside, 0).to(tl.float32)
+        tl.store(dgu_ptr + at, dh * up * s * (1 + gate * (1 - s)), inside)
+        tl.store(dgu_ptr + at + width, dh * gate * s, inside)
+    if HIDDEN:
+        tl.store(h_ptr + row * width + col, gate * s * up, inside)
 
 
-def _half(gate_up):
+def empty_half(gate_up):
+    """Uninitialised h of `swiglu_twin`."""
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-@operator(_half)
+@operator(empty_half)
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     """`swiglu_twin` of a contiguous tensor."""
-    h = _half(gate_up)
+    h = empty_half(gate_up)
     width = h.shape[-1]
     swiglu_kernel[(h.numel() // width, triton.cdiv(width, 4096))](
-        gate_up, h, width, BLOCK=4096, num_warps=8)
+        gate_up, None, None, h, width, BACK=False, HIDDEN=True, BLOCK=4096, num_warps=8)
     return h
 
 
 @operator(lambda gate_up, dh, rebuild: (
-    torch.empty_like(gate_up), _half(gate_up) if rebuild else gate_up.new_empty(0)))
+    torch.empty_like(gate_up), empty_half(gate_up) if rebuild else gate_up.new_empty(0)))
 def swiglu_backward(gate_up: Tensor, dh: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
     """The gradient of gate_up, and h once more if it is to be rebuilt (else empty)."""
     width = dh.shape[-1]
-    dgu, h = torch.empty_like(gate_up), _half(gate_up) if rebuild else gate_up.new_empty(0)
-    swiglu_backward_kernel[(dh.numel() // width, triton.cdiv(width, 4096))](
-        gate_up, dh, dgu, h, width, REBUILD=rebuild, BLOCK=4096, num_warps=8)
+    dgu, h = torch.empty_like(gate_up), empty_half(gate_up) if rebuild else gate_up.new_empty(0)
+    swiglu_kernel[(dh.numel() // width, triton.cdiv(width, 4096))](
+        gate_up, dh, dgu, h, width, BACK=True, HIDDEN=rebuild, BLOCK=4096, num_warps=8)
     return dgu, h
 
 

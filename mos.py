@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import autocast, replacing, replayed, setting
+from common import autocast, beside, replacing, replayed, setting
 from dit import Generation
 from kernels import cast, keys_behind, mix_project, mix_states, rms_norm
 from router import INPUTS, Router, routing_weights, select
@@ -182,9 +182,13 @@ class MoS(nn.Module):
         x, rope = G.add_registers(x, places)                          # (B, R+T, Dg)
         keys = keys_behind(x.shape[1], context.mask, context.runs)
         h = torch.zeros_like(x)  # what a block leaves for the next one to add
-        for j, block in enumerate(G.blocks):
+
+        def read(j):
             c = self.mix(context, index[..., j], weight[..., j])      # (B, S, Dg)  MoS eq. (4)
-            x, h = block(x, h, c, rope, *keys)                        # (B, R+T, Dg) each
+            return G.blocks[j].read(c)                                # (B, S, 2*Hk, Dh)
+
+        for block, kv in zip(G.blocks, beside(read, range(len(G.blocks)))):
+            x, h = block(x, h, kv(), rope, *keys)                     # (B, R+T, Dg) each
         return G.unpatchify(x + h, *z.shape[2:])                      # (B, C, h, w)
 
     # --- rectified flow --------------------------------------------------------------------------
