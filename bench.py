@@ -140,6 +140,10 @@ def queries_keys_case(which, B, L, H, Dh):
         q, k = liger.LigerRopeFunction.apply(q, k, cos, sin, None, 1, Dh)
         return q.transpose(1, 2), k.transpose(1, 2), v
 
+    def backward(*inputs):
+        dqkv, _, dw = kernels.queries_keys_backward(*inputs)
+        return dqkv, dw[0], dw[1]  # of qkv and of the norms of q and k
+
     n = B * L * H * Dh
     return Case(
         f"QK-norm + RoPE {B}x{L}x{H}x{Dh}", make, twin,
@@ -147,7 +151,7 @@ def queries_keys_case(which, B, L, H, Dh):
         passes={which: {
             "forward": (4 * n, kernels.queries_keys_forward, lambda qkv, cos, sin, wq, wk, *_:
                         (qkv, None, cos, sin, wq, wk, None, H, EPS)),
-            "backward": (8 * n, kernels.queries_keys_backward, lambda qkv, cos, sin, wq, wk, *d:
+            "backward": (8 * n, backward, lambda qkv, cos, sin, wq, wk, *d:
                          (qkv, None, cos, sin, wq, wk, None, *d, EPS))}[which]})
 
 

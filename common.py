@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from dataclasses import field, fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,27 +44,6 @@ def replayed(function, *inputs):
         graph.replay()
         return output
     return replay
-
-
-def beside(function, items):
-    """For each item a call that returns function(item).
-
-    In a CUDA graph under recording all results are computed ahead on a second stream, where the
-    first leaves the GPU idle, and the calls wait for them.
-    """
-    calls = [partial(function, item) for item in items]
-    if torch.is_grad_enabled() or not torch.cuda.is_available() \
-            or not torch.cuda.is_current_stream_capturing():
-        return calls
-    main, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(main)
-
-    def take(result, done):
-        main.wait_event(done)
-        return result
-
-    with torch.cuda.stream(stream):
-        return [partial(take, call(), stream.record_event()) for call in calls]
 
 
 def tqdm_or_none(**options):

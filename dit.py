@@ -36,20 +36,17 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.ffn = SwiGLU(width, hidden)
 
-    def read(self, context):
-        """Keys and values of a context (B, S, Dg), side by side: (B, S, 2*Hk, Dh)."""
-        kv_rows = self.qkv.weight[self.heads * self.head_width:]               # (2*Hk*Dh, Dg)
-        kv = F.linear(self.norm_context(context), kv_rows)                     # (B, S, 2*Hk*Dh)
-        return kv.unflatten(-1, (-1, self.head_width))                         # (B, S, 2*Hk, Dh)
-
-    def forward(self, x, h, kv, rope, mask=None, runs=None):
+    def forward(self, x, h, context, rope, mask=None, runs=None):
         """x: the residual stream (B, R+T, Dg), h: like x, what is still to be added to it,
-        kv: (B, S, 2*Hk, Dh), mask and runs: as in `kernels.attention`, for R+T+S keys.
+        context: (B, S, Dg), mask and runs: as in `kernels.attention`, for R+T+S keys.
 
         Returns the next x and h: the sum is left to the next norm, which is one pass over memory.
         """
         x, y = self.norm1(h, x)                                                # (B, R+T, Dg) each
         qkv = self.qkv(y).unflatten(-1, (-1, self.head_width))                 # (B, R+T, H+2Hk, Dh)
+        kv_rows = self.qkv.weight[self.heads * self.head_width:]               # (2*Hk*Dh, Dg)
+        kv = F.linear(self.norm_context(context), kv_rows)                     # (B, S, 2*Hk*Dh)
+        kv = kv.unflatten(-1, (-1, self.head_width))                           # (B, S, 2*Hk, Dh)
         norms = (self.q_norm.weight, self.k_norm.weight, self.k_norm_context.weight)
         q, k, v = queries_keys(qkv, rope, self.heads, norms, kv)  # k and v: (B, R+T+S, Hk, Dh)
         a = attention(q, k, v, mask, runs)                                     # (B, R+T, Dg)

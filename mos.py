@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import autocast, beside, replacing, replayed, setting
+from common import autocast, replacing, replayed, setting
 from dit import Generation
 from kernels import cast, keys_behind, mix_project, mix_states, rms_norm
 from router import INPUTS, Router, routing_weights, select
@@ -49,6 +49,7 @@ class MoSConfig:
     und_heads: int = setting(5, "its heads")
     und_kv_heads: int = setting(1, "its key-value heads")
     und_hidden: int = setting(384, "width of its feed-forward networks")
+    und_tied: bool = setting(False, "its output layer is the embedding")
     gen_width: int = setting(256, "Dg, width of the generation tower")
     gen_depth: int = setting(10, "N, its blocks")
     gen_heads: int = setting(8, "its heads")
@@ -126,7 +127,7 @@ class MoS(nn.Module):
         self.tokenizer = tokenizer
         self.vae = VAE(c.vae_channels, c.vae_width, c.vae_decoder_width)
         self.understanding = Understanding(len(tokenizer), c.und_width, c.und_depth, c.und_heads,
-                                           c.und_kv_heads, c.und_hidden)
+                                           c.und_kv_heads, c.und_hidden, c.und_tied)
         self.generation = Generation(c.vae_channels, c.und_width, c.gen_width, c.gen_depth,
                                      c.gen_heads, c.gen_kv_heads, c.gen_hidden, c.gen_patch,
                                      c.registers)
@@ -182,13 +183,9 @@ class MoS(nn.Module):
         x, rope = G.add_registers(x, places)                          # (B, R+T, Dg)
         keys = keys_behind(x.shape[1], context.mask, context.runs)
         h = torch.zeros_like(x)  # what a block leaves for the next one to add
-
-        def read(j):
+        for j, block in enumerate(G.blocks):
             c = self.mix(context, index[..., j], weight[..., j])      # (B, S, Dg)  MoS eq. (4)
-            return G.blocks[j].read(c)                                # (B, S, 2*Hk, Dh)
-
-        for block, kv in zip(G.blocks, beside(read, range(len(G.blocks)))):
-            x, h = block(x, h, kv(), rope, *keys)                     # (B, R+T, Dg) each
+            x, h = block(x, h, c, rope, *keys)                        # (B, R+T, Dg) each
         return G.unpatchify(x + h, *z.shape[2:])                      # (B, C, h, w)
 
     # --- rectified flow --------------------------------------------------------------------------

@@ -39,9 +39,9 @@ def test_reading_order_is_complete():
 
 
 def test_parameter_counts():
-    """The parameter counts that README states are those of the tiny preset."""
-    from mos import MoS, MoSConfig, read_vocabulary
-    model = MoS(MoSConfig(), read_vocabulary(ROOT / "weights"))
+    """The parameter counts that README states are those of the checkpoint in weights/."""
+    from mos import MoS, read_config, read_vocabulary
+    model = MoS(read_config(ROOT / "weights"), read_vocabulary(ROOT / "weights"))
     stated = dict(re.findall(r"(\w[\w ]+?) ([\d.]+) M", README))
     parts = {"VAE": model.vae, "understanding tower": model.understanding,
              "generation tower": model.generation, "router": model.router}

@@ -92,10 +92,11 @@ class DecoderBlock(nn.Module):
 class Understanding(nn.Module):
     """The tower U of MoS sec. 3.1, at the size of the small world.
 
-    vocabulary: number of words, width: Du, depth: M, patch: side of an image token in pixels.
+    vocabulary: number of words, width: Du, depth: M, tied: the output layer is the embedding,
+    patch: side of an image token in pixels.
     """
 
-    def __init__(self, vocabulary, width, depth, heads, kv_heads, hidden, patch=16):
+    def __init__(self, vocabulary, width, depth, heads, kv_heads, hidden, tied=False, patch=16):
         super().__init__()
         if width % heads or heads % kv_heads:
             raise ValueError(f"the understanding tower's width {width} must be a multiple of its "
@@ -107,9 +108,13 @@ class Understanding(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, kv_heads, hidden)
                                     for _ in range(depth))
         self.norm = RMSNorm(width)
+        # NOTE (ours): not tied. Words that may follow the same words ("left", "right") would get
+        # nearly the same embedding, and the states that MoS routes would hardly tell them apart.
+        self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0, 0.02)
+        nn.init.normal_(self.embedding.weight, 0, 0.1)  # far apart, and so they stay
         for block in self.blocks:
             for layer in (block.out, block.ffn.down):
                 nn.init.normal_(layer.weight, 0, 0.02 / (2 * depth) ** 0.5)
@@ -148,8 +153,9 @@ class Understanding(nn.Module):
         return torch.stack(states, 2)                                       # (B, S, M, Du)
 
     def logits(self, states):
-        """Next-token scores (B, S, V) in fp32 from the last state; the embedding is tied."""
-        return F.linear(self.norm(states[:, :, -1]), self.embedding.weight).float()  # (B, S, V)
+        """Next-token scores (B, S, V) in fp32 from the last state."""
+        head = self.head or self.embedding
+        return F.linear(self.norm(states[:, :, -1]), head.weight).float()   # (B, S, V)
 
     def loss(self, tokens, target, images=None):
         """Next-token cross entropy: the mean of a sample's targets (not -100), then of samples.
