@@ -596,7 +596,7 @@ def plot(rows, path):
                     [f"{row['name']}, {row['which']}" for row in rows])
     axis.set(xlabel="of the copy ceiling (feed-forward network: of the GEMM ceiling)")
     axis.invert_yaxis()
-    axis.legend()
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5)
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
