@@ -46,6 +46,11 @@ def replayed(function, *inputs):
     return replay
 
 
+def whole(tensor):
+    """A tensor that is sharded over processes put together (all must ask), any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def tqdm_or_none(**options):
     """A tqdm bar, or None where tqdm is not installed."""
     try:

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import autocast, replacing, replayed, setting
+from common import autocast, replacing, replayed, setting, whole
 from dit import Generation
 from kernels import cast, keys_behind, mix_project, mix_states, rms_norm
 from router import INPUTS, Router, routing_weights, select
@@ -265,18 +265,26 @@ class MoS(nn.Module):
 
     PARTS = {"vae": ("vae",), "understanding": ("understanding",), "mos": ("router", "generation")}
 
-    def save_pretrained(self, folder, parts=tuple(PARTS)):
-        """Write config.json, vocab.json and a bf16 safetensors file for each part."""
-        folder = Path(folder)
+    def save_pretrained(self, folder, parts=tuple(PARTS), write=True):
+        """Write config.json, vocab.json and a bf16 safetensors file for each part.
+
+        Where parameters are sharded every process must call it, and all but one not `write`.
+        """
+        folder, tensors = Path(folder), {part: {} for part in parts}
+        for part, own in tensors.items():
+            for module in self.PARTS[part]:
+                for name, p in getattr(self, module).named_parameters():
+                    p = whole(p.detach())
+                    if write:
+                        own[f"{module}.{name}"] = p.bfloat16().contiguous().cpu()
+                for name, p in getattr(self, module).named_buffers():
+                    own[f"{module}.{name}"] = p.contiguous().cpu()  # latents' statistics: fp32
+        if not write:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        for part in parts:
-            modules = {name: getattr(self, name) for name in self.PARTS[part]}
-            tensors = {f"{module}.{name}": p.detach().bfloat16().contiguous().cpu()
-                       for module, m in modules.items() for name, p in m.named_parameters()}
-            tensors |= {f"{module}.{name}": p.contiguous().cpu()  # the latents' statistics: fp32
-                        for module, m in modules.items() for name, p in m.named_buffers()}
+        for part, own in tensors.items():
             with replacing(folder / f"{part}.safetensors") as path:
-                save_file(tensors, path)
+                save_file(own, path)
         with replacing(folder / "config.json") as path:
             path.write_text(json.dumps(asdict(self.config), indent=1))
         with replacing(folder / "vocab.json") as path:

@@ -3,6 +3,8 @@
 import csv
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +14,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
+import checkpoint
 import evaluate
 import train
 from conftest import ROOT, SMALL
@@ -91,13 +94,17 @@ def curve(folder, stage="vae"):
 
 
 def state(folder, stage="vae"):
-    """Step and tensors of a saved state."""
-    with safe_open(folder / f"{stage}.state.safetensors", "pt") as file:
-        return int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}
+    """Step and tensors of the newest saved state, put together from its shards."""
+    newest = checkpoint.states(folder / f"{stage}.states")[0]
+    about = checkpoint.HuggingFaceStorageReader(newest).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(one.size, dtype=one.properties.dtype)
+               for name, one in about.items()}
+    assert checkpoint.fault(newest) is None
+    return checkpoint.load(newest, tensors), tensors
 
 
-def contents(folder, pattern="*"):
-    return {p: p.read_bytes() for p in folder.glob(pattern)}
+def contents(folder, pattern="**/*"):
+    return {p: p.read_bytes() for p in folder.glob(pattern) if p.is_file()}
 
 
 @pytest.fixture
@@ -144,7 +151,7 @@ def test_all_stages(trained):
     names = {"config.json", "vocab.json", "vae_000006.png", "image_000006.png"}
     for stage, columns in (("vae", "val_psnr val_judge"), ("understand", "val_loss val_answers"),
                            ("image", "val_loss val_t0 loss_t9 score score_position")):
-        names |= {f"{stage}.csv", f"{stage}.state.safetensors", f"{train.PART[stage]}.safetensors"}
+        names |= {f"{stage}.csv", f"{stage}.states", f"{train.PART[stage]}.safetensors"}
         names |= {f"{stage}.png"} if find_spec("matplotlib") else set()
         losses, last = curve(trained, stage)
         assert [step for step, *_ in losses] == [1, 2, 3, 4, 5, 6]
@@ -195,7 +202,7 @@ def test_same_result(how, stage, light, trained, straight, tmp_path, request):
 def test_killed(light, tmp_path):
     """SIGKILL at a random moment loses at most save_every steps, and --resume goes on."""
     run = start(tmp_path, stage="vae", steps=5000, save_every=2)
-    while not (tmp_path / "vae.state.safetensors").is_file():
+    while not checkpoint.states(tmp_path / "vae.states"):
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.05)
     time.sleep(random.random())
@@ -206,17 +213,48 @@ def test_killed(light, tmp_path):
     assert go("vae", tmp_path, steps=saved + 2, resume=True) and state(tmp_path)[0] == saved + 2
 
 
-def test_torn_save(light, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", (OSError("disk full"), CheckpointException(
+    "save", {0: _wrap_exception(OSError("disk full"))})))
+def test_torn_save(error, light, tmp_path, monkeypatch):
     """A save that dies half-way leaves the last state as it was, and nothing beside it."""
-    def torn(tensors, path, **_):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    def torn(tensors, storage_writer, **_):
+        (storage_writer.path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+        raise error
     assert go("vae", tmp_path, steps=2)
-    before = contents(tmp_path, "*.safetensors")
-    monkeypatch.setattr(train, "save_file", torn)
-    with pytest.raises(OSError, match="disk full"):
+    before = contents(tmp_path / "vae.states")
+    monkeypatch.setattr(checkpoint.dcp, "save", torn)
+    with pytest.raises(OSError, match="step 3 could not be written .* older ones are kept: .*full"):
         go("vae", tmp_path, steps=4, save_every=1, resume=True)
-    assert contents(tmp_path, "*.safetensors") == before
+    assert contents(tmp_path / "vae.states") == before and len(before) == 2
+
+
+def flip(path):
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm, told", (
+    (flip, "safetensors is not what was written"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-9]), "safetensors is not what was written"),
+    (lambda path: path.unlink(), "No such file"),
+    (lambda path: (path.parent / "manifest.json").write_text("{"), "manifest.json: "),
+    (lambda path: (path.parent / "manifest.json").unlink(), "No such file")))
+def test_damaged_state(harm, told, light, tmp_path, capsys):
+    """A damaged state is passed over and said so; training from the one before ends the same."""
+    assert go("vae", tmp_path, save_every=2)
+    whole, (newest, before) = state(tmp_path)[1], checkpoint.states(tmp_path / "vae.states")
+    assert [path.name for path in (newest, before)] == ["00000006", "00000004"]  # the last two
+    harm(next(newest.glob("*.safetensors")))
+    assert go("vae", tmp_path, save_every=2, resume=True)
+    assert re.search(f"{newest} is damaged .*{told}.*passed over", capsys.readouterr().out)
+    again = state(tmp_path)[1]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    for path in checkpoint.states(tmp_path / "vae.states"):
+        harm(next(path.glob("*.safetensors")))
+    with pytest.raises(ValueError, match="no state in .* can be read .*train into another --out"):
+        go("vae", tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("what, step", (("loss", 2), ("gradient", 3)))
@@ -237,7 +275,7 @@ def test_not_finite(what, step, light, tmp_path, monkeypatch, capsys):
         go("vae", tmp_path, save_every=2, eval_every=1, log_every=50)
     assert stop.value.code not in (0, None) and state(tmp_path)[0] == 2
     assert "last good checkpoint" in "".join(capsys.readouterr())
-    for path in tmp_path.glob("*.safetensors"):
+    for path in tmp_path.glob("**/*.safetensors"):
         assert all(p.isfinite().all() for p in load_file(path).values()), path.name
 
 
@@ -251,12 +289,13 @@ def test_frozen_parts(light, trained, tmp_path, monkeypatch):
     assert changed == {"router", "generation"}
 
 
-@pytest.mark.parametrize("held", ("vae.state.safetensors", "vae.safetensors"))
+@pytest.mark.parametrize("held", ("vae.states", "vae.safetensors"))
 def test_no_second_start(held, light, tmp_path):
     """Without --resume a stage does not start over a state or a trained part; nothing changes."""
     assert go("vae", tmp_path, steps=2)
-    for name in {"vae.state.safetensors", "vae.safetensors"} - {held}:
-        (tmp_path / name).unlink()
+    for name in {"vae.states", "vae.safetensors"} - {held}:
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="--resume"):
         go("vae", tmp_path, steps=2, seed=1)

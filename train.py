@@ -10,6 +10,8 @@ import csv
 import functools
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,13 +23,15 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
 import evaluate
 import shapes
-from common import CommandLine, autocast, pick_device, replacing, run, setting, tqdm_or_none
+from common import (CommandLine, autocast, pick_device, replacing, run, setting, tqdm_or_none,
+                    whole)
 from data import Collate, Folder, Shapes, build_tokenizer, loader
 from kernels import fused
 from mos import PRESETS, MoS, MoSConfig, read_config, read_vocabulary, sample_t
@@ -61,12 +65,15 @@ class TrainConfig:
     prompt_dropout: float = setting(0.1, "share of empty prompts, for guidance")
     kl_weight: float = setting(1e-4, "of the VAE's KL term")
     scenes: int = setting(None, "scenes in the image stage's table of latents")
+    parallel: str = setting(None, "none, or how processes share the work: ddp, fsdp or hsdp")
+    shards: int = setting(0, "processes that share one copy of the model under hsdp; 0: a node's")
     compile: bool = setting(None, "use torch.compile")
     workers: int = setting(None, "data processes")
     log_every: int = setting(50, "steps between rows of the log")
     eval_every: int = setting(None, "steps between validations with pictures and scores")
     eval_prompts: int = setting(8, "prompts of each task in a validation")
     save_every: int = setting(None, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints kept")
 
 
 RECIPES = {  # (stage, kind of machine): what its None settings become
@@ -140,6 +147,24 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def gather(self, values):
+        """The union of a dict of each process."""
+        parts = [values]
+        if self.size > 1:
+            parts = [None] * self.size
+            dist.all_gather_object(parts, values)
+        return {key: value for part in parts for key, value in part.items()}
+
+    def mesh(self, c):
+        """Processes as fully_shard wants them: one row, or with hsdp a row for each copy."""
+        if c.parallel == "fsdp":
+            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        shards = c.shards or int(os.environ["LOCAL_WORLD_SIZE"])
+        if self.size % shards:
+            raise ValueError(f"shards must divide the {self.size} processes, got {shards}")
+        return init_device_mesh(self.device.type, (self.size // shards, shards),
+                                mesh_dim_names=("copy", "shard"))
+
 
 @functools.lru_cache(2)
 def permutation(length, seed, epoch):
@@ -166,6 +191,10 @@ class Stage(nn.Module):
         super().__init__()
         self.c, self.world, self.dataset = c, world, dataset
         self.model = model
+
+    def used(self):
+        """The parts that `forward` needs."""
+        return [self.trained()]
 
     def generator(self, step):
         return torch.Generator(self.world.device).manual_seed(self.c.seed * 1_000_003 + step)
@@ -226,7 +255,8 @@ class VaeStage(Stage):
         error = (seen - true).square().mean()
         std, mean = torch.std_mean(torch.cat(latents), (0, 2, 3))
         vae.set_statistics(mean, std)
-        save_grid(torch.cat((true[:8], seen[:8])), folder / f"vae_{step:06d}.png", 8)
+        if self.world.first:
+            save_grid(torch.cat((true[:8], seen[:8])), folder / f"vae_{step:06d}.png", 8)
         values = {"val_psnr": (10 * torch.log10(4 / error)).item()}
         if isinstance(self.dataset, Shapes):
             right, _ = evaluate.score_judge(100, vae=vae, seed=1, split="val")
@@ -268,6 +298,9 @@ class ImageStage(Stage):
 
     def trained(self):
         return nn.ModuleList([self.model.router, self.model.generation])
+
+    def used(self):
+        return [self.model.understanding, self.trained()]
 
     @torch.no_grad()
     def encode(self, dataset, indices):
@@ -350,8 +383,9 @@ class ImageStage(Stage):
         else:
             prompts = [item[1] for item in self.validation_items(8)]
         images = self.model.generate(prompts, seed=0, steps=25)
-        save_grid(torch.stack([evaluate.to_tensor(image) for image in images]),
-                  folder / f"image_{step:06d}.png", 8)
+        if self.world.first:
+            save_grid(torch.stack([evaluate.to_tensor(image) for image in images]),
+                      folder / f"image_{step:06d}.png", 8)
         return values
 
 
@@ -410,40 +444,29 @@ class Average:
         finally:
             self.swap()
 
+    @torch.no_grad()
     def swap(self):
+        """Exchange values, not tensors: FSDP knows its shards by their memory."""
         for p, shadow in zip(self.parameters, self.shadow):
-            p.data, shadow.data = shadow.data, p.data
+            kept = p.clone()
+            p.copy_(shadow)
+            shadow.copy_(kept)
 
 
-def save_state(path, step, named, average, optimizer):
-    """All that a bit-exact resume needs, as safetensors; random states follow from the step."""
-    tensors = {}
-    for (name, p), shadow in zip(named, average.shadow):
-        state = optimizer.state[p]
-        tensors |= {f"weight/{name}": p.detach(), f"average/{name}": shadow,
-                    f"exp_avg/{name}": state["exp_avg"], f"exp_avg_sq/{name}": state["exp_avg_sq"]}
-    with replacing(path) as temporary:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary,
-                  metadata={"step": str(step)})
+def shard(stage, mesh):
+    """Cut what a stage uses into shards, a block at a time (FSDP2); the rest stays whole.
 
-
-@torch.no_grad()
-def load_state(path, named, average, optimizer, device):
-    """Put a saved state back; returns the step to go on with."""
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            step = int(file.metadata()["step"])
-            for (name, p), shadow in zip(named, average.shadow):
-                p.copy_(file.get_tensor(f"weight/{name}"))
-                shadow.copy_(file.get_tensor(f"average/{name}"))
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(step), device=device if optimizer.defaults["fused"]
-                                         else "cpu"),
-                    **{key: file.get_tensor(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq")}}
-    except (SafetensorError, RuntimeError, TypeError, KeyError) as e:
-        raise ValueError(f"{path} does not fit this run ({str(e).splitlines()[0]}); "
-                         "train into another --out") from None
-    return step
+    fp32 shards; on a GPU gathered in bf16, gradients summed in fp32. MoS App. A.
+    """
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mesh.device_type == "cuda" \
+        else MixedPrecisionPolicy()
+    inside = {p for part in stage.used() for p in part.parameters()}
+    options = dict(mesh=mesh, mp_policy=policy, ignored_params=set(stage.parameters()) - inside)
+    for part in stage.used():
+        for name, module in list(part.named_modules()):
+            if re.search(r"blocks\.\d+$", name):
+                fully_shard(module, **options)
+    fully_shard(stage, reshard_after_forward=False, **options)
 
 
 class Log:
@@ -492,6 +515,9 @@ class Run:
         self.world = stage.world
         model.requires_grad_(False)
         self.module = stage.trained().requires_grad_(True).train()
+        self.sharded = c.parallel in ("fsdp", "hsdp")
+        if self.sharded:
+            shard(stage, self.world.mesh(c))
         self.named = list(self.module.named_parameters())
         self.average = Average((p for _, p in self.named), c.ema)
         groups = decayed_groups(self.module, c.weight_decay)
@@ -501,16 +527,34 @@ class Run:
         if c.batch % (self.world.size * self.accumulate):
             raise ValueError(f"batch {c.batch} cannot be cut into {self.world.size} processes x "
                              f"{self.accumulate} equal micro-batches; change batch or micro_batch")
-        self.state, self.start = folder / f"{c.stage}.state.safetensors", 0
-        if c.resume and self.state.is_file():
-            self.start = load_state(self.state, self.named, self.average, self.optimizer,
-                                    self.world.device)
+        self.states, self.start = folder / f"{c.stage}.states", 0
+        state = checkpoint.newest(self.states, self.world) if c.resume else None
+        if state:
+            self.start = checkpoint.load(state, self.tensors())
+            for values in self.optimizer.state.values():
+                values["step"].fill_(self.start)
+
+    def tensors(self):
+        """All that a bit-exact resume needs, by name; random states follow from the step."""
+        if not self.optimizer.state:  # as AdamW itself begins
+            on = self.world.device if self.optimizer.defaults["fused"] else "cpu"
+            for _, p in self.named:
+                self.optimizer.state[p] = {
+                    "step": torch.zeros((), device=on), "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p)}
+        named = {}
+        for (name, p), shadow in zip(self.named, self.average.shadow):
+            own = self.optimizer.state[p]
+            for kind, tensor in (("weight", p.detach()), ("average", shadow),
+                                 ("exp_avg", own["exp_avg"]), ("exp_avg_sq", own["exp_avg_sq"])):
+                named[f"{kind}/{name}"] = tensor
+        return named
 
     def begin(self):
         """Open data, log and bar; wrap the stage for several processes and for the compiler."""
         c = self.c
         self.stage.start(self.start)
-        self.wrapped = DistributedDataParallel(self.stage) if self.world.size > 1 else self.stage
+        self.wrapped = DistributedDataParallel(self.stage) if c.parallel == "ddp" else self.stage
         self.compute = torch.compile(self.wrapped) if c.compile else self.wrapped
         self.log = Log(self.folder / f"{c.stage}.csv", self.start)
         self.bar = tqdm_or_none(total=c.steps, initial=self.start, mininterval=5,
@@ -522,7 +566,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.c)
         metrics = self.backward(step)
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.module.parameters(), self.c.clip)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.c.clip)
+        metrics["grad_norm"] = whole(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(step)
@@ -535,7 +580,10 @@ class Run:
         total = {}
         for i, part in enumerate(zip(*inputs)):
             alone = self.world.size > 1 and i + 1 < self.accumulate
-            with self.wrapped.no_sync() if alone else contextlib.nullcontext():
+            if self.sharded:
+                self.stage.set_requires_gradient_sync(not alone)
+            with (self.wrapped.no_sync() if alone and not self.sharded
+                  else contextlib.nullcontext()):
                 with autocast(self.world.device):
                     loss, metrics = self.compute(*part)
                 (loss / self.accumulate).backward()
@@ -550,7 +598,7 @@ class Run:
         norm = (self.sums.pop("grad_norm") / steps).item()
         if not math.isfinite(loss + norm):
             world.say(f"the loss is {loss}, its gradient's norm {norm} at step {done}; the last "
-                      f"good checkpoint is kept in {self.state}; try a smaller --lr")
+                      f"good checkpoint is kept in {self.states}; try a smaller --lr")
             sys.exit(1)
         sums = {name: world.sum(value) for name, value in self.sums.items()}
         rate = steps * self.c.batch / (time.time() - self.clock)
@@ -563,11 +611,16 @@ class Run:
         self.sums, self.since, self.clock = {}, done, time.time()
 
     def validate(self, done):
-        """Score, draw and export the averaged weights."""
-        if self.world.first:
+        """Score, draw and export the averaged weights; shards need every process for that."""
+        if self.world.first or self.sharded:
             with self.average.applied():
+                if self.sharded:
+                    self.stage.unshard()
                 values = self.stage.validate(done, self.folder)
-                export(self.model, self.c.stage, self.folder)
+                if self.sharded:
+                    self.stage.reshard()
+                export(self.model, self.c.stage, self.folder, self.world)
+        if self.world.first:
             self.log.add(done, **values)
             self.log.plot()
             told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -577,9 +630,7 @@ class Run:
 
     def save(self, done):
         """Write the state from which --resume goes on."""
-        if self.world.first:
-            save_state(self.state, done, self.named, self.average, self.optimizer)
-        self.world.wait()
+        checkpoint.save(self.states, done, self.tensors(), self.world, self.c.keep)
         self.clock = time.time()
 
 
@@ -623,10 +674,10 @@ def interruption():
         signal.signal(signal.SIGINT, handler)
 
 
-def export(model, stage, folder):
-    """Write what `sample.py` and the next stage read."""
+def export(model, stage, folder, world):
+    """Write what `sample.py` and the next stage read; every process that holds shards calls it."""
     parts = tuple(MoS.PARTS) if stage == "image" else (PART[stage],)
-    model.save_pretrained(folder, parts)
+    model.save_pretrained(folder, parts, write=world.first)
 
 
 def introduce(run):
@@ -669,13 +720,19 @@ def complete(c, stage, device):
         if getattr(c, name) in (None, ""):
             setattr(c, name, value)
     for names, low, high in (
-            ("steps batch micro_batch log_every eval_every save_every eval_prompts", 1, math.inf),
+            ("steps batch micro_batch log_every eval_every save_every eval_prompts keep", 1,
+             math.inf),
             ("scenes", stage == "image", math.inf), ("clip", 1e-9, math.inf),
-            ("workers warmup lr weight_decay kl_weight", 0, math.inf),
+            ("workers warmup lr weight_decay kl_weight shards", 0, math.inf),
             ("final_lr ema prompt_dropout", 0, 1)):
         for name in names.split():
             if not low <= getattr(c, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(c, name)}")
+    several = dist.is_initialized()
+    c.parallel = c.parallel or ("ddp" if several else "none")
+    if c.parallel not in (("ddp", "fsdp", "hsdp") if several else ("none",)):
+        raise ValueError(f"parallel must be ddp, fsdp or hsdp under torchrun, and none without it; "
+                         f"got {c.parallel!r}")
     if c.preset not in PRESETS:
         raise ValueError(f"unknown preset {c.preset!r}, expected one of: {', '.join(PRESETS)}")
     return c
@@ -703,8 +760,8 @@ def build(c, overrides, dataset):
 def train_stage(c, overrides, world):
     """Build, train and export one stage; returns whether it finished."""
     folder = Path(c.out)
-    made = [folder / f"{name}.safetensors" for name in (f"{c.stage}.state", PART[c.stage])]
-    if any(path.is_file() for path in made) and not c.resume:
+    made = [folder / f"{c.stage}.states", folder / f"{PART[c.stage]}.safetensors"]
+    if any(path.exists() for path in made) and not c.resume:
         raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
                          "or choose another --out")
     size = MoSConfig(**{**PRESETS[c.preset], **overrides}).size

@@ -1,0 +1,117 @@
+"""Training states on disk: safetensors in shards, whole or not there at all.
+
+The state of a step is a folder of its own: what every process holds of the tensors, in files of its
+own, and `manifest.json` with a checksum of each. It is written under a temporary name and renamed
+when complete. torch.distributed.checkpoint cuts and joins the tensors, so that a state loads on
+any number of processes, however they share the model. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (HuggingFaceStorageReader,
+                                                     HuggingFaceStorageWriter)
+from torch.distributed.tensor import DTensor
+
+from common import replacing
+
+MANIFEST = "manifest.json"
+
+
+def run_alone(tensors):
+    """Whether each process holds all of the tensors: then one can write or read without others."""
+    return not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+
+
+def checksum(path):
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(folder, step, tensors, world, keep):
+    """Write {name: tensor} as the state of a step, then delete all but the newest `keep`.
+
+    Every process calls it. Raises OSError where that fails; older states stay as they are.
+    """
+    final, temporary = folder / f"{step:08d}", folder / f".{step:08d}"
+    alone = run_alone(tensors)
+    if world.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.wait()
+    try:
+        if world.first or not alone:
+            with warnings.catch_warnings(action="ignore"):  # "distributed is unavailable": yes
+                dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()},
+                         storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True),
+                         no_dist=alone)
+        sums = {path.name: checksum(path) for path in
+                sorted(temporary.iterdir())[world.rank::world.size]}
+        sums = world.gather(sums)  # each process has read its share of the files
+        if world.first:
+            with replacing(temporary / MANIFEST) as path:
+                path.write_text(json.dumps({"step": step, "files": sums}, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(temporary, final)
+            for old in states(folder)[keep:]:
+                shutil.rmtree(old)
+    except (OSError, CheckpointException) as e:
+        if world.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"the state of step {step} could not be written to {folder}, older ones are "
+                      f"kept: {str(e).splitlines()[-1]}") from None
+    world.wait()
+
+
+def states(folder):
+    """Folders of the states in a folder, the newest first."""
+    return sorted(folder.glob("[0-9]*"), reverse=True)
+
+
+def fault(state):
+    """What is wrong with a state on disk, or None."""
+    try:
+        files = json.loads((state / MANIFEST).read_text())["files"]
+        for name, expected in files.items():
+            if checksum(state / name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        return f"{MANIFEST}: {e}" if isinstance(e, (ValueError, KeyError)) else str(e)
+
+
+def newest(folder, world):
+    """The newest state that is as it was written, or None where there is none at all.
+
+    Says which ones are passed over. Raises ValueError where all are damaged.
+    """
+    found, faults = states(folder), []
+    for state in found:
+        problem = world.gather({0: fault(state)} if world.first else {})[0]
+        if problem is None:
+            return state
+        faults.append(problem)
+        world.say(f"{state} is damaged ({problem}): passed over")
+    if found:
+        raise ValueError(f"no state in {folder} can be read ({faults[0]}); "
+                         "train into another --out")
+
+
+def load(state, tensors):
+    """Read a state into {name: tensor}, in place; returns its step. Every process calls it.
+
+    Raises ValueError where names or shapes are others.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(state),
+                     no_dist=run_alone(tensors))
+    except CheckpointException as e:
+        raise ValueError(f"{state} does not fit this run ({str(e).splitlines()[-1]}); "
+                         "train into another --out") from None
+    return json.loads((state / MANIFEST).read_text())["step"]
