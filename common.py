@@ -46,6 +46,11 @@ def replayed(function, *inputs):
     return replay
 
 
+def wide(x):
+    """x in fp32 for what must not be rounded to less; fp64, in which tests compare, stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def whole(tensor):
     """A tensor that is sharded over processes put together (all must ask), any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

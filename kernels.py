@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
+from common import wide
+
 try:
     import triton
     import triton.language as tl
@@ -56,9 +58,9 @@ def rms_norm_twin(x, weight, residual=None, eps=1e-6):
     and y, s in the wider type of the two.
     """
     s = x if residual is None else x + residual
-    wide = s.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    y = (wide * scale * weight.float()).type_as(x)
+    n = wide(s)
+    scale = torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    y = (n * scale * wide(weight)).type_as(x)
     return y if residual is None else (s, y)
 
 
@@ -209,7 +211,7 @@ def rope_table(positions, axes, theta=1e4):
 def apply_rope(x, rope):
     """Rotate the channel pairs (i, i + Dh/2) of x: (B, L, H, Dh) by the table's angles, in fp32."""
     cos, sin = (a[:, None] for a in rope)                                    # (L, 1, Dh/2) each
-    a, b = x.float().chunk(2, -1)                                            # (B, L, H, Dh/2) each
+    a, b = wide(x).chunk(2, -1)                                              # (B, L, H, Dh/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)       # (B, L, H, Dh)
 
 
@@ -559,8 +561,8 @@ def mix_states_twin(states, index, weight, bias=None):
     """
     rows = index[..., None].expand(-1, -1, -1, states.shape[-1])                  # (B, S, K, D)
     chosen = states.gather(2, rows)                                               # (B, S, K, D)
-    mixture = (chosen.float() * weight[..., None].float()).sum(2)                 # (B, S, D)
-    return (mixture if bias is None else mixture + bias.float()).type_as(states)
+    mixture = (wide(chosen) * wide(weight[..., None])).sum(2)                     # (B, S, D)
+    return (mixture if bias is None else mixture + wide(bias)).type_as(states)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import autocast, replacing, replayed, setting, whole
+from common import autocast, replacing, replayed, setting, whole, wide
 from dit import Generation
 from kernels import cast, keys_behind, mix_project, mix_states, rms_norm
 from router import INPUTS, Router, routing_weights, select
@@ -198,7 +198,7 @@ class MoS(nn.Module):
         at = t[:, None, None, None]
         z = (1 - at) * z0 + at * z1                                   # MoS sec. 3.1
         v = self(z, t, self.understand(tokens), uniform)              # (B, C, h, w)
-        return (v.float() - (z1 - z0)).square().mean((1, 2, 3))       # MoS eq. (1)
+        return (wide(v) - (z1 - z0)).square().mean((1, 2, 3))        # MoS eq. (1)
 
     @torch.no_grad()
     def generate(self, prompts, steps=None, guidance=None, rescale=None, schedule=None, seed=0,
@@ -257,7 +257,7 @@ class MoS(nn.Module):
         """
         both = guidance != 1
         zz = torch.cat((z, z)) if both else z              # (2*B, C, h, w), or (B, C, h, w)
-        v = self(zz, now.expand(len(zz)), context).float()
+        v = wide(self(zz, now.expand(len(zz)), context))
         v = guide(*v.chunk(2), guidance, rescale) if both else v      # (B, C, h, w)
         return z + (then - now) * v
 

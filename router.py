@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import wide
 from kernels import RMSNorm, SwiGLU, attention, keys_behind, queries_keys, rope_table
 
 INPUTS = ("prompt", "latent", "time")
@@ -16,7 +17,7 @@ INPUTS = ("prompt", "latent", "time")
 
 def routing_weights(logits):
     """Softmax over the understanding layers in fp32. MoS eq. (3). (B, S, M, N) to the same."""
-    return logits.float().softmax(2)                                        # MoS eq. (3)
+    return wide(logits).softmax(2)                                          # MoS eq. (3)
 
 
 def select(weights, k, epsilon=0.0, uniform=None, renormalize=False):
@@ -142,5 +143,5 @@ class Router(nn.Module):
         readout = x[:, -S:] if self.cls is None else x[:, E - 1:E].expand(-1, S, -1)
         head = self.logits
         with torch.autocast(x.device.type, enabled=False):
-            w = F.linear(self.norm(readout).float(), head.weight.float(), head.bias.float())
+            w = F.linear(wide(self.norm(readout)), wide(head.weight), wide(head.bias))
         return w.unflatten(-1, (self.layers, -1))                           # (B, S, M, N)

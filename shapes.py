@@ -378,7 +378,7 @@ def coverage(shape, x, y, radius):
 
 
 def _palette(table, device):
-    return torch.tensor(list(table.values()), dtype=torch.float32, device=device)
+    return torch.tensor(list(table.values()), dtype=torch.get_default_dtype(), device=device)
 
 
 def render(packed, height=128, width=128, device="cpu"):

@@ -30,12 +30,15 @@ QUICK = dict(steps=6, batch=4, lr=3e-4, warmup=2, scenes=16, log_every=1, eval_e
              save_every=100, eval_prompts=1)
 DRIVER = f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import common, train, test_train
+import torch, common, train, test_train
+if os.environ.get("DOUBLE"):
+    torch.set_default_dtype(torch.float64)
 test_train.lighten(setattr)
 if os.environ.get("RANK", "0") != "0":
     common.replacing.__init__ = None  # this process cannot write
 common.run(train.main)
 """
+LONG = dict(steps=20, lr=1e-3, warmup=0, ema=0.9)
 every_stage = pytest.mark.parametrize("stage", train.STAGES)
 
 
@@ -53,14 +56,24 @@ def go(stage, out, **changes):
     return train.train_stage(settings(stage, out, **changes), MODEL, alone())
 
 
-def start(folder, *launcher, **values):
-    """Train in processes of their own, by way of DRIVER."""
+def start(folder, processes=1, double="", **values):
+    """Train in processes of their own, by way of DRIVER; double: in float64."""
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node".split() + [str(processes)]
+    launcher = launcher if processes > 1 else []
     (folder / "driver.py").write_text(DRIVER)
     flags = [str(a) for k, v in {**QUICK, **MODEL, **values, "out": folder}.items()
-             for a in ("--" + k.replace("_", "-"), v)]
-    return subprocess.Popen([sys.executable, *launcher, folder / "driver.py", *flags], text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+             for a in ("--" + k.replace("_", "-"), v) if a != ""]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DOUBLE": double}
+    return subprocess.Popen([sys.executable, *launcher, folder / "driver.py",
+                             *flags], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def launch(folder, *arguments, **values):
+    """The same, to a good end."""
+    run = start(folder, *arguments, **values)
+    text, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, text[-3000:]
 
 
 def lighten(patch):
@@ -136,13 +149,16 @@ def straight(trained, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def doubled(trained, tmp_path_factory):
-    """The same under torchrun with two processes, of which the second cannot write."""
-    folder = tmp_path_factory.mktemp("doubled")
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    run = start(folder, *launcher, init=trained)
-    text, _ = run.communicate(timeout=200)
-    assert run.returncode == 0, text[-3000:]
+def precise(trained, tmp_path_factory):
+    """Each stage in one process in float64, 20 steps."""
+    folder = tmp_path_factory.mktemp("precise")
+    with pytest.MonkeyPatch.context() as patch:
+        lighten(patch.setattr)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert all(go(stage, folder, init=str(trained), **LONG) for stage in train.STAGES)
+        finally:
+            torch.set_default_dtype(torch.float32)
     return folder
 
 
@@ -185,18 +201,46 @@ def test_resume_is_exact(stage, light, trained, straight, tmp_path, monkeypatch,
     assert (whole / part).read_bytes() == (tmp_path / part).read_bytes()
 
 
+def near(folder, other, stage, tolerance):
+    """Losses, gradients' norms and all tensors of the newest states are the same."""
+    for a, b in zip(curve(folder, stage)[0], curve(other, stage)[0], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)  # the log is rounded
+    (step, a), (again, b) = state(folder, stage), state(other, stage)
+    assert step == again and a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=name)
+
+
 @every_stage
-@pytest.mark.parametrize("how", ("two processes", "two micro-batches"))
-def test_same_result(how, stage, light, trained, straight, tmp_path, request):
-    """torchrun with two processes (only the first writes), and accumulation, equal one batch."""
-    folder = request.getfixturevalue("doubled") if how == "two processes" else tmp_path
-    if folder is tmp_path:
-        assert go(stage, folder, init=str(trained), micro_batch=2)
-    for a, b in zip(curve(straight / stage, stage)[0], curve(folder, stage)[0], strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
-    a, b = state(straight / stage, stage)[1], state(folder, stage)[1]
-    for name in (name for name in a if name.startswith("weight/")):
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5, msg=name)
+def test_accumulation(stage, light, trained, straight, tmp_path):
+    """Two micro-batches equal one batch."""
+    assert go(stage, tmp_path, init=str(trained), micro_batch=2)
+    near(straight / stage, tmp_path, stage, 1e-5)
+
+
+@pytest.mark.parametrize("flags", (dict(parallel="ddp"), dict(parallel="fsdp", micro_batch=1)))
+def test_two_processes(flags, trained, precise, tmp_path):
+    """Two processes, whole models or shards, accumulating or not, do what one does."""
+    launch(tmp_path, 2, "1", init=trained, **LONG, **flags)
+    for stage in train.STAGES:
+        near(precise, tmp_path, stage, 1e-10)
+
+
+def test_four_processes(trained, precise, tmp_path):
+    """Two copies of two shards, too; they go on bit-identically, and one process reads them."""
+    flags = dict(stage="image", init=trained, save_every=10, **LONG)
+    four, one, hsdp = tmp_path / "four", tmp_path / "one", dict(parallel="hsdp", shards=2)
+    four.mkdir()
+    launch(four, 4, "1", **flags, **hsdp)
+    near(precise, four, "image", 1e-10)
+    _, whole = state(four, "image")
+    shutil.rmtree(four / "image.states" / "00000020")
+    shutil.copytree(four, one)
+    launch(four, 4, "1", resume="", **flags, **hsdp)
+    step, again = state(four, "image")
+    assert step == 20 and all(torch.equal(whole[name], again[name]) for name in whole)
+    launch(one, 1, "1", resume="", **flags)
+    near(precise, one, "image", 1e-10)
 
 
 def test_killed(light, tmp_path):

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import wide
 from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
 
 
@@ -155,7 +156,7 @@ class Understanding(nn.Module):
     def logits(self, states):
         """Next-token scores (B, S, V) in fp32 from the last state."""
         head = self.head or self.embedding
-        return F.linear(self.norm(states[:, :, -1]), head.weight).float()   # (B, S, V)
+        return wide(F.linear(self.norm(states[:, :, -1]), head.weight))     # (B, S, V)
 
     def loss(self, tokens, target, images=None):
         """Next-token cross entropy: the mean of a sample's targets (not -100), then of samples.

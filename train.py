@@ -350,7 +350,7 @@ class ImageStage(Stage):
 
     def forward(self, z0, tokens, t, z1, explore):
         each = self.model.loss(z0, tokens, t, z1, explore)                        # (B,)
-        bins = nn.functional.one_hot((t.detach() * 10).long().clamp(max=9), 10).float()
+        bins = nn.functional.one_hot((t.detach() * 10).long().clamp(max=9), 10).type_as(each)
         return each.mean(), {"bins": each.detach() @ bins, "counts": bins.sum(0)}
 
     def report(self, sums, steps):

@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import wide
+
 
 class ChannelNorm(nn.Module):
     """RMS norm over the channels of (B, C, H, W)."""
@@ -20,7 +22,7 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x):
-        return F.normalize(x.float(), dim=1).type_as(x) * (self.gamma * self.gamma.shape[0] ** 0.5)
+        return F.normalize(wide(x), dim=1).type_as(x) * (self.gamma * self.gamma.shape[0] ** 0.5)
 
 
 class ResidualBlock(nn.Module):
@@ -234,9 +236,9 @@ class VAE(nn.Module):
         Returns the loss and {"psnr": decibel, "kl": nats per latent value}.
         """
         mean, log_variance = self.posterior(x)
-        mean, log_variance = mean.float(), log_variance.float().clamp(-30, 20)
+        mean, log_variance = wide(mean), wide(log_variance).clamp(-30, 20)
         z = mean + (0.5 * log_variance).exp() * noise
-        error = self.reconstruct(z).float() - x
+        error = wide(self.reconstruct(z)) - x
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         psnr = 10 * (math.log10(4) - error.detach().square().mean().log10())
         return error.abs().mean() + kl_weight * kl, {"psnr": psnr, "kl": kl.detach()}
