@@ -218,7 +218,24 @@ def test_accumulation(stage, light, trained, straight, tmp_path):
     near(straight / stage, tmp_path, stage, 1e-5)
 
 
-@pytest.mark.parametrize("flags", (dict(parallel="ddp"), dict(parallel="fsdp", micro_batch=1)))
+def test_recompute(model):
+    """With activation checkpointing the gradients are the same bits, and less is kept for them."""
+    z0, z1 = torch.randn(2, 2, model.config.vae_channels, 4, 4)
+    tokens = model.tokenizer.batch(["a red circle", "two stars"])
+    kept, found = {}, {}
+    for model.recompute in (False, True):
+        sizes = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,
+                                                         lambda x: x)
+        with hooks:
+            loss = model.loss(z0, tokens, torch.tensor([0.3, 0.8]), z1).mean()
+        kept[model.recompute] = sum(sizes)
+        found[model.recompute] = torch.autograd.grad(loss, list(model.generation.parameters()))
+    assert all(map(torch.equal, found[False], found[True]))
+    assert kept[True] < kept[False] / 2
+
+
+@pytest.mark.parametrize("flags", (dict(parallel="ddp"), dict(parallel="fsdp", micro_batch=1, recompute="")))
 def test_two_processes(flags, trained, precise, tmp_path):
     """Two processes, whole models or shards, accumulating or not, do what one does."""
     launch(tmp_path, 2, "1", init=trained, **LONG, **flags)

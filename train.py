@@ -67,6 +67,7 @@ class TrainConfig:
     scenes: int = setting(None, "scenes in the image stage's table of latents")
     parallel: str = setting(None, "none, or how processes share the work: ddp, fsdp or hsdp")
     shards: int = setting(0, "processes that share one copy of the model under hsdp; 0: a node's")
+    recompute: bool = setting(False, "activation checkpointing: less memory, more arithmetic")
     compile: bool = setting(None, "use torch.compile")
     workers: int = setting(None, "data processes")
     log_every: int = setting(50, "steps between rows of the log")
@@ -770,6 +771,7 @@ def train_stage(c, overrides, world):
     if getattr(dataset, "broken", 0):
         world.say(f"{dataset.broken} pictures could not be read and are left out")
     model = build(c, overrides, dataset).to(world.device)
+    model.recompute = c.recompute
     if isinstance(dataset, Folder) and c.stage != "vae":  # before any work
         model.tokenizer.batch(dataset.captions, model.config.max_tokens - (c.stage != "image"))
     folder.mkdir(parents=True, exist_ok=True)
