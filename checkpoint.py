@@ -42,7 +42,8 @@ def save(folder, step, tensors, world, keep):
     final, temporary = folder / f"{step:08d}", folder / f".{step:08d}"
     alone = run_alone(tensors)
     if world.first:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for torn in folder.glob(".[0-9]*"):  # by a save that was killed
+            shutil.rmtree(torn)
         temporary.mkdir(parents=True)
     world.wait()
     try:
