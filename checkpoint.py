@@ -3,7 +3,7 @@
 The state of a step is a folder of its own: what every process holds of the tensors, in files of its
 own, and `manifest.json` with a checksum of each. It is written under a temporary name and renamed
 when complete. torch.distributed.checkpoint cuts and joins the tensors, so that a state loads on
-any number of processes, however they share the model. Nothing is pickled.
+any number of processes, however they share the model.
 """
 
 import hashlib

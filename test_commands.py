@@ -248,6 +248,7 @@ def commands():
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     for line in lines + re.findall(r"`((?:python|torchrun) [^`]+)`", README):
         for words in (shlex.split(part, comments=True) for part in line.split("&&")):
+            words = words[next((i for i, w in enumerate(words) if "=" not in w), 0):]  # A=1 python
             script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
             if words[:1] in (["python"], ["torchrun"]) and script is not None:
                 yield words[script], words[script + 1:]
@@ -264,6 +265,8 @@ def test_readme_commands(script, flags, command, monkeypatch):
     module = importlib.import_module(script.removesuffix(".py"))
     for owner, name in ((MoS, "from_pretrained"), (train.World, "join"), (evaluate, "score_judge")):
         monkeypatch.setattr(owner, name, reached)
+    if script == "drill.py":
+        monkeypatch.setattr(module, "start", reached)
     if script == "bench.py":  # which wants a GPU before anything else
         monkeypatch.setattr(torch.cuda, "is_available", reached)
     with pytest.raises(SystemExit if "--help" in flags else Reached):

@@ -274,6 +274,21 @@ def test_killed(light, tmp_path):
     assert go("vae", tmp_path, steps=saved + 2, resume=True) and state(tmp_path)[0] == saved + 2
 
 
+@pytest.mark.slow
+def test_a_process_that_stops_answering(light, tmp_path):
+    """The others end after their patience with a line that names it, and states stay good."""
+    run = start(tmp_path, 2, stage="vae", steps=5000, save_every=2, patience=5)
+    while not checkpoint.states(tmp_path / "vae.states"):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.05)
+    workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True,
+                             text=True).stdout.split()
+    os.kill(int(workers[1]), signal.SIGSTOP)
+    text, _ = run.communicate(timeout=120)
+    assert run.returncode and re.search("error: process 1 of 2 does not answer any more", text)
+    assert state(tmp_path)[0] >= 2
+
+
 @pytest.mark.parametrize("error", (OSError("disk full"), CheckpointException(
     "save", {0: _wrap_exception(OSError("disk full"))})))
 def test_torn_save(error, light, tmp_path, monkeypatch):

@@ -12,11 +12,13 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -75,6 +77,7 @@ class TrainConfig:
     eval_prompts: int = setting(8, "prompts of each task in a validation")
     save_every: int = setting(None, "steps between checkpoints")
     keep: int = setting(2, "checkpoints kept")
+    patience: int = setting(600, "seconds after which a process that does not answer is given up")
 
 
 RECIPES = {  # (stage, kind of machine): what its None settings become
@@ -104,17 +107,19 @@ class World:
     rank: int
     size: int
     device: torch.device
+    others: object = None  # a group for asking who is still there, whatever the others do
 
     @classmethod
-    def join(cls):
-        """Join the group that torchrun announces, or stay alone."""
+    def join(cls, patience):
+        """Join the group that torchrun announces, or stay alone. patience: in seconds."""
         device = pick_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_torchelastic_launched():
             return cls(0, 1, device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+        return cls(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
 
     @property
     def first(self):
@@ -147,6 +152,17 @@ class World:
         """Until all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+    def blame(self, error):
+        """The error of a step; where processes do not answer, one that names them instead."""
+        try:
+            if self.size > 1:
+                dist.monitored_barrier(self.others, timedelta(seconds=10), wait_all_ranks=True)
+        except RuntimeError as e:
+            ranks = re.findall(r"Ranks? ([\d, ]+) failed", str(e)) or [str(e)]
+            return OSError(f"process {ranks[0]} of {self.size} does not answer any more; start "
+                           f"again with --resume ({str(error).splitlines()[0]})")
+        return error
 
     def gather(self, values):
         """The union of a dict of each process."""
@@ -560,7 +576,7 @@ class Run:
         self.log = Log(self.folder / f"{c.stage}.csv", self.start)
         self.bar = tqdm_or_none(total=c.steps, initial=self.start, mininterval=5,
                                 disable=not self.world.first)
-        self.sums, self.since, self.clock = {}, self.start, time.time()
+        self.sums, self.since, self.clock, self.waited = {}, self.start, time.time(), 0.0
 
     def step(self, step):
         """One optimizer step."""
@@ -577,7 +593,9 @@ class Run:
 
     def backward(self, step):
         """Gradients of this step's micro-batches; those of all processes meet once, at the last."""
+        begin = time.time()
         inputs = [a.chunk(self.accumulate) for a in self.stage.inputs(step)]
+        self.waited += time.time() - begin
         total = {}
         for i, part in enumerate(zip(*inputs)):
             alone = self.world.size > 1 and i + 1 < self.accumulate
@@ -602,14 +620,17 @@ class Run:
                       f"good checkpoint is kept in {self.states}; try a smaller --lr")
             sys.exit(1)
         sums = {name: world.sum(value) for name, value in self.sums.items()}
-        rate = steps * self.c.batch / (time.time() - self.clock)
+        elapsed = time.time() - self.clock
+        rate = steps * self.c.batch / elapsed
         if world.first:
             self.log.add(done, lr=learning_rate(done - 1, self.c), loss=loss, grad_norm=norm,
-                         images_per_s=rate, **self.stage.report(sums, steps))
+                         images_per_s=rate, data_wait=self.waited / elapsed,
+                         peak_gib=peak_memory(world.device) / 2**30,
+                         **self.stage.report(sums, steps))
         if self.bar:
             self.bar.update(done - self.bar.n)
             self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-        self.sums, self.since, self.clock = {}, done, time.time()
+        self.sums, self.since, self.clock, self.waited = {}, done, time.time(), 0.0
 
     def validate(self, done):
         """Score, draw and export the averaged weights; shards need every process for that."""
@@ -644,7 +665,10 @@ def fit(run, c, world):
     run.begin()
     with interruption() as interrupted:
         for step in range(run.start, c.steps):
-            run.step(step)
+            try:
+                run.step(step)
+            except RuntimeError as e:
+                raise world.blame(e) from e
             done, last = step + 1, step + 1 == c.steps
             stop = world.any(interrupted, done)
             save = done % c.save_every == 0 or last or stop
@@ -659,9 +683,16 @@ def fit(run, c, world):
                 return last
     if run.bar:
         run.bar.close()
-    if world.device.type == "cuda":
-        world.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    world.say(f"peak memory {peak_memory(world.device) / 2**30:.2f} GiB")
     return True
+
+
+def peak_memory(device):
+    """Most bytes that this process has held: tensors on a GPU, everything on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextlib.contextmanager
@@ -729,11 +760,8 @@ def complete(c, stage, device):
         for name in names.split():
             if not low <= getattr(c, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(c, name)}")
-    several = dist.is_initialized()
-    c.parallel = c.parallel or ("ddp" if several else "none")
-    if c.parallel not in (("ddp", "fsdp", "hsdp") if several else ("none",)):
-        raise ValueError(f"parallel must be ddp, fsdp or hsdp under torchrun, and none without it; "
-                         f"got {c.parallel!r}")
+    if c.parallel not in (None, "none", "ddp", "fsdp", "hsdp"):
+        raise ValueError(f"parallel must be none, ddp, fsdp or hsdp, got {c.parallel!r}")
     if c.preset not in PRESETS:
         raise ValueError(f"unknown preset {c.preset!r}, expected one of: {', '.join(PRESETS)}")
     return c
@@ -760,6 +788,12 @@ def build(c, overrides, dataset):
 
 def train_stage(c, overrides, world):
     """Build, train and export one stage; returns whether it finished."""
+    several = dist.is_initialized()
+    c.parallel = c.parallel or ("ddp" if several else "none")
+    if several != (c.parallel != "none"):
+        raise ValueError(f"parallel is {c.parallel}, but " + (
+            "torchrun started several processes: ddp, fsdp or hsdp" if several else
+            "there is one process: start several with torchrun --nproc-per-node N train.py"))
     folder = Path(c.out)
     made = [folder / f"{c.stage}.states", folder / f"{PART[c.stage]}.safetensors"]
     if any(path.exists() for path in made) and not c.resume:
@@ -795,7 +829,7 @@ def parse(arguments=None):
 def main():
     """The command."""
     c, overrides = parse()
-    world = World.join()
+    world = World.join(c.patience)
     torch.set_float32_matmul_precision("high")
     for stage in [c.stage] if c.stage else STAGES:
         if not train_stage(complete(c, stage, world.device), overrides, world):
