@@ -32,12 +32,12 @@ import torch
 import torch.nn.functional as nnf
 from torch.autograd import DeviceType, grad
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
 from common import CommandLine, autocast, replacing, replayed, run
-from mos import Context, MoS, MoSConfig
+from estimate import Products
+from mos import PRESETS, Context, MoS, MoSConfig
 from towers import Tokenizer
 from train import revision
 
@@ -355,15 +355,10 @@ def ceilings():
 # ------------------------------------------------------------------------------------------------
 # Whole towers, with random weights
 
-MOS_S = dict(vae_channels=48, und_width=4096, und_depth=32, und_heads=32, und_kv_heads=8,
-             und_hidden=14336, gen_width=3072, gen_depth=28, gen_heads=24, gen_kv_heads=8,
-             gen_hidden=8192, gen_patch=2, router_width=2048, router_heads=16)
-
-
 def large_model(dtype):
     """Router and generation tower of MoS-S; its other parts stay without memory."""
     with torch.device("meta"):
-        model = MoS(MoSConfig(**MOS_S), Tokenizer(()))
+        model = MoS(MoSConfig(**PRESETS["mos_s"]), Tokenizer(()))
     for module in (model.router, model.generation):
         module.to_empty(device=DEVICE).to(dtype)
         with torch.no_grad():
@@ -372,42 +367,10 @@ def large_model(dtype):
     return model
 
 
-class Products(TorchDispatchMode):
-    """Collects the matrix products and attention calls that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = {}  # what identifies a call: how many there were, arguments of some of them
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.overloadpacket.__name__.startswith(("mm", "addmm", "bmm", "_scaled_dot_product")):
-            key = str(op), str([(a.shape, a.stride()) if isinstance(a, torch.Tensor) else a
-                                for a in args])
-            number, kept = self.calls.get(key, (0, []))
-            self.calls[key] = number + 1, [*kept, partial(op, *args, **kwargs or {})][:SETS]
-        return op(*args, **kwargs or {})
-
-    def flops(self):
-        """Of all calls: 2mnk for a product, and for attention that of its two products."""
-        total = 0
-        for number, (call, *_) in self.calls.values():
-            tensors = [a for a in call.args if isinstance(a, torch.Tensor)]
-            if "attention" in str(call.func):
-                total += number * 4 * tensors[0].numel() * tensors[1].shape[2]
-            else:
-                total += number * 2 * tensors[-2].numel() * tensors[-1].shape[-1]
-        return total
-
-    def alone(self):
-        """Microseconds of all calls, each timed alone."""
-        return sum(number * device_time(lambda i: kept[i % len(kept)])
-                   for number, kept in self.calls.values())
-
-    def all(self, *_):
-        """Run every call as often as it was seen, and nothing else."""
-        for number, kept in self.calls.values():
-            for i in range(number):
-                kept[i % len(kept)]()
+def alone(products):
+    """Microseconds of all calls of `Products`, each timed alone."""
+    return sum(number * device_time(lambda i: kept[i % len(kept)])
+               for number, kept in products.calls.values())
 
 
 def show_profile(call, rows=16):
@@ -456,7 +419,7 @@ def bench_tower(folder):
         show_profile(partial(step, *inputs))
         with Products() as products:
             step(*inputs)
-        result["products alone"] = products.alone()
+        result["products alone"] = alone(products)
         result["products in one graph"] = replay_time(products.all, *inputs)
         logits = torch.randn(2, S, c.und_depth, c.gen_depth, device=DEVICE)
         model.router.forward = lambda *_: logits

@@ -107,6 +107,11 @@ PRESETS = {
     "tiny": {},
     "laptop": dict(gen_width=192, gen_depth=6, gen_heads=6, gen_kv_heads=3, gen_hidden=512,
                    gen_patch=2, router_width=64, router_heads=2),
+    "mos_s": dict(vae_channels=48, vae_width=160, vae_decoder_width=256, und_width=4096,
+                  und_depth=32, und_heads=32, und_kv_heads=8, und_hidden=14336, gen_width=3072,
+                  gen_depth=28, gen_heads=24, gen_kv_heads=8, gen_hidden=8192, gen_patch=2,
+                  router_width=2048, router_heads=16, max_tokens=128, size=512,
+                  t_sampling="logit-normal", shift=1.0),  # the paper's MoS-S, its first phase
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import estimate
 import evaluate
 import sample
 import train
@@ -263,7 +264,8 @@ def test_readme_commands(script, flags, command, monkeypatch):
     def reached(*_, **__):
         raise Reached
     module = importlib.import_module(script.removesuffix(".py"))
-    for owner, name in ((MoS, "from_pretrained"), (train.World, "join"), (evaluate, "score_judge")):
+    for owner, name in ((MoS, "from_pretrained"), (train.World, "join"), (evaluate, "score_judge"),
+                        (estimate, "show")):
         monkeypatch.setattr(owner, name, reached)
     if script == "drill.py":
         monkeypatch.setattr(module, "start", reached)

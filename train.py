@@ -30,6 +30,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import estimate
 import evaluate
 import shapes
 from common import (CommandLine, autocast, pick_device, replacing, run, setting, tqdm_or_none,
@@ -53,6 +54,8 @@ class TrainConfig:
     data: str = setting("shapes", "shapes, or a folder of pictures with captions")
     tasks: tuple = setting((), "train on these tasks of the small world only")
     grid: int = setting(shapes.GRID, "objects of the small world stand on multiples of 1/grid")
+    estimate: bool = setting(False, "print what a step of stage image needs on GPUs, and stop")
+    world: int = setting(1, "processes to estimate for")
     resume: bool = setting(False, "go on from the last checkpoint in --out")
     seed: int = setting(0, "of weights, data order and noise")
     steps: int = setting(None, "optimizer steps")
@@ -752,7 +755,7 @@ def complete(c, stage, device):
         if getattr(c, name) in (None, ""):
             setattr(c, name, value)
     for names, low, high in (
-            ("steps batch micro_batch log_every eval_every save_every eval_prompts keep", 1,
+            ("steps batch micro_batch log_every eval_every save_every eval_prompts keep world", 1,
              math.inf),
             ("scenes", stage == "image", math.inf), ("clip", 1e-9, math.inf),
             ("workers warmup lr weight_decay kl_weight shards", 0, math.inf),
@@ -829,6 +832,10 @@ def parse(arguments=None):
 def main():
     """The command."""
     c, overrides = parse()
+    if c.estimate:
+        c = complete(c, "image", torch.device("cuda"))
+        estimate.show(MoSConfig(**{**PRESETS[c.preset], **overrides}), c)
+        return
     world = World.join(c.patience)
     torch.set_float32_matmul_precision("high")
     for stage in [c.stage] if c.stage else STAGES:

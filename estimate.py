@@ -1,0 +1,142 @@
+"""What a training step of the image stage needs, without building anything.
+
+    python train.py --estimate --preset mos_s --parallel fsdp --world 64 --micro-batch 16
+
+The model is built without memory and its forward pass is run on tensors without content, the way a
+GPU runs it (our kernels, bf16 autocast): what autograd keeps is counted, and the products' FLOP.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from mos import Context, MoS
+from towers import Tokenizer
+
+RATE = 480e12  # FLOP/s of a training step: `bench.py train` measured 486 TFLOP/s on an H100
+
+
+class Products(TorchDispatchMode):
+    """Collects the matrix products and attention calls that run inside."""
+
+    KEPT = 3  # calls of a kind that can be run again, each with tensors of its own
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}  # what identifies a call: how many there were, arguments of some of them
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket.__name__.startswith(("mm", "addmm", "bmm", "_scaled_dot_product")):
+            key = str(op), str([(a.shape, a.stride()) if isinstance(a, torch.Tensor) else a
+                                for a in args])
+            number, kept = self.calls.get(key, (0, []))
+            self.calls[key] = number + 1, [*kept, partial(op, *args, **kwargs or {})][:self.KEPT]
+        return op(*args, **kwargs or {})
+
+    def flops(self):
+        """Of all calls: 2mnk for a product, and for attention that of its two products."""
+        total = 0
+        for number, (call, *_) in self.calls.values():
+            tensors = [a for a in call.args if isinstance(a, torch.Tensor)]
+            if "attention" in str(call.func):
+                total += number * 4 * tensors[0].numel() * tensors[1].shape[2]
+            else:
+                total += number * 2 * tensors[-2].numel() * tensors[-1].shape[-1]
+        return total
+
+    def all(self, *_):
+        """Run every call as often as it was seen, and nothing else."""
+        for number, kept in self.calls.values():
+            for i in range(number):
+                kept[i % len(kept)]()
+
+
+def count(module, kind=None):
+    """Bytes of a module's parameters, of `kind` instead of their own type."""
+    return sum(p.numel() * (kind or p.dtype).itemsize for p in module.parameters())
+
+
+def forward(model, batch, tokens, size, weights):
+    """Bytes that autograd keeps of router and generation tower, and the forward pass's FLOP.
+
+    tokens: of each prompt, size: of the pictures, weights: the type of the parameters inside.
+    """
+    c, kept, fused = model.config, {}, kernels.fused
+    side = size // model.vae.factor
+
+    def pack(x):
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage  # whatever shares memory counts once
+        return x
+
+    kernels.fused = lambda x: True
+    try:
+        with FakeTensorMode():
+            for part in (model.router, model.generation):
+                for module in part.modules():
+                    for name, p in module._parameters.items():
+                        if p is not None:
+                            fake = torch.empty(p.shape, dtype=weights, device="cpu")
+                            module._parameters[name] = torch.nn.Parameter(fake)
+            with torch.device("cpu"):
+                state = torch.empty(batch, tokens, c.und_depth, c.und_width, dtype=torch.bfloat16)
+                context = Context(state[:, :, 0], state, None, runs=[(batch, tokens)])
+                z, t = torch.empty(batch, c.vae_channels, side, side), torch.empty(batch)
+                explore = torch.empty(batch, tokens, c.und_depth + 1, c.gen_depth)
+            with saved_tensors_hooks(pack, lambda x: x), Products() as products, \
+                    torch.autocast("cpu", torch.bfloat16):
+                model(z, t, context, explore)
+            own = {p.untyped_storage()._cdata for p in model.parameters()}
+            return sum(s.nbytes() for key, s in kept.items() if key not in own), products.flops()
+    finally:
+        kernels.fused = fused
+
+
+def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=128, size=None,
+             ema=True, recompute=False):
+    """{what: bytes} of one process's memory in a step, "peak" their sum, and "flops".
+
+    Where the backward pass begins, activations are all there and gradients are not; where it ends
+    it is the other way round: the larger of the two counts. Stored latents come on top.
+    """
+    with torch.device("meta"):
+        model = MoS(config, Tokenizer(()))
+    model.recompute = recompute
+    parts = torch.nn.ModuleList([model.router, model.generation])
+    trained, tower, blocks = count(parts), count(model.understanding), model.generation.blocks
+    block, others = count(blocks[0], torch.bfloat16), count(parts, torch.bfloat16)
+    others -= sum(count(b, torch.bfloat16) for b in (*blocks, *model.router.blocks))
+    n = dict(fsdp=world, hsdp=shards or 8).get(parallel, 1)
+    sharded = parallel in ("fsdp", "hsdp")
+    kept, flops = forward(model, micro_batch, tokens, size or config.size,
+                          torch.bfloat16 if sharded else torch.float32)
+    if recompute:  # what one block keeps while its backward pass runs
+        model.recompute = False
+        kept += forward(model, micro_batch, tokens, size or config.size,
+                        torch.bfloat16)[0] // len(blocks)
+    memory = {
+        "weights": trained // n, "optimizer": 2 * trained // n, "average": ema * trained // n,
+        "understanding tower": tower // n, "VAE": count(model.vae),
+        "gathered": others + 2 * block if sharded else 0,
+        "gradients, or activations": max(trained // n, kept)}
+    return memory | {"peak": sum(memory.values()), "flops": 3 * flops}
+
+
+def show(config, c):
+    """Print the estimate for a training configuration (train.TrainConfig)."""
+    parallel = c.parallel or ("none" if c.world == 1 else "ddp")
+    micro = min(c.micro_batch, math.ceil(c.batch / c.world))
+    result = estimate(config, parallel, c.world, c.shards, micro, config.max_tokens, None,
+                      c.ema > 0, c.recompute)
+    flops = result.pop("flops") * c.batch / c.world / micro
+    print(f"{c.preset}, {config.size}x{config.size}, {c.world} processes, {parallel}, "
+          f"micro-batch {micro}: GiB in each")
+    for name, size in result.items():
+        print(f"{name:28}{size / 2**30:9.2f}")
+    print(f"a step of {c.batch}: {flops / 1e12:.1f} TFLOP in each, {flops / RATE:.3f} s "
+          f"at {RATE / 1e12:.0f} TFLOP/s, without communication")
