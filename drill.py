@@ -125,7 +125,7 @@ def main():
     parser.add_argument("--processes", type=int, default=2, help="that train together")
     parser.add_argument("--parallel", default="fsdp", help="ddp, fsdp or hsdp")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of the damage")
-    parser.add_argument("--out", type=Path, default=Path("runs/drill"), help="folder, emptied first")
+    parser.add_argument("--out", type=Path, default=Path("runs/drill"), help="emptied first")
     args = parser.parse_args()
     rng, broken, straight = random.Random(args.seed), args.out / "broken", args.out / "straight"
     for folder in (broken, straight):

@@ -168,6 +168,14 @@ class MoS(nn.Module):
         states = F.linear(context.states, self.generation.proj.weight)  # (B, S, M, Dg)
         return context._replace(states=states, projected=True)
 
+    def route(self, x, places, t, context):
+        """The weights of all states for each token and block: (B, S, M, N). MoS eq. (3).
+
+        x: patchified latents (B, T, Dg) at `places` (T, 3), t: (B,).
+        """
+        logits = self.router(context.inputs, context.mask, x, places, t, context.runs)
+        return routing_weights(logits)                                # (B, S, M, N)  MoS eq. (3)
+
     def mix(self, context, index, weight):
         """What one block sees of the context: Proj(S_j^c) of MoS eq. (4), (B, S, Dg)."""
         proj = self.generation.proj
@@ -184,8 +192,7 @@ class MoS(nn.Module):
         G = self.generation
         epsilon = 0.0 if uniform is None else self.config.epsilon
         x, places = G.patchify(z)                                     # (B, T, Dg), (T, 3)
-        logits = self.router(context.inputs, context.mask, x, places, t, context.runs)
-        weights = routing_weights(logits)                             # (B, S, M, N)  MoS eq. (3)
+        weights = self.route(x, places, t, context)                   # (B, S, M, N)  MoS eq. (3)
         index, weight = select(weights, self.config.k, epsilon, uniform,
                                self.config.renormalize)               # (B, S, K, N) each
         x, rope = G.add_registers(x, places)                          # (B, R+T, Dg)

@@ -1,6 +1,7 @@
 """Training: all stages from nothing, exact resume, broken runs, one process and two."""
 
 import csv
+import math
 import os
 import random
 import re
@@ -167,12 +168,16 @@ def test_all_stages(trained):
     """Training from nothing leaves exactly the promised files, and a folder that draws."""
     names = {"config.json", "vocab.json", "vae_000006.png", "image_000006.png"}
     for stage, columns in (("vae", "val_psnr val_judge"), ("understand", "val_loss val_answers"),
-                           ("image", "val_loss val_t0 loss_t9 score score_position")):
+                           ("image", "val_loss val_t0 loss_t9 score score_position entropy_2")):
         names |= {f"{stage}.csv", f"{stage}.states", f"{train.PART[stage]}.safetensors"}
         names |= {f"{stage}.png"} if find_spec("matplotlib") else set()
         losses, last = curve(trained, stage)
         assert [step for step, *_ in losses] == [1, 2, 3, 4, 5, 6]
         assert all(last[name] for name in columns.split() if name != "loss_t9")
+    for j in range(MODEL["gen_depth"]):  # k = 2 layers for each token
+        assert 0 < float(last[f"entropy_{j}"]) <= math.log(MODEL["und_depth"])
+        used = [float(last[f"usage_{j}_{m}"]) for m in range(MODEL["und_depth"])]
+        assert sum(used) == pytest.approx(2, abs=1e-4) and max(used) <= 1
     assert {p.name for p in trained.iterdir()} == names
     assert Image.open(trained / "vae_000006.png").size == (8 * 64, 2 * 64)
     assert Image.open(trained / "image_000006.png").size == (8 * 64, 3 * 64)
@@ -250,7 +255,8 @@ def test_estimate():
     assert light["flops"] == cut["flops"] == found["flops"]
 
 
-@pytest.mark.parametrize("flags", (dict(parallel="ddp"), dict(parallel="fsdp", micro_batch=1, recompute="")))
+@pytest.mark.parametrize("flags", (
+    dict(parallel="ddp"), dict(parallel="fsdp", micro_batch=1, recompute="")))
 def test_two_processes(flags, trained, precise, tmp_path):
     """Two processes, whole models or shards, accumulating or not, do what one does."""
     launch(tmp_path, 2, "1", init=trained, **LONG, **flags)

@@ -387,10 +387,29 @@ class ImageStage(Stage):
             return torch.stack([self.model.loss(z0, tokens, t, z1).mean() for t in times])
 
     @torch.no_grad()
+    def routing(self):
+        """The router's entropy by block (N,) in nats, and how often each layer is chosen (N, M).
+
+        At t = 1/2, over the real tokens of the validation prompts.
+        """
+        model, (z0, tokens) = self.model, self.val
+        z1 = torch.randn(z0.shape, generator=torch.Generator().manual_seed(1)).to(z0.device)
+        with autocast(self.world.device):
+            context = model.understand(tokens)
+            x, places = model.generation.patchify((z0 + z1) / 2)                  # (B, T, Dg)
+            weights = model.route(x, places, torch.full_like(z0[:, 0, 0, 0], 0.5), context)
+        weights = weights[context.mask]                                           # (P, M, N)
+        chosen = torch.zeros_like(weights).scatter(1, weights.topk(model.config.k, 1).indices, 1)
+        return torch.special.entr(weights).sum(1).mean(0), chosen.mean(0).T
+
+    @torch.no_grad()
     def validate(self, step, folder):
-        losses = self.losses_by_time()
+        losses, (entropy, usage) = self.losses_by_time(), self.routing()
         values = {"val_loss": losses.mean().item()}
         values |= {f"val_t{i}": loss for i, loss in enumerate(losses.tolist())}
+        values |= {f"entropy_{j}": e for j, e in enumerate(entropy.tolist())}
+        values |= {f"usage_{j}_{m}": share for j, row in enumerate(usage.tolist())
+                   for m, share in enumerate(row)}
         tasks = [task for task in shapes.TASKS if task in getattr(self.dataset, "tasks", ())]
         if tasks:  # "dense" has no benchmark
             prompts = [p.text for task in tasks
@@ -516,11 +535,19 @@ class Log:
         import matplotlib.pyplot as plt
         names = [n for n in ("loss", "val_loss", "val_psnr", "val_answers", "score")
                  if any(row.get(n) for row in self.rows)]
-        figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
+        usage = [(*map(int, n.split("_")[1:]), float(v)) for n, v in self.rows[-1].items()
+                 if n.startswith("usage_")]
+        columns = len(names) + bool(usage)
+        figure, axes = plt.subplots(1, columns, figsize=(4 * columns, 3), squeeze=False)
         for name, axis in zip(names, axes[0]):
             points = [(int(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
             axis.plot(*zip(*points), ".-" if len(points) < 30 else "-", linewidth=1)
             axis.set(title=name, xlabel="step", yscale="log" if name.endswith("loss") else "linear")
+        if usage:  # how often each layer is chosen for each block
+            blocks, layers = (1 + max(row[i] for row in usage) for i in (0, 1))
+            grid = torch.tensor([share for *_, share in usage]).view(blocks, layers)
+            axes[0, -1].imshow(grid.numpy(), vmin=0)
+            axes[0, -1].set(title="layers chosen", xlabel="layer", ylabel="block")
         figure.tight_layout()
         with replacing(self.path.with_suffix(".png")) as temporary:
             figure.savefig(temporary, format="png")
@@ -648,7 +675,8 @@ class Run:
         if self.world.first:
             self.log.add(done, **values)
             self.log.plot()
-            told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            told = ", ".join(f"{name} {value:.4g}" for name, value in values.items()
+                             if not name.startswith(("usage", "entropy")))
             self.world.say(f"\n{self.c.stage} step {done}: {told}")
         self.world.wait()
         self.clock = time.time()
