@@ -14,6 +14,7 @@ import train
 from common import CommandLine, autocast, run
 from data import Shapes
 from mos import MoSConfig
+from stages import ImageStage
 from towers import Understanding
 
 # A block's norm removes the scale of the mixture that Proj hands it, unless Proj has a bias or the
@@ -41,7 +42,7 @@ def train_arm(c, overrides, bias, rescaled, data, world):
     model.generation.proj.bias.data *= bias
     if rescaled:
         model.understanding.__class__ = Rescaled
-    stage = train.ImageStage(model, dataset, c, world)
+    stage = ImageStage(model, dataset, c, world)
     if not data:
         stage.start(0)
         data.update(latents=stage.latents, tokens=stage.tokens, val=stage.val)
@@ -73,7 +74,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1000, help="of each arm")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
     args = parser.parse_args()
-    world = train.World.join()
+    world = train.World.join(train.TrainConfig().patience)
     c = train.TrainConfig(stage="image", preset="laptop", init=args.init, seed=args.seed,
                           tasks=("colours",), grid=4, steps=args.steps, warmup=100)
     c = train.complete(c, "image", world.device)

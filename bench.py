@@ -380,10 +380,10 @@ def show_profile(call, rows=16):
         torch.cuda.synchronize()
     found = [(e.self_device_time_total, e.count, e.key) for e in record.key_averages()
              if e.self_device_time_total]
-    total = sum(time for time, *_ in found)
+    total = sum(spent for spent, *_ in found)
     print(f"profile: {total / 1e3:.2f} ms in kernels")
-    for time, count, name in sorted(found, reverse=True)[:rows]:
-        print(f"{time / total:7.1%} {time / 1e3:8.3f} {count:5} {name[:80]}")
+    for spent, count, name in sorted(found, reverse=True)[:rows]:
+        print(f"{spent / total:7.1%} {spent / 1e3:8.3f} {count:5} {name[:80]}")
 
 
 def replay_time(function, *inputs, calls=20):

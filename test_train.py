@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 import checkpoint
 import estimate
 import evaluate
+import stages
 import train
 from conftest import ROOT, SMALL
 from data import Folder, Shapes
@@ -360,12 +361,12 @@ def test_not_finite(what, step, light, tmp_path, monkeypatch, capsys):
     def spoil(batch):
         if what == "loss":
             return batch[0] * torch.nan, *batch[1:]
-        own = train.VaeStage.forward
+        own = stages.VaeStage.forward
 
         def forward(self, *batch):  # + sqrt(0): no change to the loss, NaN as its gradient
             loss, metrics = own(self, *batch)
             return loss + (0 * self.model.vae.quant_conv.weight).sum().sqrt(), metrics
-        monkeypatch.setattr(train.VaeStage, "forward", forward)
+        monkeypatch.setattr(stages.VaeStage, "forward", forward)
         return batch
     at_step(monkeypatch, "vae", step, spoil)
     with pytest.raises(SystemExit) as stop:
@@ -474,16 +475,16 @@ def test_inputs_are_a_function_of_seed_and_step(stage, trained):
 def test_order():
     """Every epoch is another permutation, and epochs join seamlessly."""
     for length, batch in ((10, 4), (7, 16), (5, 5)):
-        steps = [train.order(s, batch, length, 3) for s in range(2 * length)]
+        steps = [stages.order(s, batch, length, 3) for s in range(2 * length)]
         epochs = torch.cat(steps).view(-1, length)
         assert (epochs.sort(1).values == torch.arange(length)).all()
         assert len(epochs.unique(dim=0)) > 1
-    assert not torch.equal(train.order(0, 9, 9, 0), train.order(0, 9, 9, 1))
+    assert not torch.equal(stages.order(0, 9, 9, 0), stages.order(0, 9, 9, 1))
 
 
 def test_prompt_dropout(trained):
     """Every tenth prompt is emptied down to <bos>; the others stay."""
-    stage = train.ImageStage(MoS.from_pretrained(trained), None, settings("image"), alone())
+    stage = stages.ImageStage(MoS.from_pretrained(trained), None, settings("image"), alone())
     stage.latents = torch.zeros(1, 6, 1, 1)
     tokens = torch.arange(5).expand(8000, 5) + 10
     tokens[:, 0] = Tokenizer.BOS
