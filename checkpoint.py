@@ -18,8 +18,6 @@ from torch.distributed.checkpoint.hf_storage import (HuggingFaceStorageReader,
                                                      HuggingFaceStorageWriter)
 from torch.distributed.tensor import DTensor
 
-from common import replacing
-
 MANIFEST = "manifest.json"
 
 
@@ -37,7 +35,8 @@ def checksum(path):
 def save(folder, step, tensors, world, keep):
     """Write {name: tensor} as the state of a step, then delete all but the newest `keep`.
 
-    Every process calls it. Raises OSError where that fails; older states stay as they are.
+    Later states, which were passed over as damaged, go, too. Every process calls it. Raises OSError
+    where it fails; older states stay as they are.
     """
     final, temporary = folder / f"{step:08d}", folder / f".{step:08d}"
     alone = run_alone(tensors)
@@ -52,15 +51,16 @@ def save(folder, step, tensors, world, keep):
                 dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()},
                          storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True),
                          no_dist=alone)
-        sums = {path.name: checksum(path) for path in
-                sorted(temporary.iterdir())[world.rank::world.size]}
-        sums = world.gather(sums)  # each process has read its share of the files
+        if world.first or not alone:  # each process that wrote reads its share of the files
+            mine = slice(None) if alone else slice(world.rank, None, world.size)
+            sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())[mine]}
+            sums = sums if alone else world.gather(sums)
         if world.first:
-            with replacing(temporary / MANIFEST) as path:
-                path.write_text(json.dumps({"step": step, "files": sums}, indent=1))
+            (temporary / MANIFEST).write_text(json.dumps(sums, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
-            for old in states(folder)[keep:]:
+            found = states(folder)
+            for old in found[:found.index(final)] + found[found.index(final) + keep:]:
                 shutil.rmtree(old)
     except (OSError, CheckpointException) as e:
         if world.first:
@@ -78,28 +78,35 @@ def states(folder):
 def fault(state):
     """What is wrong with a state on disk, or None."""
     try:
-        files = json.loads((state / MANIFEST).read_text())["files"]
-        for name, expected in files.items():
+        for name, expected in json.loads((state / MANIFEST).read_text()).items():
             if checksum(state / name) != expected:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, AttributeError) as e:
-        return f"{MANIFEST}: {e}" if isinstance(e, (ValueError, KeyError)) else str(e)
+    except OSError as e:
+        return str(e)
+    except (ValueError, AttributeError, TypeError) as e:
+        return f"{MANIFEST}: {e}"
 
 
 def newest(folder, world):
     """The newest state that is as it was written, or None where there is none at all.
 
-    Says which ones are passed over. Raises ValueError where all are damaged.
+    The first process looks, and says which ones are passed over. Raises ValueError where all are
+    damaged.
     """
-    found, faults = states(folder), []
+    found, faults = states(folder) if world.first else [], []
     for state in found:
-        problem = world.gather({0: fault(state)} if world.first else {})[0]
+        problem = fault(state)
         if problem is None:
-            return state
+            break
         faults.append(problem)
         world.say(f"{state} is damaged ({problem}): passed over")
-    if found:
-        raise ValueError(f"no state in {folder} can be read ({faults[0]}); "
+    good = found[len(faults):]
+    verdict = world.gather({"name": good[0].name if good else None, "fault": faults[:1]}
+                           if world.first else {})
+    if verdict["name"]:
+        return folder / verdict["name"]
+    if verdict["fault"]:
+        raise ValueError(f"no state in {folder} can be read ({verdict['fault'][0]}); "
                          "train into another --out")
 
 
@@ -108,11 +115,14 @@ def load(state, tensors):
 
     Raises ValueError where names or shapes are others.
     """
+    reader = HuggingFaceStorageReader(state)
     try:
+        surplus = reader.read_metadata().state_dict_metadata.keys() - tensors.keys()
+        if surplus:
+            raise ValueError(f"it also holds {min(surplus)}")
         with warnings.catch_warnings(action="ignore"):
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(state),
-                     no_dist=run_alone(tensors))
-    except CheckpointException as e:
+            dcp.load(tensors, storage_reader=reader, no_dist=run_alone(tensors))
+    except (ValueError, CheckpointException) as e:
         raise ValueError(f"{state} does not fit this run ({str(e).splitlines()[-1]}); "
                          "train into another --out") from None
-    return json.loads((state / MANIFEST).read_text())["step"]
+    return int(state.name)

@@ -56,6 +56,11 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def held(tensor):
+    """Bytes that this process holds of a tensor, which may be sharded."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
+
+
 def tqdm_or_none(**options):
     """A tqdm bar, or None where tqdm is not installed."""
     try:

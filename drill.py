@@ -47,10 +47,12 @@ def start(folder, args, steps):
 
 
 def workers(process):
-    """The processes that train: the children of torchrun, or the process itself."""
+    """The processes that train: the children of torchrun, or without it the process itself."""
+    if "torch.distributed.run" not in process.args:
+        return [process.pid]
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True,
                            text=True).stdout.split()
-    return [int(pid) for pid in found] or [process.pid]
+    return [int(pid) for pid in found] or [process.pid]  # none yet: then torchrun itself
 
 
 def logged(folder):
@@ -127,6 +129,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of the damage")
     parser.add_argument("--out", type=Path, default=Path("runs/drill"), help="emptied first")
     args = parser.parse_args()
+    if args.kills < 1 or args.processes < 1:
+        raise ValueError("--kills and --processes must be at least 1")
     rng, broken, straight = random.Random(args.seed), args.out / "broken", args.out / "straight"
     for folder in (broken, straight):
         shutil.rmtree(folder, ignore_errors=True)
@@ -140,6 +144,7 @@ def main():
         found = states(broken / "vae.states")
         if i % 5 == 4 and len(found) == KEEP:
             damage(found[0], rng)
+            (broken / "vae.csv").unlink()  # its last steps are lost on purpose
             harmed += 1
     steps = saved(broken) + 2 * SAVE_EVERY
     for folder in (broken, straight):

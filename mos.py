@@ -301,7 +301,10 @@ class MoS(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         for part, own in tensors.items():
             with replacing(folder / f"{part}.safetensors") as path:
-                save_file(own, path)
+                try:
+                    save_file(own, path)
+                except SafetensorError as e:
+                    raise OSError(f"cannot write {part}.safetensors to {folder}: {e}") from None
         with replacing(folder / "config.json") as path:
             path.write_text(json.dumps(asdict(self.config), indent=1))
         with replacing(folder / "vocab.json") as path:

@@ -338,6 +338,7 @@ def flip(path):
     (lambda path: path.write_bytes(path.read_bytes()[:-9]), "safetensors is not what was written"),
     (lambda path: path.unlink(), "No such file"),
     (lambda path: (path.parent / "manifest.json").write_text("{"), "manifest.json: "),
+    (lambda path: (path.parent / "manifest.json").write_text("[]"), "manifest.json: "),
     (lambda path: (path.parent / "manifest.json").unlink(), "No such file")))
 def test_damaged_state(harm, told, light, tmp_path, capsys):
     """A damaged state is passed over and said so; training from the one before ends the same."""
@@ -372,7 +373,7 @@ def test_not_finite(what, step, light, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         go("vae", tmp_path, save_every=2, eval_every=1, log_every=50)
     assert stop.value.code not in (0, None) and state(tmp_path)[0] == 2
-    assert "last good checkpoint" in "".join(capsys.readouterr())
+    assert "last good state" in "".join(capsys.readouterr())
     for path in tmp_path.glob("**/*.safetensors"):
         assert all(p.isfinite().all() for p in load_file(path).values()), path.name
 

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import estimate
 import shapes
-from common import (CommandLine, autocast, pick_device, replacing, run, setting, tqdm_or_none,
+from common import (CommandLine, autocast, held, pick_device, replacing, run, setting, tqdm_or_none,
                     whole)
 from data import Folder, Shapes, build_tokenizer
 from kernels import fused
@@ -53,7 +53,7 @@ class TrainConfig:
     grid: int = setting(shapes.GRID, "objects of the small world stand on multiples of 1/grid")
     estimate: bool = setting(False, "print what a step of stage image needs on GPUs, and stop")
     world: int = setting(1, "processes to estimate for")
-    resume: bool = setting(False, "go on from the last checkpoint in --out")
+    resume: bool = setting(False, "go on from the last state in --out")
     seed: int = setting(0, "of weights, data order and noise")
     steps: int = setting(None, "optimizer steps")
     batch: int = setting(None, "global batch size")
@@ -69,14 +69,14 @@ class TrainConfig:
     scenes: int = setting(None, "scenes in the image stage's table of latents")
     parallel: str = setting(None, "none, or how processes share the work: ddp, fsdp or hsdp")
     shards: int = setting(0, "processes that share one copy of the model under hsdp; 0: a node's")
-    recompute: bool = setting(False, "activation checkpointing: less memory, more arithmetic")
+    recompute: bool = setting(False, "stage image: activation checkpointing of the tower's blocks")
     compile: bool = setting(None, "use torch.compile")
     workers: int = setting(None, "data processes")
     log_every: int = setting(50, "steps between rows of the log")
     eval_every: int = setting(None, "steps between validations with pictures and scores")
     eval_prompts: int = setting(8, "prompts of each task in a validation")
-    save_every: int = setting(None, "steps between checkpoints")
-    keep: int = setting(2, "checkpoints kept")
+    save_every: int = setting(None, "steps between states, from which --resume goes on")
+    keep: int = setting(2, "states kept")
     patience: int = setting(600, "seconds after which a process that does not answer is given up")
 
 
@@ -119,7 +119,8 @@ class World:
             return cls(0, 1, device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=patience))
-        return cls(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+        others = dist.new_group(backend="gloo", timeout=timedelta(seconds=15))
+        return cls(dist.get_rank(), dist.get_world_size(), device, others)
 
     @property
     def first(self):
@@ -155,13 +156,16 @@ class World:
 
     def blame(self, error):
         """The error of a step; where processes do not answer, one that names them instead."""
+        if self.size == 1 or isinstance(error, torch.OutOfMemoryError):
+            return error
+        reason = str(error).splitlines()[0]
         try:
-            if self.size > 1:
-                dist.monitored_barrier(self.others, timedelta(seconds=10), wait_all_ranks=True)
+            dist.monitored_barrier(self.others, timedelta(seconds=10), wait_all_ranks=True)
         except RuntimeError as e:
-            ranks = re.findall(r"Ranks? ([\d, ]+) failed", str(e)) or [str(e)]
-            return OSError(f"process {ranks[0]} of {self.size} does not answer any more; start "
-                           f"again with --resume ({str(error).splitlines()[0]})")
+            silent = re.findall(r"Ranks? ([\d, ]+) failed", str(e))
+            who = f"process {silent[0]} of {self.size} does not answer any more" if silent else \
+                "process 0 does not answer any more, or says which one does not"
+            return OSError(f"{who}; start again with --resume ({reason})")
         return error
 
     def gather(self, values):
@@ -239,8 +243,9 @@ def shard(stage, mesh):
 
     fp32 shards; on a GPU gathered in bf16, gradients summed in fp32. MoS App. A.
     """
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mesh.device_type == "cuda" \
-        else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
+    if mesh.device_type == "cuda":  # times, noise and targets stay as they are
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     inside = {p for part in stage.used() for p in part.parameters()}
     options = dict(mesh=mesh, mp_policy=policy, ignored_params=set(stage.parameters()) - inside)
     for part in stage.used():
@@ -389,7 +394,7 @@ class Run:
         norm = (self.sums.pop("grad_norm") / steps).item()
         if not math.isfinite(loss + norm):
             world.say(f"the loss is {loss}, its gradient's norm {norm} at step {done}; the last "
-                      f"good checkpoint is kept in {self.states}; try a smaller --lr")
+                      f"good state is kept in {self.states}; try a smaller --lr")
             sys.exit(1)
         sums = {name: world.sum(value) for name, value in self.sums.items()}
         elapsed = time.time() - self.clock
@@ -405,15 +410,14 @@ class Run:
         self.sums, self.since, self.clock, self.waited = {}, done, time.time(), 0.0
 
     def validate(self, done):
-        """Score, draw and export the averaged weights; shards need every process for that."""
-        if self.world.first or self.sharded:
-            with self.average.applied():
-                if self.sharded:
-                    self.stage.unshard()
-                values = self.stage.validate(done, self.folder)
-                if self.sharded:
-                    self.stage.reshard()
-                export(self.model, self.c.stage, self.folder, self.world)
+        """Score, draw and export the averaged weights; every process does, the first one writes."""
+        with self.average.applied():
+            if self.sharded:
+                self.stage.unshard()
+            values = self.stage.validate(done, self.folder)
+            if self.sharded:
+                self.stage.reshard()
+            export(self.model, self.c.stage, self.folder, self.world)
         if self.world.first:
             self.log.add(done, **values)
             self.log.plot()
@@ -438,18 +442,17 @@ def fit(run, c, world):
     run.begin()
     with interruption() as interrupted:
         for step in range(run.start, c.steps):
-            try:
-                run.step(step)
-            except RuntimeError as e:
-                raise world.blame(e) from e
+            run.step(step)
             done, last = step + 1, step + 1 == c.steps
             stop = world.any(interrupted, done)
             save = done % c.save_every == 0 or last or stop
             if save or done % c.log_every == 0 or done % c.eval_every == 0:
                 run.row(done)  # before anything is written: it stops at a loss that is not finite
+            if save and not last:
+                run.save(done)
             if done % c.eval_every == 0 or last:
                 run.validate(done)
-            if save:
+            if last:  # a state of the last step means that all is done
                 run.save(done)
             if stop:
                 world.say(f"\nstopped at step {done}; go on with --resume")
@@ -499,7 +502,7 @@ def introduce(run):
     say(f"training {json.dumps(asdict(c))}")
     say(f"parameters: {trainable:,} trainable, {everything - trainable:,} frozen | global batch "
         f"{c.batch} = {run.world.size} processes x {run.accumulate} accumulated")
-    states = 4 * 5 * trainable + 4 * (everything - trainable)
+    states = sum(held(p) * (5 if p.requires_grad else 1) for p in run.model.parameters())
     say(f"memory estimate: weights, gradients, AdamW and average {states / 2**20:.0f} MiB a "
         "process, activations on top")
 
@@ -565,8 +568,10 @@ def train_stage(c, overrides, world):
     c.parallel = c.parallel or ("ddp" if several else "none")
     if several != (c.parallel != "none"):
         raise ValueError(f"parallel is {c.parallel}, but " + (
-            "torchrun started several processes: ddp, fsdp or hsdp" if several else
+            "torchrun started this: ddp, fsdp or hsdp" if several else
             "there is one process: start several with torchrun --nproc-per-node N train.py"))
+    if c.shards and c.parallel != "hsdp":
+        raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
     folder = Path(c.out)
     made = [folder / f"{c.stage}.states", folder / f"{PART[c.stage]}.safetensors"]
     if any(path.exists() for path in made) and not c.resume:
@@ -582,7 +587,13 @@ def train_stage(c, overrides, world):
     if isinstance(dataset, Folder) and c.stage != "vae":  # before any work
         model.tokenizer.batch(dataset.captions, model.config.max_tokens - (c.stage != "image"))
     folder.mkdir(parents=True, exist_ok=True)
-    return fit(Run(KINDS[c.stage](model, dataset, c, world), c, model, folder), c, world)
+    try:
+        return fit(Run(KINDS[c.stage](model, dataset, c, world), c, model, folder), c, world)
+    except RuntimeError as e:
+        blame = world.blame(e)
+        if blame is e:
+            raise
+        raise blame from None
 
 
 def parse(arguments=None):
@@ -602,6 +613,8 @@ def parse(arguments=None):
 def main():
     """The command."""
     c, overrides = parse()
+    if c.patience < 1:
+        raise ValueError(f"patience must be at least 1 second, got {c.patience}")
     if c.estimate:
         c = complete(c, "image", torch.device("cuda"))
         estimate.show(MoSConfig(**{**PRESETS[c.preset], **overrides}), c)
@@ -611,7 +624,7 @@ def main():
     for stage in [c.stage] if c.stage else STAGES:
         if not train_stage(complete(c, stage, world.device), overrides, world):
             break
-    if world.size > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
