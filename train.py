@@ -626,6 +626,8 @@ def main():
             break
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads now and then abort the interpreter's own way out (torch 2.13)
 
 
 if __name__ == "__main__":
