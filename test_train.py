@@ -36,7 +36,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch, common, train, test_train
 if os.environ.get("DOUBLE"):
     torch.set_default_dtype(torch.float64)
-test_train.lighten(setattr)
+if not os.environ.get("REAL"):
+    test_train.lighten(setattr)
 if os.environ.get("RANK", "0") != "0":
     common.replacing.__init__ = None  # this process cannot write
 common.run(train.main)
@@ -294,6 +295,24 @@ def test_killed(light, tmp_path):
     logged, saved = int(curve(tmp_path)[1]["step"]), state(tmp_path)[0]
     assert logged - 2 <= saved <= logged and saved % 2 == 0
     assert go("vae", tmp_path, steps=saved + 2, resume=True) and state(tmp_path)[0] == saved + 2
+
+
+@pytest.mark.slow
+def test_shards_are_validated_and_exported(trained, tmp_path, monkeypatch):
+    """With real validations two processes that hold shards log and export what one does."""
+    flags = dict(stage="image", init=str(trained), eval_every=3)
+    one, two = tmp_path / "one", tmp_path / "two"
+    two.mkdir()
+    assert go(out=one, **flags)
+    monkeypatch.setenv("REAL", "1")
+    launch(two, 2, parallel="fsdp", **flags)
+    a, b = curve(one, "image")[1], curve(two, "image")[1]
+    names = [name for name in a if name.startswith(("val_", "entropy", "score"))]
+    assert len(names) > 10 and all(a[name] for name in names)
+    for name in names:
+        assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-4), name
+    a, b = (load_file(folder / "mos.safetensors") for folder in (one, two))
+    assert all(torch.allclose(a[name].float(), b[name].float(), atol=1e-3) for name in a)
 
 
 @pytest.mark.slow
