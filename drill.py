@@ -125,7 +125,8 @@ def main():
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="how often")
     parser.add_argument("--processes", type=int, default=2, help="that train together")
-    parser.add_argument("--parallel", default="fsdp", help="ddp, fsdp or hsdp")
+    parser.add_argument("--parallel", default="fsdp", choices=("ddp", "fsdp", "hsdp"),
+                        help="how they share the work")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of the damage")
     parser.add_argument("--out", type=Path, default=Path("runs/drill"), help="emptied first")
     args = parser.parse_args()

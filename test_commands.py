@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import drill
 import estimate
 import evaluate
 import sample
@@ -140,6 +141,8 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --scenes 0 --stage image | --grid 0 | --size 48 | --size 0 | --gen-depth -1 | --gen-heads 0
 --gen-heads 7 => heads | --und-heads 7 => heads | --vae-width 0 | --registers -1 | --max-tokens 0
 --sampling-steps 0 => steps | --guidance nan | --rescale 3 | --gen-patch 0
+--parallel zebra => zebra | --parallel fsdp => torchrun | --parallel none --shards 2 => hsdp
+--shards -1 | --keep 0 | --patience 0 | --world 0 --estimate | --estimate --preset zebra => zebra
 --out out.png => out.png"""))
 def test_train_refuses(flags, message, refuse, small, monkeypatch, tmp_path):
     """What cannot be trained is said before any work and before --out exists."""
@@ -152,6 +155,13 @@ def test_train_refuses(flags, message, refuse, small, monkeypatch, tmp_path):
         Image.new("RGB", (64, 64)).save(tmp_path / name / "a.png")
     shutil.copytree(small, tmp_path / "half", ignore=shutil.ignore_patterns("vae.*"))
     refuse(message, train, "--stage", "vae", "--preset", "laptop", "--out", "run", *flags)
+
+
+@pytest.mark.parametrize("flags, message", cases("--kills 0 | --processes 0 | --parallel zebra"))
+def test_drill_refuses(flags, message, refuse, monkeypatch):
+    """What drill.py cannot do."""
+    monkeypatch.setattr(drill, "start", lambda *_: pytest.fail("went on to train"))
+    refuse(message, drill, *flags)
 
 
 @pytest.mark.parametrize("script, flags", (("sample.py", []), ("evaluate.py", ["missing"]),
