@@ -6,6 +6,7 @@ The timestep does not enter here (MoS App. A): it reaches the tower through the 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
 
@@ -26,6 +27,8 @@ class Block(nn.Module):
     needs a norm, a key and a value, and neither query nor feed-forward network.
     """
 
+    recompute = False  # activation checkpointing (MoS App. A): keep only what comes in
+
     def __init__(self, width, heads, kv_heads, hidden):
         super().__init__()
         self.heads, self.head_width = heads, width // heads
@@ -42,6 +45,13 @@ class Block(nn.Module):
 
         Returns the next x and h: the sum is left to the next norm, which is one pass over memory.
         """
+        inputs = x, h, context, rope, mask, runs
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(*inputs)
+
+    def compute(self, x, h, context, rope, mask, runs):
+        """What `forward` returns."""
         x, y = self.norm1(h, x)                                                # (B, R+T, Dg) each
         qkv = self.qkv(y).unflatten(-1, (-1, self.head_width))                 # (B, R+T, H+2Hk, Dh)
         kv_rows = self.qkv.weight[self.heads * self.head_width:]               # (2*Hk*Dh, Dg)

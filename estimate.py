@@ -61,11 +61,14 @@ def count(module, kind=None):
     return sum(p.numel() * (kind or p.dtype).itemsize for p in module.parameters())
 
 
-def forward(model, batch, tokens, size, weights):
+def forward(model, batch, tokens, size, weights, recompute):
     """Bytes that autograd keeps of router and generation tower, and the forward pass's FLOP.
 
-    tokens: of each prompt, size: of the pictures, weights: the type of the parameters inside.
+    tokens: of each prompt, size: of the pictures, weights: the type of the parameters inside,
+    recompute: whether activations are checkpointed.
     """
+    for block in model.generation.blocks:
+        block.recompute = recompute
     c, kept, fused = model.config, {}, kernels.fused
     side = size // model.vae.factor
 
@@ -106,19 +109,17 @@ def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=1
     """
     with torch.device("meta"):
         model = MoS(config, Tokenizer(()))
-    model.recompute = recompute
     parts = torch.nn.ModuleList([model.router, model.generation])
     trained, tower, blocks = count(parts), count(model.understanding), model.generation.blocks
     block, others = count(blocks[0], torch.bfloat16), count(parts, torch.bfloat16)
     others -= sum(count(b, torch.bfloat16) for b in (*blocks, *model.router.blocks))
     n = dict(fsdp=world, hsdp=shards or 8).get(parallel, 1)
     sharded = parallel in ("fsdp", "hsdp")
-    kept, flops = forward(model, micro_batch, tokens, size or config.size,
-                          torch.bfloat16 if sharded else torch.float32)
+    inside = torch.bfloat16 if sharded else torch.float32
+    run = partial(forward, model, micro_batch, tokens, size or config.size)
+    kept, flops = run(inside, recompute)
     if recompute:  # what one block keeps while its backward pass runs
-        model.recompute = False
-        kept += forward(model, micro_batch, tokens, size or config.size,
-                        torch.bfloat16)[0] // len(blocks)
+        kept += run(torch.bfloat16, False)[0] // len(blocks)
     memory = {
         "weights": trained // n, "optimizer": 2 * trained // n, "average": ema * trained // n,
         "understanding tower": tower // n, "VAE": count(model.vae),

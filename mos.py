@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint
 
 from common import autocast, replacing, replayed, setting, whole, wide
 from dit import Generation
@@ -127,8 +126,6 @@ class Context(NamedTuple):
 class MoS(nn.Module):
     """The three learned parts of MoS and the VAE. `forward` is the velocity G(z_t, t, R(...))."""
 
-    recompute = False  # set it to keep only a block's inputs for the backward pass (MoS App. A)
-
     def __init__(self, config, tokenizer):
         super().__init__()
         c = self.config = config
@@ -199,8 +196,6 @@ class MoS(nn.Module):
         keys = keys_behind(x.shape[1], context.mask, context.runs)
         h = torch.zeros_like(x)  # what a block leaves for the next one to add
         for j, block in enumerate(G.blocks):
-            if self.recompute and torch.is_grad_enabled():
-                block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             c = self.mix(context, index[..., j], weight[..., j])      # (B, S, Dg)  MoS eq. (4)
             x, h = block(x, h, c, rope, *keys)                        # (B, R+T, Dg) each
         return G.unpatchify(x + h, *z.shape[2:])                      # (B, C, h, w)

@@ -583,7 +583,8 @@ def train_stage(c, overrides, world):
     if getattr(dataset, "broken", 0):
         world.say(f"{dataset.broken} pictures could not be read and are left out")
     model = build(c, overrides, dataset).to(world.device)
-    model.recompute = c.recompute
+    for block in model.generation.blocks:
+        block.recompute = c.recompute
     if isinstance(dataset, Folder) and c.stage != "vae":  # before any work
         model.tokenizer.batch(dataset.captions, model.config.max_tokens - (c.stage != "image"))
     folder.mkdir(parents=True, exist_ok=True)
