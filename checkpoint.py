@@ -51,7 +51,7 @@ def save(folder, step, tensors, world, keep):
                 dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()},
                          storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True),
                          no_dist=alone)
-        if world.first or not alone:  # each process that wrote reads its share of the files
+            # Each process that wrote reads its share of the files.
             mine = slice(None) if alone else slice(world.rank, None, world.size)
             sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())[mine]}
             sums = sums if alone else world.gather(sums)

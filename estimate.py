@@ -100,7 +100,7 @@ def forward(model, batch, tokens, size, weights, recompute):
         kernels.fused = fused
 
 
-def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=128, size=None,
+def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=128,
              ema=True, recompute=False):
     """{what: bytes} of one process's memory in a step, "peak" their sum, and "flops".
 
@@ -116,7 +116,7 @@ def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=1
     n = dict(fsdp=world, hsdp=shards or 8).get(parallel, 1)
     sharded = parallel in ("fsdp", "hsdp")
     inside = torch.bfloat16 if sharded else torch.float32
-    run = partial(forward, model, micro_batch, tokens, size or config.size)
+    run = partial(forward, model, micro_batch, tokens, config.size)
     kept, flops = run(inside, recompute)
     if recompute:  # what one block keeps while its backward pass runs
         kept += run(torch.bfloat16, False)[0] // len(blocks)
@@ -124,6 +124,7 @@ def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=1
         "weights": trained // n, "optimizer": 2 * trained // n, "average": ema * trained // n,
         "understanding tower": tower // n, "VAE": count(model.vae),
         "gathered": others + 2 * block if sharded else 0,
+        "DDP's buckets": trained if parallel == "ddp" else 0,  # a second copy of the gradients
         "gradients, or activations": max(trained // n, kept)}
     return memory | {"peak": sum(memory.values()), "flops": 3 * flops}
 
@@ -132,7 +133,7 @@ def show(config, c):
     """Print the estimate for a training configuration (train.TrainConfig)."""
     parallel = c.parallel or ("none" if c.world == 1 else "ddp")
     micro = min(c.micro_batch, math.ceil(c.batch / c.world))
-    result = estimate(config, parallel, c.world, c.shards, micro, config.max_tokens, None,
+    result = estimate(config, parallel, c.world, c.shards, micro, config.max_tokens,
                       c.ema > 0, c.recompute)
     flops = result.pop("flops") * c.batch / c.world / micro
     print(f"{c.preset}, {config.size}x{config.size}, {c.world} processes, {parallel}, "
