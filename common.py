@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import zlib
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -54,6 +55,43 @@ def wide(x):
 def whole(tensor):
     """A tensor that is sharded over processes put together (all must ask), any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def place(tensor, values):
+    """Copy whole values into a tensor, of which this process may hold no more than a shard."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor  # half a second
+        values = distribute_tensor(values.to(tensor.device, tensor.dtype), tensor.device_mesh,
+                                   tensor.placements, src_data_rank=None)
+    tensor.copy_(values)
+
+
+@torch.no_grad()
+def initialise(tower, seed=None):
+    """Give a tower's parameters their first values, by its method `start`.
+
+    Each is drawn whole, one after the other, and placed: shards of a model are those of the model
+    that one process would hold, and no process ever holds that. With a seed a parameter's values
+    follow from seed and name; otherwise from the global random state.
+    """
+    for name, p in tower.named_parameters():
+        if seed is not None:
+            torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        values = torch.empty(p.shape, device="meta" if p.is_meta else "cpu")
+        tower.start(name, values)
+        place(p, values)
+
+
+def start(name, p, depth):
+    """First values of a parameter in a tower of so many blocks: norms 1, biases 0, the rest random.
+
+    NOTE (ours): normal(0, 0.02), what a residual branch ends in scaled by 1/sqrt(2 depth).
+    """
+    if p.ndim == 1:
+        p.fill_(1.0 if "norm" in name else 0.0)
+    else:
+        ends = name.endswith(("out.weight", "down.weight"))
+        p.normal_(0, 0.02 / (2 * depth) ** 0.5 if ends else 0.02)
 
 
 def held(tensor):

@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from common import initialise, start
 from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
 
 
@@ -80,21 +81,22 @@ class Generation(nn.Module):
         self.embed = nn.Linear(channels * patch * patch, width, bias=False)
         # MoS eq. (4): Proj. NOTE (ours): one for all blocks.
         self.proj = nn.Linear(context_width, width)
-        self.registers = nn.Parameter(0.02 * torch.randn(registers, width))
+        self.registers = nn.Parameter(torch.empty(registers, width))
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, hidden) for _ in range(depth))
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, channels * patch * patch, bias=False)
-        # NOTE (ours): normal(0, 0.02), residual outputs scaled by 1/sqrt(2N), output layer 0.
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, 0, 0.02)
-        # NOTE (ours): Proj's bias must not start at 0. The block's norm would remove the scale of
-        # an unbiased mixture, and with it the router's gradient.
-        nn.init.normal_(self.proj.bias, 0, 0.02)
-        for block in self.blocks:
-            for layer in (block.out, block.ffn.down):
-                nn.init.normal_(layer.weight, 0, 0.02 / (2 * depth) ** 0.5)
-        nn.init.zeros_(self.head.weight)
+        initialise(self)
+
+    def start(self, name, p):
+        """Give the parameter of this name its first values. NOTE (ours)."""
+        if name == "head.weight":
+            p.zero_()
+        elif name == "proj.bias":
+            # Not 0: the block's norm would remove the scale of an unbiased mixture, and with it
+            # the router's gradient.
+            p.normal_(0, 0.02)
+        else:
+            start(name, p, len(self.blocks))
 
     def patchify(self, z):
         """Latents (B, C, h, w) to tokens (B, T, Dg) and positions (image index, y, x): (T, 3)."""

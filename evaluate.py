@@ -131,7 +131,7 @@ def score_judge(number, height=128, width=128, vae=None, seed=0, split="any"):
 def score_understanding(model, number, split="val", seed=0, batch=100):
     """How many of `number` questions about fresh pictures the tower answers word for word."""
     dataset = Shapes(model.config.size, seed, split)
-    device = model.generation.registers.device
+    device = model.understanding.embedding.weight.device
     collate, right = Collate("understand", model.tokenizer, model.config.max_tokens), 0
     for start in range(0, 2 * number, 2 * batch):  # every other item of a batch is a question
         items = [dataset[i] for i in range(start, min(start + 2 * batch, 2 * number))]

@@ -22,10 +22,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from common import autocast, replacing, replayed, setting, whole, wide
+from common import autocast, place, replacing, replayed, setting, whole, wide
 from dit import Generation
 from kernels import cast, keys_behind, mix_project, mix_states, rms_norm
 from router import INPUTS, Router, routing_weights, select
@@ -321,27 +321,29 @@ class MoS(nn.Module):
                 module.bfloat16()
         return model.to(device).eval()
 
+    @torch.no_grad()
     def load_part(self, folder, part):
-        """Load one of PARTS from a folder.
+        """Load one of PARTS from a folder, a tensor at a time.
 
         Raises FileNotFoundError, or ValueError for a damaged file and for names or shapes that
         differ from the configuration's.
         """
-        path = Path(folder) / f"{part}.safetensors"
-        try:
-            tensors = load_file(require(path))
-        except SafetensorError as e:
-            raise ValueError(f"{path} is damaged ({e}); copy or train it again") from None
+        path = require(Path(folder) / f"{part}.safetensors")
         own = {name: p for module in self.PARTS[part] for name, p in
                getattr(self, module).state_dict(prefix=module + ".").items()}
-        for name in sorted(own.keys() ^ tensors.keys()):
-            raise ValueError(f"{path}: tensor {name} is "
-                             + ("missing" if name in own else "not part of this model"))
-        for name, p in own.items():
-            if p.shape != tensors[name].shape:
-                raise ValueError(f"{path}: tensor {name} has shape {tuple(tensors[name].shape)}, "
-                                 f"config.json asks for {tuple(p.shape)}")
-            p.copy_(tensors[name])
+        try:
+            with safe_open(path, "pt") as file:
+                for name in sorted(own.keys() ^ file.keys()):
+                    raise ValueError(f"{path}: tensor {name} is " + (
+                        "missing" if name in own else "not part of this model"))
+                for name, p in own.items():
+                    values = file.get_tensor(name)
+                    if p.shape != values.shape:
+                        raise ValueError(f"{path}: tensor {name} has shape {tuple(values.shape)}, "
+                                         f"config.json asks for {tuple(p.shape)}")
+                    place(p, values)
+        except SafetensorError as e:
+            raise ValueError(f"{path} is damaged ({e}); copy or train it again") from None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import wide
+from common import initialise, start, wide
 from kernels import RMSNorm, SwiGLU, attention, keys_behind, queries_keys, rope_table
 
 INPUTS = ("prompt", "latent", "time")
@@ -97,19 +97,18 @@ class Router(nn.Module):
         if "time" in inputs:
             self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
             self.time_norm = RMSNorm(width)
-        self.cls = None if tokenwise else nn.Parameter(0.02 * torch.randn(width))
+        self.cls = None if tokenwise else nn.Parameter(torch.empty(width))
         self.blocks = nn.ModuleList(RouterBlock(width, heads) for _ in range(depth))
         self.norm = RMSNorm(width)
         self.logits = nn.Linear(width, layers * blocks)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                # NOTE (ours): also the logit layer. Zeros would break every tie the same way.
-                nn.init.normal_(module.weight, 0, 0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            for layer in (block.out, block.ffn.down):
-                nn.init.normal_(layer.weight, 0, 0.02 / (2 * depth) ** 0.5)
+        initialise(self)
+
+    def start(self, name, p):
+        """Give the parameter of this name its first values."""
+        # NOTE (ours): also the logit layer's are random. Zeros would break every tie the same way.
+        start(name, p, len(self.blocks))
+        if name == "cls":
+            p.normal_(0, 0.02)
 
     def forward(self, context, mask, latent, places, t, runs=None):
         """Logits W in fp32: (B, S, M, N).

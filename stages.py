@@ -39,7 +39,8 @@ class Stage(nn.Module):
     def __init__(self, model, dataset, c, world):
         super().__init__()
         self.c, self.world, self.dataset = c, world, dataset
-        self.model = model
+        self.__dict__["model"] = model  # not a child: a stage owns what its `forward` uses
+        self.parts = nn.ModuleList(self.used())
 
     def used(self):
         """The parts that `forward` needs."""

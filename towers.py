@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import wide
+from common import initialise, start, wide
 from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
 
 
@@ -112,13 +112,13 @@ class Understanding(nn.Module):
         # NOTE (ours): not tied. Words that may follow the same words ("left", "right") would get
         # nearly the same embedding, and the states that MoS routes would hardly tell them apart.
         self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, 0, 0.02)
-        nn.init.normal_(self.embedding.weight, 0, 0.1)  # far apart, and so they stay
-        for block in self.blocks:
-            for layer in (block.out, block.ffn.down):
-                nn.init.normal_(layer.weight, 0, 0.02 / (2 * depth) ** 0.5)
+        initialise(self)
+
+    def start(self, name, p):
+        """Give the parameter of this name its first values."""
+        start(name, p, len(self.blocks))
+        if name == "embedding.weight":
+            p.normal_(0, 0.1)  # far apart, and so they stay
 
     def embed(self, tokens, images=None):
         """Input embeddings (B, S, Du): pictures (B, 3, H, W) in [-1, 1] first, then the text."""

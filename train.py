@@ -24,14 +24,15 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import estimate
 import shapes
-from common import (CommandLine, autocast, held, pick_device, replacing, run, setting, tqdm_or_none,
-                    whole)
+from common import (CommandLine, autocast, held, initialise, pick_device, replacing, run, setting,
+                    tqdm_or_none, whole)
 from data import Folder, Shapes, build_tokenizer
 from kernels import fused
 from mos import PRESETS, MoS, MoSConfig, read_config, read_vocabulary
@@ -246,13 +247,30 @@ def shard(stage, mesh):
     policy = MixedPrecisionPolicy()
     if mesh.device_type == "cuda":  # times, noise and targets stay as they are
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    inside = {p for part in stage.used() for p in part.parameters()}
-    options = dict(mesh=mesh, mp_policy=policy, ignored_params=set(stage.parameters()) - inside)
+    options = dict(mesh=mesh, mp_policy=policy)
     for part in stage.used():
         for name, module in list(part.named_modules()):
             if re.search(r"blocks\.\d+$", name):
                 fully_shard(module, **options)
+        if not any(p.requires_grad for p in part.parameters()):  # a shard has one type: apart
+            fully_shard(part, **options)
+            register_fsdp_forward_method(part, "embed")
     fully_shard(stage, reshard_after_forward=False, **options)
+
+
+def fill(stage, c):
+    """Give the parts that a stage needs memory on its device, and values: new ones, or a file's."""
+    model, trained = stage.model, PART[c.stage]
+    stage.to_empty(device=stage.world.device)
+    if c.stage == "image":
+        model.vae.to_empty(device=stage.world.device)
+    for part in ("vae", "understanding") if c.stage == "image" else ():
+        model.load_part(c.init, part)
+    for name in MoS.PARTS[trained]:
+        initialise(getattr(model, name), c.seed)
+    if c.stage == "vae":
+        model.vae.set_statistics(torch.zeros(model.config.vae_channels),
+                                 torch.ones(model.config.vae_channels))
 
 
 class Log:
@@ -312,6 +330,7 @@ class Run:
         self.sharded = c.parallel in ("fsdp", "hsdp")
         if self.sharded:
             shard(stage, self.world.mesh(c))
+        fill(stage, c)  # not before: no process ever holds the whole model
         self.named = list(self.module.named_parameters())
         self.average = Average((p for _, p in self.named), c.ema)
         groups = decayed_groups(self.module, c.weight_decay)
@@ -502,7 +521,8 @@ def introduce(run):
     say(f"training {json.dumps(asdict(c))}")
     say(f"parameters: {trainable:,} trainable, {everything - trainable:,} frozen | global batch "
         f"{c.batch} = {run.world.size} processes x {run.accumulate} accumulated")
-    states = sum(held(p) * (5 if p.requires_grad else 1) for p in run.model.parameters())
+    states = sum(held(p) * (5 if p.requires_grad else 1) for p in run.model.parameters()
+                 if not p.is_meta)
     say(f"memory estimate: weights, gradients, AdamW and average {states / 2**20:.0f} MiB a "
         "process, activations on top")
 
@@ -544,22 +564,19 @@ def complete(c, stage, device):
 
 
 def build(c, overrides, dataset):
-    """The model of a stage: preset and flags, and what earlier stages have trained."""
-    torch.manual_seed(c.seed)
+    """The model of a stage by preset and flags, with what earlier stages decided; no memory yet."""
     values = {**PRESETS[c.preset], **overrides}
-    if c.stage != "image":
-        return MoS(MoSConfig(**values), build_tokenizer(dataset))
-    frozen = {name: value for name, value in asdict(read_config(c.init)).items()
-              if name.startswith(("vae_", "und_"))}  # these parts are as they were trained
-    for name in frozen.keys() & overrides.keys():
-        if overrides[name] != frozen[name]:
-            raise ValueError(f"{name} is {frozen[name]} in {c.init} and cannot become "
-                             f"{overrides[name]} in stage image")
-    values |= frozen
-    model = MoS(MoSConfig(**values), read_vocabulary(c.init))
-    for part in ("vae", "understanding"):
-        model.load_part(c.init, part)
-    return model
+    if c.stage == "image":
+        frozen = {name: value for name, value in asdict(read_config(c.init)).items()
+                  if name.startswith(("vae_", "und_"))}  # these parts are as they were trained
+        for name in frozen.keys() & overrides.keys():
+            if overrides[name] != frozen[name]:
+                raise ValueError(f"{name} is {frozen[name]} in {c.init} and cannot become "
+                                 f"{overrides[name]} in stage image")
+        values |= frozen
+    words = read_vocabulary(c.init) if c.stage == "image" else build_tokenizer(dataset)
+    with torch.device("meta"):
+        return MoS(MoSConfig(**values), words)
 
 
 def train_stage(c, overrides, world):
@@ -582,7 +599,9 @@ def train_stage(c, overrides, world):
                else Folder(c.data, size))
     if getattr(dataset, "broken", 0):
         world.say(f"{dataset.broken} pictures could not be read and are left out")
-    model = build(c, overrides, dataset).to(world.device)
+    model = build(c, overrides, dataset)
+    if c.stage == "image" and world.device.type == "cuda":
+        model.understanding.bfloat16()  # MoS App. A
     for block in model.generation.blocks:
         block.recompute = c.recompute
     if isinstance(dataset, Folder) and c.stage != "vae":  # before any work

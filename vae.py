@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import wide
+from common import initialise, wide
 
 
 class ChannelNorm(nn.Module):
@@ -196,6 +196,15 @@ class VAE(nn.Module):
         self.decoder = Decoder(decoder_width, multipliers, temporal, blocks, latent_channels)
         self.register_buffer("latents_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latents_std", torch.ones(latent_channels, 1, 1))
+        initialise(self)
+
+    def start(self, name, p):
+        """Give the parameter of this name its first values: PyTorch's own, but biases 0."""
+        if p.ndim < 2 or "gamma" in name:
+            p.fill_(1.0 if "gamma" in name else 0.0)
+        else:
+            bound = p[0].numel() ** -0.5
+            p.uniform_(-bound, bound)
 
     def posterior(self, x):
         """Mean and log-variance of the latent, unnormalised: (B, C, H/16, W/16) each.
