@@ -2,8 +2,8 @@
 
 The state of a step is a folder of its own: what every process holds of the tensors, in files of its
 own, and `manifest.json` with a checksum of each. It is written under a temporary name and renamed
-when complete. torch.distributed.checkpoint cuts and joins the tensors, so that a state loads on
-any number of processes, however they share the model.
+when complete, in the background. torch.distributed.checkpoint cuts and joins the tensors, so that
+a state loads on any number of processes, however they share the model.
 """
 
 import hashlib
@@ -11,11 +11,13 @@ import json
 import os
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (HuggingFaceStorageReader,
                                                      HuggingFaceStorageWriter)
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 MANIFEST = "manifest.json"
@@ -30,6 +32,26 @@ def checksum(path):
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Writer:
+    """Writes states into a folder while training goes on, one at a time; the last `keep` stay."""
+
+    def __init__(self, folder, world, keep):
+        self.folder, self.world, self.keep = folder, world.behind(), keep
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def save(self, step, tensors):
+        """Copy {name: tensor} to the host's memory and begin to write it. Raises as `wait`."""
+        self.wait()
+        copies = BlockingAsyncStager().stage(tensors)
+        self.pending = self.thread.submit(save, self.folder, step, copies, self.world, self.keep)
+
+    def wait(self):
+        """Until the last state is written. Raises OSError where it could not be."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
 
 
 def save(folder, step, tensors, world, keep):
@@ -50,7 +72,7 @@ def save(folder, step, tensors, world, keep):
             with warnings.catch_warnings(action="ignore"):  # "distributed is unavailable": yes
                 dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()},
                          storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True),
-                         no_dist=alone)
+                         process_group=world.group, no_dist=alone)
             # Each process that wrote reads its share of the files.
             mine = slice(None) if alone else slice(world.rank, None, world.size)
             sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())[mine]}

@@ -1,6 +1,7 @@
 """Training: all stages from nothing, exact resume, broken runs, one process and two."""
 
 import csv
+import json
 import math
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib.util import find_spec
 
@@ -40,6 +42,13 @@ if not os.environ.get("REAL"):
     test_train.lighten(setattr)
 if os.environ.get("RANK", "0") != "0":
     common.replacing.__init__ = None  # this process cannot write
+own = train.fill
+def fill(stage, c):  # nothing has memory before it is sharded
+    assert all(p.is_meta for p in stage.model.parameters())
+    own(stage, c)
+    assert all(p.to_local().numel() < p.numel() for p in stage.parameters() if p.ndim > 1
+               and "fsdp" in c.parallel and hasattr(p, "to_local"))
+train.fill = fill
 common.run(train.main)
 """
 LONG = dict(steps=20, lr=1e-3, warmup=0, ema=0.9)
@@ -352,6 +361,25 @@ def test_torn_save(error, light, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="step 3 could not be written .* older ones are kept: .*full"):
         go("vae", tmp_path, steps=4, save_every=1, resume=True)
     assert contents(tmp_path / "vae.states") == before and len(before) == 2
+
+
+def test_saving_in_the_background(light, tmp_path, monkeypatch):
+    """Training goes on while a state is written, and the state is still that of its step."""
+    written, own = threading.Event(), checkpoint.dcp.save
+
+    def slow(*arguments, **rest):
+        assert written.wait(30), "training waited for the state to be written"
+        return own(*arguments, **rest)
+    for name in "ab":
+        with monkeypatch.context() as patch:
+            if name == "b":
+                at_step(patch, "vae", 4, lambda batch: written.set() or batch)
+                patch.setattr(checkpoint.dcp, "save", slow)
+            assert go("vae", tmp_path / name, save_every=3)
+    one, two = (checkpoint.states(tmp_path / name / "vae.states")[1] for name in "ab")
+    assert checkpoint.fault(two) is None and two.name == "00000003"
+    assert json.loads((one / "manifest.json").read_text()) == \
+        json.loads((two / "manifest.json").read_text())  # checksums
 
 
 def flip(path):

@@ -109,6 +109,8 @@ class World:
     size: int
     device: torch.device
     others: object = None  # a group for asking who is still there, whatever the others do
+    writers: object = None  # a group for those that write states in the background
+    group: object = None  # the one that `wait` and `gather` talk in; None: that of training
 
     @classmethod
     def join(cls, patience):
@@ -120,8 +122,13 @@ class World:
             return cls(0, 1, device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=patience))
-        others = dist.new_group(backend="gloo", timeout=timedelta(seconds=15))
-        return cls(dist.get_rank(), dist.get_world_size(), device, others)
+        others, writers = (dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+                           for seconds in (15, patience))
+        return cls(dist.get_rank(), dist.get_world_size(), device, others, writers)
+
+    def behind(self):
+        """The same processes, for threads that must not disturb training."""
+        return replace(self, group=self.writers)
 
     @property
     def first(self):
@@ -153,7 +160,7 @@ class World:
     def wait(self):
         """Until all processes are here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def blame(self, error):
         """The error of a step; where processes do not answer, one that names them instead."""
@@ -174,7 +181,7 @@ class World:
         parts = [values]
         if self.size > 1:
             parts = [None] * self.size
-            dist.all_gather_object(parts, values)
+            dist.all_gather_object(parts, values, self.group)
         return {key: value for part in parts for key, value in part.items()}
 
     def mesh(self, c):
@@ -341,6 +348,7 @@ class Run:
             raise ValueError(f"batch {c.batch} cannot be cut into {self.world.size} processes x "
                              f"{self.accumulate} equal micro-batches; change batch or micro_batch")
         self.states, self.start = folder / f"{c.stage}.states", 0
+        self.writer = checkpoint.Writer(self.states, self.world, c.keep)
         state = checkpoint.newest(self.states, self.world) if c.resume else None
         if state:
             self.start = checkpoint.load(state, self.tensors())
@@ -412,6 +420,7 @@ class Run:
         loss = (world.sum(self.sums.pop("loss")) / steps / world.size).item()
         norm = (self.sums.pop("grad_norm") / steps).item()
         if not math.isfinite(loss + norm):
+            self.writer.wait()
             world.say(f"the loss is {loss}, its gradient's norm {norm} at step {done}; the last "
                       f"good state is kept in {self.states}; try a smaller --lr")
             sys.exit(1)
@@ -447,8 +456,8 @@ class Run:
         self.clock = time.time()
 
     def save(self, done):
-        """Write the state from which --resume goes on."""
-        checkpoint.save(self.states, done, self.tensors(), self.world, self.c.keep)
+        """Begin to write the state from which --resume goes on."""
+        self.writer.save(done, self.tensors())
         self.clock = time.time()
 
 
@@ -473,6 +482,8 @@ def fit(run, c, world):
                 run.validate(done)
             if last:  # a state of the last step means that all is done
                 run.save(done)
+            if last or stop:
+                run.writer.wait()
             if stop:
                 world.say(f"\nstopped at step {done}; go on with --resume")
                 return last
