@@ -47,6 +47,11 @@ def replayed(function, *inputs):
     return replay
 
 
+def move(tensor, device):
+    """A tensor on a device. A GPU's work goes on meanwhile; `to` alone would wait for all of it."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def wide(x):
     """x in fp32 for what must not be rounded to less; fp64, in which tests compare, stays."""
     return x if x.dtype == torch.float64 else x.float()

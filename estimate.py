@@ -7,6 +7,8 @@ GPU runs it (our kernels, bf16 autocast): what autograd keeps is counted, and th
 """
 
 import math
+import time
+import unittest.mock
 from functools import partial
 
 import torch
@@ -19,6 +21,18 @@ from mos import Context, MoS
 from towers import Tokenizer
 
 RATE = 480e12  # FLOP/s of a training step: `bench.py train` measured 486 TFLOP/s on an H100
+
+
+def product_rate(device):
+    """FLOP/s of a large matrix product, the best of a few: what MFU is a share of."""
+    side, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, best = torch.randn(side, side, device=device, dtype=kind), math.inf
+    for _ in range(8):
+        a.sum().item()  # until all work is done
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * side**3 / best
 
 
 class Products(TorchDispatchMode):
@@ -64,40 +78,42 @@ def count(module, kind=None):
 def forward(model, batch, tokens, size, weights, recompute):
     """Bytes that autograd keeps of router and generation tower, and the forward pass's FLOP.
 
-    tokens: of each prompt, size: of the pictures, weights: the type of the parameters inside,
-    recompute: whether activations are checkpointed.
+    model: on the meta device, tokens: of each prompt, size: (height, width) of the latents,
+    weights: the type of the parameters inside, recompute: whether activations are checkpointed.
     """
     for block in model.generation.blocks:
         block.recompute = recompute
-    c, kept, fused = model.config, {}, kernels.fused
-    side = size // model.vae.factor
+    c, kept = model.config, {}
 
     def pack(x):
         storage = x.untyped_storage()
         kept[storage._cdata] = storage  # whatever shares memory counts once
         return x
 
-    kernels.fused = lambda x: True
-    try:
-        with FakeTensorMode():
-            for part in (model.router, model.generation):
-                for module in part.modules():
-                    for name, p in module._parameters.items():
-                        if p is not None:
-                            fake = torch.empty(p.shape, dtype=weights, device="cpu")
-                            module._parameters[name] = torch.nn.Parameter(fake)
-            with torch.device("cpu"):
-                state = torch.empty(batch, tokens, c.und_depth, c.und_width, dtype=torch.bfloat16)
-                context = Context(state[:, :, 0], state, None, runs=[(batch, tokens)])
-                z, t = torch.empty(batch, c.vae_channels, side, side), torch.empty(batch)
-                explore = torch.empty(batch, tokens, c.und_depth + 1, c.gen_depth)
-            with saved_tensors_hooks(pack, lambda x: x), Products() as products, \
-                    torch.autocast("cpu", torch.bfloat16):
-                model(z, t, context, explore)
-            own = {p.untyped_storage()._cdata for p in model.parameters()}
-            return sum(s.nbytes() for key, s in kept.items() if key not in own), products.flops()
-    finally:
-        kernels.fused = fused
+    with FakeTensorMode():
+        for part in (model.router, model.generation):
+            for module in part.modules():
+                for name, p in module._parameters.items():
+                    if p is not None:
+                        fake = torch.empty(p.shape, dtype=weights, device="cpu")
+                        module._parameters[name] = torch.nn.Parameter(fake)
+        with torch.device("cpu"):
+            state = torch.empty(batch, tokens, c.und_depth, c.und_width, dtype=torch.bfloat16)
+            context = Context(state[:, :, 0], state, None, runs=[(batch, tokens)])
+            z, t = torch.empty(batch, c.vae_channels, *size), torch.empty(batch)
+            explore = torch.empty(batch, tokens, c.und_depth + 1, c.gen_depth)
+        with saved_tensors_hooks(pack, lambda x: x), Products() as products, \
+                torch.autocast("cpu", torch.bfloat16):
+            model(z, t, context, explore)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        return sum(s.nbytes() for key, s in kept.items() if key not in own), products.flops()
+
+
+def forward_flops(config, tokens, size):
+    """FLOP of router and generation tower for one picture of latent size (height, width)."""
+    with torch.device("meta"):
+        model = MoS(config, Tokenizer(()))
+    return forward(model, 1, tokens, size, torch.float32, False)[1]
 
 
 def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=128,
@@ -110,16 +126,19 @@ def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=1
     with torch.device("meta"):
         model = MoS(config, Tokenizer(()))
     parts = torch.nn.ModuleList([model.router, model.generation])
-    trained, tower, blocks = count(parts), count(model.understanding), model.generation.blocks
+    trained, blocks = count(parts), model.generation.blocks
+    tower = count(model.understanding, torch.bfloat16)
     block, others = count(blocks[0], torch.bfloat16), count(parts, torch.bfloat16)
     others -= sum(count(b, torch.bfloat16) for b in (*blocks, *model.router.blocks))
     n = dict(fsdp=world, hsdp=shards or 8).get(parallel, 1)
     sharded = parallel in ("fsdp", "hsdp")
     inside = torch.bfloat16 if sharded else torch.float32
-    run = partial(forward, model, micro_batch, tokens, config.size)
-    kept, flops = run(inside, recompute)
-    if recompute:  # what one block keeps while its backward pass runs
-        kept += run(torch.bfloat16, False)[0] // len(blocks)
+    side = config.size // model.vae.factor
+    run = partial(forward, model, micro_batch, tokens, (side, side))
+    with unittest.mock.patch.object(kernels, "fused", lambda x: True):  # as on a GPU
+        kept, flops = run(inside, recompute)
+        if recompute:  # what one block keeps while its backward pass runs
+            kept += run(torch.bfloat16, False)[0] // len(blocks)
     memory = {
         "weights": trained // n, "optimizer": 2 * trained // n, "average": ema * trained // n,
         "understanding tower": tower // n, "VAE": count(model.vae),

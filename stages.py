@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+import estimate
 import evaluate
 import shapes
 from common import autocast, replacing
@@ -45,6 +46,10 @@ class Stage(nn.Module):
     def used(self):
         """The parts that `forward` needs."""
         return [self.trained()]
+
+    def flops(self, *inputs):
+        """Forward FLOP of a micro-batch, of what is trained; 0: not counted."""
+        return 0
 
     def generator(self, step):
         return torch.Generator(self.world.device).manual_seed(self.c.seed * 1_000_003 + step)
@@ -167,7 +172,7 @@ class ImageStage(Stage):
         return torch.cat(latents), tokens[:, :longest].to(self.world.device)
 
     def start(self, step):
-        begin = time.time()
+        begin, self.costs = time.time(), {}
         number = len(self.dataset) if isinstance(self.dataset, Folder) else self.c.scenes
         self.latents, self.tokens = self.encode(self.dataset, range(number))
         if isinstance(self.dataset, Shapes):
@@ -202,6 +207,12 @@ class ImageStage(Stage):
         each = self.model.loss(z0, tokens, t, z1, explore)                        # (B,)
         bins = nn.functional.one_hot((t.detach() * 10).long().clamp(max=9), 10).type_as(each)
         return each.mean(), {"bins": each.detach() @ bins, "counts": bins.sum(0)}
+
+    def flops(self, z0, tokens, *_):
+        shape = tokens.shape[1], tuple(z0.shape[2:])
+        if shape not in self.costs:
+            self.costs[shape] = estimate.forward_flops(self.model.config, *shape)
+        return len(z0) * self.costs[shape]
 
     def report(self, sums, steps):
         means = (sums["bins"] / sums["counts"]).tolist()

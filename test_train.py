@@ -443,6 +443,28 @@ def test_frozen_parts(light, trained, tmp_path, monkeypatch):
     assert changed == {"router", "generation"}
 
 
+def test_phases(light, trained, tmp_path):
+    """A phase changes size and sampling, has its own schedule, starts from the weights before."""
+    c = settings("image", phase="1024")
+    assert (c.recompute, c.batch, c.steps) == (True, 4, 6)  # what is given goes first
+    values = train.model_values(c, {"size": 64})
+    assert [values[name] for name in ("size", "t_sampling", "shift")] == [64, "mode", 3.0]
+    paper = train.complete(train.TrainConfig(preset="mos_s", phase="aesthetic"), "image",
+                           torch.device("cpu"))
+    assert (paper.lr, paper.warmup, paper.steps, paper.batch) == (1e-4, 4000, 50_000, 1024)
+    assert train.learning_rate(paper.steps, paper) == pytest.approx(1.5e-5)
+    first = settings("image", tmp_path / "a", init=str(trained), phase="512")
+    assert train.train_stage(first, MODEL, alone())
+    for lr, same in ((0.0, True), (1e-3, False)):
+        out = tmp_path / str(lr)
+        assert go("image", out, init=str(tmp_path / "a"), phase="1024", lr=lr, ema=0.0)
+        a, b = (load_file(folder / "mos.safetensors") for folder in (tmp_path / "a", out))
+        assert all(torch.equal(a[name], b[name]) for name in a) == same
+    with pytest.raises(FileNotFoundError, match="no mos.safetensors in"):
+        shutil.copytree(trained, tmp_path / "c", ignore=shutil.ignore_patterns("mos.*"))
+        go("image", tmp_path / "b", init=str(tmp_path / "c"), phase="2048")
+
+
 @pytest.mark.parametrize("held", ("vae.states", "vae.safetensors"))
 def test_no_second_start(held, light, tmp_path):
     """Without --resume a stage does not start over a state or a trained part; nothing changes."""

@@ -47,8 +47,9 @@ class TrainConfig:
     """How to train. What is None comes from the stage's recipe for this machine."""
     stage: str = setting("", "vae, understand or image; empty: all three, one after the other")
     preset: str = setting("", "model preset; empty: tiny on a GPU, laptop on a CPU")
+    phase: str = setting("", "the paper's phase of stage image: 512, 1024, aesthetic or 2048")
     out: str = setting("runs/mos", "folder for checkpoint, log, plot and pictures")
-    init: str = setting("", "folder with the parts that earlier stages trained; empty: --out")
+    init: str = setting("", "folder of the stages, or of the phase, before; empty: --out")
     data: str = setting("shapes", "shapes, or a folder of pictures with captions")
     tasks: tuple = setting((), "train on these tasks of the small world only")
     grid: int = setting(shapes.GRID, "objects of the small world stand on multiples of 1/grid")
@@ -60,7 +61,7 @@ class TrainConfig:
     batch: int = setting(None, "global batch size")
     micro_batch: int = setting(None, "largest batch for one process; the rest is accumulated")
     lr: float = setting(None, "peak learning rate")
-    final_lr: float = setting(0.02, "last learning rate, as a share of the peak")
+    final_lr: float = setting(None, "last learning rate, as a share of the peak")
     warmup: int = setting(None, "steps of linear warm-up")
     weight_decay: float = setting(0.01, "AdamW's; not on norms, biases, registers, embeddings")
     clip: float = setting(1.0, "largest gradient norm")
@@ -70,7 +71,7 @@ class TrainConfig:
     scenes: int = setting(None, "scenes in the image stage's table of latents")
     parallel: str = setting(None, "none, or how processes share the work: ddp, fsdp or hsdp")
     shards: int = setting(0, "processes that share one copy of the model under hsdp; 0: a node's")
-    recompute: bool = setting(False, "stage image: activation checkpointing of the tower's blocks")
+    recompute: bool = setting(None, "stage image: activation checkpointing of the tower's blocks")
     compile: bool = setting(None, "use torch.compile")
     workers: int = setting(None, "data processes")
     log_every: int = setting(50, "steps between rows of the log")
@@ -94,6 +95,16 @@ RECIPES = {  # (stage, kind of machine): what its None settings become
                                 save_every=250),
     ("image", "cpu"): dict(steps=6000, batch=32, lr=3e-3, warmup=200, ema=0.998, scenes=4_000,
                            eval_every=1500, save_every=500),
+}
+LARGE = ("mos_s",)
+PAPER = dict(lr=1e-4, final_lr=0.15, warmup=4000, batch=2048, micro_batch=32, ema=0.9999,
+             steps=400_000, eval_every=10_000, save_every=1000)  # MoS App. A, for large presets
+HIGH = dict(t_sampling="mode", shift=3.0, recompute=True, batch=1024, micro_batch=8)
+PHASES = {  # MoS sec. 3.5 and App. A; each goes on from the weights of the one before
+    "512": dict(size=512, t_sampling="logit-normal", shift=1.0),
+    "1024": dict(size=1024, **HIGH),
+    "aesthetic": dict(size=1024, **HIGH, steps=50_000),
+    "2048": dict(size=2048, **HIGH, steps=50_000) | dict(micro_batch=2),
 }
 MACHINES = {"gpu": dict(preset="tiny", micro_batch=1024, compile=True, workers=12),
             "cpu": dict(preset="laptop", micro_batch=64, compile=False, workers=0)}
@@ -267,14 +278,16 @@ def shard(stage, mesh):
 
 def fill(stage, c):
     """Give the parts that a stage needs memory on its device, and values: new ones, or a file's."""
-    model, trained = stage.model, PART[c.stage]
+    model = stage.model
     stage.to_empty(device=stage.world.device)
     if c.stage == "image":
         model.vae.to_empty(device=stage.world.device)
-    for part in ("vae", "understanding") if c.stage == "image" else ():
+    loaded = ("vae", "understanding", "mos")[:2 + goes_on(c)] if c.stage == "image" else ()
+    for part in loaded:
         model.load_part(c.init, part)
-    for name in MoS.PARTS[trained]:
-        initialise(getattr(model, name), c.seed)
+    if PART[c.stage] not in loaded:
+        for name in MoS.PARTS[PART[c.stage]]:
+            initialise(getattr(model, name), c.seed)
     if c.stage == "vae":
         model.vae.set_statistics(torch.zeros(model.config.vae_channels),
                                  torch.ones(model.config.vae_channels))
@@ -380,7 +393,12 @@ class Run:
         self.log = Log(self.folder / f"{c.stage}.csv", self.start)
         self.bar = tqdm_or_none(total=c.steps, initial=self.start, mininterval=5,
                                 disable=not self.world.first)
-        self.sums, self.since, self.clock, self.waited = {}, self.start, time.time(), 0.0
+        self.rate = estimate.product_rate(self.world.device)
+        self.restart(self.start)
+
+    def restart(self, done):
+        """Begin to collect the next row of the log."""
+        self.sums, self.since, self.clock, self.waited, self.flops = {}, done, time.time(), 0.0, 0
 
     def step(self, step):
         """One optimizer step."""
@@ -400,6 +418,7 @@ class Run:
         begin = time.time()
         inputs = [a.chunk(self.accumulate) for a in self.stage.inputs(step)]
         self.waited += time.time() - begin
+        self.flops += 3 * self.stage.flops(*(part[0] for part in inputs)) * self.accumulate
         total = {}
         for i, part in enumerate(zip(*inputs)):
             alone = self.world.size > 1 and i + 1 < self.accumulate
@@ -431,11 +450,12 @@ class Run:
             self.log.add(done, lr=learning_rate(done - 1, self.c), loss=loss, grad_norm=norm,
                          images_per_s=rate, data_wait=self.waited / elapsed,
                          peak_gib=peak_memory(world.device) / 2**30,
+                         **({"mfu": self.flops / elapsed / self.rate} if self.flops else {}),
                          **self.stage.report(sums, steps))
         if self.bar:
             self.bar.update(done - self.bar.n)
             self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-        self.sums, self.since, self.clock, self.waited = {}, done, time.time(), 0.0
+        self.restart(done)
 
     def validate(self, done):
         """Score, draw and export the averaged weights; every process does, the first one writes."""
@@ -553,8 +573,15 @@ def revision():
 def complete(c, stage, device):
     """The configuration of one stage, its open settings filled from the recipe."""
     kind = "gpu" if device.type == "cuda" else "cpu"
-    recipe = {**MACHINES[kind], "scenes": 0, **RECIPES[stage, kind]}
-    c = replace(c, stage=stage, init=c.init or c.out)
+    c = replace(c, stage=stage, init=c.init or c.out,
+                preset=c.preset or MACHINES[kind]["preset"])
+    if c.phase and (stage != "image" or c.phase not in PHASES):
+        raise ValueError(f"phase must be one of {', '.join(PHASES)}, and is for --stage image, "
+                         f"got {c.phase!r} in stage {stage}")
+    recipe = dict(scenes=0, final_lr=0.02, recompute=False) | MACHINES[kind] | RECIPES[stage, kind]
+    if stage == "image" and c.preset in LARGE:
+        recipe |= PAPER
+    recipe |= {name: value for name, value in PHASES.get(c.phase, {}).items() if hasattr(c, name)}
     for name, value in recipe.items():
         if getattr(c, name) in (None, ""):
             setattr(c, name, value)
@@ -574,12 +601,25 @@ def complete(c, stage, device):
     return c
 
 
+def model_values(c, overrides):
+    """The model's settings by preset, phase and flags."""
+    phase = {name: value for name, value in PHASES.get(c.phase, {}).items() if not hasattr(c, name)}
+    return {**PRESETS[c.preset], **phase, **overrides}
+
+
+def goes_on(c):
+    """Whether a phase starts from the weights of the one before."""
+    return c.phase not in ("", next(iter(PHASES)))
+
+
 def build(c, overrides, dataset):
-    """The model of a stage by preset and flags, with what earlier stages decided; no memory yet."""
-    values = {**PRESETS[c.preset], **overrides}
+    """The model of a stage by its settings, with what earlier stages decided; no memory yet."""
+    values = model_values(c, overrides)
     if c.stage == "image":
+        kinds = ("vae_", "und_") + (("gen_", "router_", "registers", "tokenwise", "state_norm")
+                                    if goes_on(c) else ())
         frozen = {name: value for name, value in asdict(read_config(c.init)).items()
-                  if name.startswith(("vae_", "und_"))}  # these parts are as they were trained
+                  if name.startswith(kinds)}  # these parts are as they were trained
         for name in frozen.keys() & overrides.keys():
             if overrides[name] != frozen[name]:
                 raise ValueError(f"{name} is {frozen[name]} in {c.init} and cannot become "
@@ -605,7 +645,7 @@ def train_stage(c, overrides, world):
     if any(path.exists() for path in made) and not c.resume:
         raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
                          "or choose another --out")
-    size = MoSConfig(**{**PRESETS[c.preset], **overrides}).size
+    size = MoSConfig(**model_values(c, overrides)).size
     dataset = (Shapes(size, c.seed, tasks=c.tasks, grid=c.grid) if c.data == "shapes"
                else Folder(c.data, size))
     if getattr(dataset, "broken", 0):
@@ -617,9 +657,10 @@ def train_stage(c, overrides, world):
         block.recompute = c.recompute
     if isinstance(dataset, Folder) and c.stage != "vae":  # before any work
         model.tokenizer.batch(dataset.captions, model.config.max_tokens - (c.stage != "image"))
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        return fit(Run(KINDS[c.stage](model, dataset, c, world), c, model, folder), c, world)
+        run = Run(KINDS[c.stage](model, dataset, c, world), c, model, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return fit(run, c, world)
     except RuntimeError as e:
         blame = world.blame(e)
         if blame is e:
@@ -648,7 +689,7 @@ def main():
         raise ValueError(f"patience must be at least 1 second, got {c.patience}")
     if c.estimate:
         c = complete(c, "image", torch.device("cuda"))
-        estimate.show(MoSConfig(**{**PRESETS[c.preset], **overrides}), c)
+        estimate.show(MoSConfig(**model_values(c, overrides)), c)
         return
     world = World.join(c.patience)
     torch.set_float32_matmul_precision("high")
