@@ -2,7 +2,7 @@
 
     python bench.py kernels    # norms, QK-norm + RoPE, SwiGLU, state mixing, feed-forward network
     python bench.py tower      # a denoising iteration of MoS-S at 1024x1024, as sample.py runs it
-    python bench.py train      # a training step of MoS-S at 512x512
+    python bench.py train      # training steps of --preset mos_s, or of a small one
 
 Everything is bf16 on random data (zeros are faster than data); `train` has fp32 weights under
 autocast. `kernels` prints device time: the sum over a call's kernels as the profiler sees them, the
@@ -21,7 +21,9 @@ import gc
 import json
 import math
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,11 +37,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from common import CommandLine, autocast, replacing, replayed, run
-from estimate import Products
+from common import CommandLine, autocast, initialise, replacing, replayed, run
+from estimate import Products, estimate, forward_flops
 from mos import PRESETS, Context, MoS, MoSConfig
 from towers import Tokenizer
-from train import revision
+from train import LARGE, TrainConfig, World, complete, prepare, revision
 
 try:
     from liger_kernel import ops as liger
@@ -355,10 +357,10 @@ def ceilings():
 # ------------------------------------------------------------------------------------------------
 # Whole towers, with random weights
 
-def large_model(dtype):
-    """Router and generation tower of MoS-S; its other parts stay without memory."""
+def large_model(dtype, preset="mos_s"):
+    """Router and generation tower of a large preset; its other parts stay without memory."""
     with torch.device("meta"):
-        model = MoS(MoSConfig(**PRESETS["mos_s"]), Tokenizer(()))
+        model = MoS(MoSConfig(**PRESETS[preset]), Tokenizer(()))
     for module in (model.router, model.generation):
         module.to_empty(device=DEVICE).to(dtype)
         with torch.no_grad():
@@ -440,65 +442,130 @@ def bench_tower(folder):
     save(result, folder / "tower.json")
 
 
-def bench_train(folder, S=128):
-    """The command `train`: forward, backward and AdamW at 512x512, understanding states given.
+class TrainCase(NamedTuple):
+    """A way to train a large preset for a few steps."""
+    name: str
+    size: int = 512          # pixels a side; above 512 with activation checkpointing
+    encode: bool = False     # understanding states and latents are made in the step, not given
+    plain: bool = False      # plain PyTorch instead of the kernels
+    tokens: int = 128        # S
 
-    The batch is the largest of a few that fits into memory, for ours and for plain PyTorch.
-    """
-    result, gemm = header(), ceilings()[1]
-    model = large_model(torch.float32)
-    c, device = model.config, torch.device(DEVICE)
-    parameters = [*model.router.parameters(), *model.generation.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    def seconds(self, model, optimizer, B):
+        """The median step of a batch of B, in seconds."""
+        c, device = model.config, torch.device(DEVICE)
+        for block in model.generation.blocks:
+            block.recompute = self.size > 512
+        side = self.size // model.vae.factor
+        states = None if self.encode else normal(B, self.tokens, c.und_depth, c.und_width)
+        tokens = torch.ones(B, self.tokens, dtype=torch.long, device=device)
+        pictures = torch.rand(B if self.encode else 0, 3, self.size, self.size, device=device)
+        z0, z1 = torch.randn(2, B, c.vae_channels, side, side, device=device)
+        t = torch.rand(B, device=device)
+        uniform = torch.rand(B, self.tokens, c.und_depth + 1, c.gen_depth, device=device)
 
-    def measure_step(B):
-        context = Context(normal(B, S, c.und_width), normal(B, S, c.und_depth, c.und_width), None,
-                          runs=[(B, S)])
-        z0, z1 = torch.randn(2, B, c.vae_channels, 32, 32, device=DEVICE)
-        t = torch.rand(B, device=DEVICE)
-        uniform = torch.rand(B, S, c.und_depth + 1, c.gen_depth, device=DEVICE)
-
-        def forward():
-            at = t[:, None, None, None]
+        def step(z0=z0):
+            if self.encode:
+                with torch.no_grad():
+                    z0 = torch.cat([model.vae.encode(part) for part in pictures.split(8)])
             with autocast(device):
+                context = model.understand(tokens) if self.encode else \
+                    Context(states[:, :, 0], states, None, runs=[(B, self.tokens)])
+                at = t[:, None, None, None]
                 v = model((1 - at) * z0 + at * z1, t, context, uniform)
-            return (v.float() - (z1 - z0)).square().mean()
-
-        def step():
-            forward().backward()
+            (v.float() - (z1 - z0)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         torch.cuda.reset_peak_memory_stats()
         times = []
-        for _ in range(6):
+        for _ in range(5):
             torch.cuda.synchronize()
             begin = time.perf_counter()
             step()
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
-        seconds, peak = median(times[2:]), torch.cuda.max_memory_allocated()
-        show_profile(step)
-        with torch.no_grad(), Products() as products:
-            forward()
-        return dict(batch=B, seconds=seconds, peak=peak,
-                    fraction=3 * products.flops() / seconds / gemm)
+        return median(times[2:])
 
-    print(f"MoS-S, 512x512, {S} tokens a picture; GEMM {gemm / 1e12:.0f} TFLOP/s")
-    for name in ("ours", "plain"):
-        kernels.PLAIN = name == "plain"
-        for B in (96, 64, 48, 32, 24, 16):
+    def measure(self, model, optimizer, gemm):
+        """Of the largest batch that fits: images/s, MFU, peak, and the peak that was computed."""
+        kernels.PLAIN = self.plain
+        for B in (96, 64, 48, 40, 32, 24, 16, 12, 8, 4):
+            gc.collect()
+            torch.cuda.empty_cache()
             try:
-                result[name] = measure_step(B)
+                seconds = self.seconds(model, optimizer, B)
+                break
             except torch.OutOfMemoryError:
                 optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            if name in result:
-                print("{name:6} batch {batch}: {seconds:.4f} s, {fraction:.1%} of the GEMM ceiling,"
-                      " peak {gib:.1f} GiB".format(name=name, gib=result[name]["peak"] / 2**30,
-                                                   **result[name]))
-                break
-    save(result, folder / "train.json")
+        config, side = replace(model.config, size=self.size), self.size // model.vae.factor
+        flops = 3 * B * forward_flops(config, self.tokens, (side, side))
+        memory = estimate(config, micro_batch=B, tokens=self.tokens, ema=False,
+                          recompute=self.size > 512)
+        computed = memory["peak"] - (0 if self.encode else
+                                     memory["understanding tower"] + memory["VAE"])
+        return dict(batch=B, seconds=seconds, images=B / seconds, mfu=flops / seconds / gemm,
+                    peak=torch.cuda.max_memory_allocated() / 2**30,
+                    computed=math.nan if self.plain else computed / 2**30)
+
+
+TRAIN_CASES = (TrainCase("states and latents given"), TrainCase("the same, plain", plain=True),
+               TrainCase("given, recompute", size=1024),
+               TrainCase("encodings in the step", encode=True))
+
+
+def bench_large(preset, result):
+    """Training steps of router and generation tower of a preset, with AdamW."""
+    gemm, model = ceilings()[1], large_model(torch.float32, preset)
+    parameters = [*model.router.parameters(), *model.generation.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    print(f"{preset}, 128 tokens a picture; GEMM {gemm / 1e12:.0f} TFLOP/s. MFU: three times the "
+          "forward pass of\nrouter and generation tower over the time, recomputation not counted")
+    print(f"{'':26}{'side':>5}{'batch':>6}{'s':>8}{'images/s':>9}{'MFU':>7}{'peak GiB':>9}{'computed':>9}")
+    for case in TRAIN_CASES:
+        if case.encode:
+            model.understanding.bfloat16()
+            for part in (model.understanding, model.vae):
+                part.to_empty(device=DEVICE)
+                initialise(part)
+            model.vae.set_statistics(torch.zeros(model.config.vae_channels),
+                                     torch.ones(model.config.vae_channels))
+        row = result[case.name] = case.measure(model, optimizer, gemm)
+        print(f"{case.name:26}{case.size:5}{row['batch']:6}{row['seconds']:8.4f}"
+              f"{row['images']:9.1f}{row['mfu']:7.1%}{row['peak']:9.1f}{row['computed']:9.1f}",
+              flush=True)
+
+
+def bench_small(preset, result, steps=100):
+    """The image stage of a small preset as train.py runs it, on the parts in weights/."""
+    print(f"{preset}, stage image\n{'':20}{'images/s':>9}{'waits':>7}{'loss':>8}")
+    for name, plain, compiled in (("plain, eager", True, False), ("kernels, eager", False, False),
+                                  ("plain, compiled", True, True),
+                                  ("kernels, compiled", False, True)):
+        kernels.PLAIN = plain
+        torch._dynamo.reset()
+        with tempfile.TemporaryDirectory() as out:
+            c = TrainConfig(stage="image", preset=preset, init=str(Path(__file__).parent / "weights"),
+                            out=out, compile=compiled, scenes=20_000)
+            training = prepare(complete(c, "image", torch.device(DEVICE)), {}, World.join(600))
+            training.begin()
+            for i in range(20 + steps):
+                if i == 20:
+                    torch.cuda.synchronize()
+                    training.restart(i)
+                training.step(i)
+            torch.cuda.synchronize()
+            elapsed = time.time() - training.clock
+        row = result[name] = dict(images=steps * training.c.batch / elapsed,
+                                  waits=training.waited / elapsed,
+                                  loss=training.sums["loss"].item() / steps)
+        print(f"{name:20}{row['images']:9.0f}{row['waits']:7.1%}{row['loss']:8.4f}", flush=True)
+
+
+def bench_train(folder, preset):
+    """The command `train`: a few steps of a preset."""
+    result = header()
+    (bench_large if preset in LARGE else bench_small)(preset, result)
+    save(result, folder / f"train_{preset}.json")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -597,6 +664,7 @@ def main():
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=tuple(COMMANDS), help="what to measure")
     parser.add_argument("--out", default="runs/bench", help="folder for the results")
+    parser.add_argument("--preset", default="mos_s", choices=tuple(PRESETS), help="for `train`")
     args = parser.parse_args()
     if not torch.cuda.is_available() or not torch.version.cuda:
         raise ValueError("bench.py needs an NVIDIA GPU")
@@ -605,7 +673,7 @@ def main():
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    COMMANDS[args.what](folder)
+    COMMANDS[args.what](folder, *([args.preset] if args.what == "train" else []))
 
 
 if __name__ == "__main__":

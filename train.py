@@ -630,8 +630,8 @@ def build(c, overrides, dataset):
         return MoS(MoSConfig(**values), words)
 
 
-def train_stage(c, overrides, world):
-    """Build, train and export one stage; returns whether it finished."""
+def prepare(c, overrides, world):
+    """The Run of a stage, built and filled; nothing is written yet."""
     several = dist.is_initialized()
     c.parallel = c.parallel or ("ddp" if several else "none")
     if several != (c.parallel != "none"):
@@ -657,10 +657,15 @@ def train_stage(c, overrides, world):
         block.recompute = c.recompute
     if isinstance(dataset, Folder) and c.stage != "vae":  # before any work
         model.tokenizer.batch(dataset.captions, model.config.max_tokens - (c.stage != "image"))
+    return Run(KINDS[c.stage](model, dataset, c, world), c, model, folder)
+
+
+def train_stage(c, overrides, world):
+    """Build, train and export one stage; returns whether it finished."""
     try:
-        run = Run(KINDS[c.stage](model, dataset, c, world), c, model, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        return fit(run, c, world)
+        stage = prepare(c, overrides, world)
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        return fit(stage, c, world)
     except RuntimeError as e:
         blame = world.blame(e)
         if blame is e:
