@@ -37,7 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from common import CommandLine, autocast, initialise, replacing, replayed, run
+from common import CommandLine, autocast, replacing, replayed, run
 from estimate import Products, estimate, forward_flops
 from mos import PRESETS, Context, MoS, MoSConfig
 from towers import Tokenizer
@@ -361,12 +361,16 @@ def large_model(dtype, preset="mos_s"):
     """Router and generation tower of a large preset; its other parts stay without memory."""
     with torch.device("meta"):
         model = MoS(MoSConfig(**PRESETS[preset]), Tokenizer(()))
-    for module in (model.router, model.generation):
-        module.to_empty(device=DEVICE).to(dtype)
-        with torch.no_grad():
-            for p in module.parameters():
-                p.normal_(1.0 if p.ndim == 1 else 0.0, 0.02)
+    fill(model.router.to(dtype), model.generation.to(dtype))
     return model
+
+
+@torch.no_grad()
+def fill(*modules):
+    """Give modules memory and random values."""
+    for module in modules:
+        for p in module.to_empty(device=DEVICE).parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.02)
 
 
 def alone(products):
@@ -523,10 +527,7 @@ def bench_large(preset, result):
     print(f"{'':26}{'side':>5}{'batch':>6}{'s':>8}{'images/s':>9}{'MFU':>7}{'peak GiB':>9}{'computed':>9}")
     for case in TRAIN_CASES:
         if case.encode:
-            model.understanding.bfloat16()
-            for part in (model.understanding, model.vae):
-                part.to_empty(device=DEVICE)
-                initialise(part)
+            fill(model.understanding.bfloat16(), model.vae)
             model.vae.set_statistics(torch.zeros(model.config.vae_channels),
                                      torch.ones(model.config.vae_channels))
         row = result[case.name] = case.measure(model, optimizer, gemm)
