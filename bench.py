@@ -524,7 +524,8 @@ def bench_large(preset, result):
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
     print(f"{preset}, 128 tokens a picture; GEMM {gemm / 1e12:.0f} TFLOP/s. MFU: three times the "
           "forward pass of\nrouter and generation tower over the time, recomputation not counted")
-    print(f"{'':26}{'side':>5}{'batch':>6}{'s':>8}{'images/s':>9}{'MFU':>7}{'peak GiB':>9}{'computed':>9}")
+    print(f"{'':26}{'side':>5}{'batch':>6}{'s':>8}{'images/s':>9}{'MFU':>7}{'peak GiB':>9}"
+          f"{'computed':>9}")
     for case in TRAIN_CASES:
         if case.encode:
             fill(model.understanding.bfloat16(), model.vae)
@@ -545,8 +546,8 @@ def bench_small(preset, result, steps=100):
         kernels.PLAIN = plain
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as out:
-            c = TrainConfig(stage="image", preset=preset, init=str(Path(__file__).parent / "weights"),
-                            out=out, compile=compiled, scenes=20_000)
+            c = TrainConfig(stage="image", preset=preset, out=out, compile=compiled, scenes=20_000,
+                            init=str(Path(__file__).parent / "weights"))
             training = prepare(complete(c, "image", torch.device(DEVICE)), {}, World.join(600))
             training.begin()
             for i in range(20 + steps):

@@ -390,7 +390,7 @@ def render(packed, height=128, width=128, device="cpu"):
     """
     unit, radii = min(height, width), torch.tensor(list(SIZES.values()))
     backgrounds = _palette(BACKGROUNDS, packed.device)[packed[:, 0].long()]           # (B, 3)
-    image = move(backgrounds, device)[:, :, None, None].repeat(1, 1, height, width)      # (B, 3, H, W)
+    image = move(backgrounds, device)[:, :, None, None].repeat(1, 1, height, width)   # (B, 3, H, W)
     objects = packed[:, 1:].unflatten(1, (MAX_OBJECTS, 5))                            # (B, 4, 5)
     py = torch.arange(height, device=device)[:, None] + 0.5
     px = torch.arange(width, device=device)[None, :] + 0.5
@@ -399,7 +399,7 @@ def render(packed, height=128, width=128, device="cpu"):
         _, colour, size, x, y = objects[picture, slot].unbind(1)                      # (O,) each
         paint = _palette(COLOURS, packed.device)[colour.long()] - backgrounds[picture]  # (O, 3)
         place = torch.stack((x, y, radii.to(packed.device)[size.long()])) * unit      # (3, O)
-        x, y, radius = move(place, device)[:, :, None, None].unbind()                  # (O, 1, 1) each
+        x, y, radius = move(place, device)[:, :, None, None].unbind()               # (O, 1, 1) each
         alpha = coverage(shape, px - x, py - y, radius)[:, None]                      # (O, 1, H, W)
         image.index_add_(0, move(picture, device), alpha * move(paint, device)[:, :, None, None])
     return image / 127.5 - 1  # objects never overlap, so adding is painting
