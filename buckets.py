@@ -89,7 +89,7 @@ class Plan:
     every epoch. What has not filled a bucket waits, into the next epoch too; nothing is lost.
     """
 
-    CHUNK = 2 ** 14  # samples drawn at a time
+    CHUNK = 2 ** 16  # samples drawn at a time
 
     def __init__(self, keys, buckets, weights, batch, seed, shards=None):
         self.keys, self.buckets = [np.asarray(k) for k in keys], buckets
@@ -131,12 +131,12 @@ class Plan:
 
     def cut(self, pool):
         """Full batches of a pool (3, L) as places in it, (n, B), as they fill; and who waits."""
-        order = np.argsort(pool[2], kind="stable")
-        key = pool[2][order]
-        first, last = np.searchsorted(key, key), np.searchsorted(key, key, side="right")
-        full = np.arange(len(key)) - first < (last - first) // self.batch * self.batch
-        batches = order[full].reshape(-1, self.batch)
-        return batches[np.argsort(batches[:, -1])], np.sort(order[~full])
+        order = np.argsort(pool[2].astype(np.uint16), kind="stable")  # 16 bits: a radix sort
+        key, count = pool[2][order], np.bincount(pool[2])
+        first, full = np.cumsum(count) - count, count // self.batch * self.batch
+        going = np.arange(len(key)) < (first + full)[key]
+        batches = order[going].reshape(-1, self.batch)
+        return batches[np.argsort(batches[:, -1])], np.sort(order[~going])
 
     def batches(self, start, stop):
         """Yield the Batch of each step from start to stop."""
@@ -164,6 +164,8 @@ def make_plan(kinds, sides, lengths, step, weights, batch, seed, shards=None):
         rows.append(np.column_stack(np.broadcast_arrays(
             kind, *np.reshape(side, (-1, 2)).T, length)))
     table, keys = np.unique(np.concatenate(rows), axis=0, return_inverse=True)
+    if len(table) > 2 ** 16:  # see Plan.cut
+        raise ValueError(f"{len(table):,} buckets are too many; choose a larger --length-step")
     keys = np.split(keys.reshape(-1), np.cumsum([len(each) for each in rows])[:-1])
     keys = [key if np.ndim(side) > 1 else key[0] for key, side in zip(keys, sides)]
     return Plan(keys, [Bucket(*map(int, row)) for row in table], weights, batch, seed, shards)
