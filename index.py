@@ -40,6 +40,10 @@ class Broken(NamedTuple):
     reason: str
 
 
+class Unreadable(Exception):
+    """A sample whose header is fine but whose body is not."""
+
+
 class Texts:
     """Many strings as one: a list's reference counts would copy it into every data process."""
 
