@@ -24,7 +24,7 @@ from latents import made_by, read_stored
 from towers import Tokenizer
 
 
-class Shapes(Dataset):
+class Shapes:
     """Scenes of the small world, drawn by (seed, index), as pictures of size x size pixels.
 
     split: "train", "val" or "held", grid: of the centres (see shapes.draw_scene). tasks: which
@@ -83,7 +83,7 @@ def check_broken(name, broken, total, most):
                          f"--max-broken {most} allows: {listed}" + ", ..." * (len(broken) > 20))
 
 
-class Pictures(Dataset):
+class Pictures:
     """Own pictures with captions: a folder, or tar shards in WebDataset's layout.
 
     path: a folder with `metadata.jsonl` (file_name, text and any fields a line), or with name.png
@@ -309,7 +309,7 @@ class Reader(Dataset):
     def __init__(self, dataset, collate, mine=slice(None)):
         self.sources, self.collate, self.mine = dataset.sources, collate, mine
 
-    def __getitems__(self, batch):
+    def __getitem__(self, batch):
         """The tensors of this share, None if no sample is good; captions; {(source, index): why}.
         """
         places, broken = np.arange(len(batch.index)), {}
@@ -336,7 +336,7 @@ def _same(x):
 
 def loader(reader, batches, workers):
     """A DataLoader of a Reader over an iterable of batches; the order is the caller's."""
-    return DataLoader(reader, batch_sampler=batches, collate_fn=_same, num_workers=workers,
+    return DataLoader(reader, None, sampler=batches, collate_fn=_same, num_workers=workers,
                       prefetch_factor=4 if workers else None, worker_init_fn=_leave_ctrl_c)
 
 

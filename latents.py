@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import Dataset
 
 from common import replacing
 from index import Texts, Unreadable
@@ -29,7 +28,7 @@ def open_shard(folder, number):
     return safe_open(shard_path(folder, number), framework="pt")
 
 
-class Stored(Dataset):
+class Stored:
     """Latents of a source on disk; rows: its lines of index.jsonl. They are read, never decoded."""
 
     def __init__(self, folder, name, rows):

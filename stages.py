@@ -56,7 +56,7 @@ class Stage(nn.Module):
         """Plan the batches from that of `step` on, and begin to read them."""
         c = self.c
         plan = self.dataset.plan(self.lengths, c.length_step, c.batch, c.seed)
-        self.world.say(f"{len(plan.buckets)} buckets: " + ", ".join(
+        self.world.say(f"buckets ({len(plan.buckets)}): " + ", ".join(
             f"{b.height}x{b.width}" + f" with {b.length} tokens" * (b.length > 0)
             for b in plan.buckets[:8]) + ", ..." * (len(plan.buckets) > 8))
         self.batches = self.follow(plan.batches(step, c.steps))
