@@ -147,7 +147,7 @@ class Pictures:
 
     def draw(self, pictures, device):
         """Bytes (B, 3, H, W) to pictures in [-1, 1] on the device."""
-        return pictures.to(device).float() / 127.5 - 1
+        return pictures.to(device) / 127.5 - 1
 
 
 def tally(reasons):

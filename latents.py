@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -55,8 +56,8 @@ class Stored:
         return latents, self.captions[index], None, None
 
     def draw(self, latents, device):
-        """Latents (B, C, h, w) in fp32 on the device."""
-        return latents.to(device).float()
+        """Latents (B, C, h, w) in full precision on the device."""
+        return latents.to(device, torch.get_default_dtype())
 
 
 def made_by(c, names, sizes):
@@ -117,11 +118,10 @@ def write_shard(path, piece, latents, texts, broken):
     training adds, and on a GPU the tower reads bf16 anyway.
     """
     own = set(zip(piece.source.tolist(), piece.index.tolist()))
-    about = {"texts": json.dumps(texts), "broken": json.dumps(
-        {index: why for (k, index), why in broken.items() if (k, index) in own})}
+    about = json.dumps([texts, {key[1]: why for key, why in broken.items() if key in own}])
     with replacing(path) as temporary:
         try:
-            save_file({"latents": latents.bfloat16().cpu()}, temporary, about)
+            save_file({"latents": latents.bfloat16().cpu()}, temporary, {"about": about})
         except SafetensorError as e:
             raise OSError(f"cannot write {path}: {e}") from None
 
@@ -129,11 +129,10 @@ def write_shard(path, piece, latents, texts, broken):
 def about(folder, number):
     """Captions of a shard and {index as text: why} of what in it is broken."""
     try:
-        found = open_shard(folder, number).metadata()
+        return json.loads(open_shard(folder, number).metadata()["about"])
     except SafetensorError as e:
         raise OSError(f"{shard_path(folder, number)} is damaged ({e}); delete it and start "
                       "again") from None
-    return json.loads(found["texts"]), json.loads(found["broken"])
 
 
 def broken_samples(folder, pieces):

@@ -38,8 +38,8 @@ if os.environ.get("DOUBLE"):
     torch.set_default_dtype(torch.float64)
 if not os.environ.get("REAL"):
     test_train.lighten(setattr)
-if os.environ.get("RANK", "0") != "0":
-    common.replacing.__init__ = None  # this process cannot write
+if os.environ.get("RANK", "0") != "0" and not os.environ.get("SHARED"):
+    common.replacing.__init__ = None  # this process cannot write, but for shards of latents
 common.run(train.main)
 """
 LONG = dict(steps=20, lr=1e-3, warmup=0, ema=0.9)
