@@ -101,7 +101,7 @@ def find(path):
     Raises ValueError where there is neither, and as `pairs` does.
     """
     folder = Path(path)
-    tars = sorted(glob.glob(str(folder / "*.tar") if folder.is_dir() else str(path)))
+    tars = sorted(map(str, folder.glob("*.tar")) if folder.is_dir() else glob.glob(str(path)))
     if tars and all(name.endswith(".tar") for name in tars):
         return tars, read_tar
     if not folder.is_dir():

@@ -52,7 +52,7 @@ class Stored:
             latents = open_shard(self.folder, file).get_slice("latents")
             latents = latents[row:row + 1][0]                             # (C, h, w)
         except (OSError, SafetensorError) as e:
-            raise Unreadable(str(e)) from None
+            raise Unreadable(" ".join(str(e).split())) from None
         return latents, self.captions[index], None, None
 
     def draw(self, latents, device):

@@ -53,13 +53,14 @@ class Stage(nn.Module):
         return Reader(dataset, Collate(self.c.stage, self.model.tokenizer), mine)
 
     def start(self, step):
-        """Plan the batches from that of `step` on, and begin to read them."""
+        """Plan the batches from that of `step` on, and begin to read them. Returns the Plan."""
         c = self.c
         plan = self.dataset.plan(self.lengths, c.length_step, c.batch, c.seed)
         self.world.say(f"buckets ({len(plan.buckets)}): " + ", ".join(
             f"{b.height}x{b.width}" + f" with {b.length} tokens" * (b.length > 0)
             for b in plan.buckets[:8]) + ", ..." * (len(plan.buckets) > 8))
         self.batches = self.follow(plan.batches(step, c.steps))
+        return plan
 
     def follow(self, batches):
         """Yield what `next` needs of these batches."""
@@ -227,7 +228,11 @@ class ImageStage(Stage):
 
     def start(self, step):
         self.prepare()
-        super().start(step)
+        plan, batch = super().start(step), self.c.batch
+        side = self.model.vae.factor * self.model.config.gen_patch  # of a visual token, in pixels
+        visual = max(b.height * b.width for b in plan.buckets) // side ** 2
+        self.world.say(f"tokens a step, at most: {batch * visual:,} visual, "
+                       f"{batch * max(b.length for b in plan.buckets):,} context (with padding)")
 
     def follow(self, batches):
         return (self.recall if self.c.latents == "memory" else self.read)(batches)
