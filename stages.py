@@ -48,10 +48,6 @@ class Stage(nn.Module):
         """Tokens of each sample's prompts, an array or the most for each source."""
         return self.dataset.lengths(self.model.tokenizer, self.model.config.max_tokens)
 
-    def reader(self, dataset, mine=slice(None)):
-        """What reads batches of a dataset for this stage."""
-        return Reader(dataset, Collate(self.c.stage, self.model.tokenizer), mine)
-
     def start(self, step):
         """Plan the batches from that of `step` on, and begin to read them. Returns the Plan."""
         c = self.c
@@ -69,11 +65,14 @@ class Stage(nn.Module):
     def read(self, batches, dataset=None, mine=None):
         """Yield each batch with its drawn pictures, its other tensors, and its captions.
 
-        By data processes; the share of this process, or `mine`. Notes broken samples.
+        The share of this process, or `mine`; by data processes, another dataset by this one. Notes
+        broken samples.
         """
+        workers = self.c.workers if dataset is None else 0
         dataset, mine = dataset or self.dataset, mine or self.world.share(self.c.batch)
         planned, ahead = itertools.tee(batches)
-        contents = loader(self.reader(dataset, mine), ahead, self.c.workers)
+        reader = Reader(dataset, Collate(self.c.stage, self.model.tokenizer), mine)
+        contents = loader(reader, ahead, workers)
         for batch, (tensors, texts, broken) in zip(planned, contents):
             self.broken |= broken
             if tensors is None:
