@@ -72,8 +72,8 @@ def make_shards(path, shards=2, each=4):
     for s in range(shards):
         make_tar(path / f"{s:03d}.tar", {
             name: content for i in range(s * each, s * each + each) for name, content in (
-                (f"{i:04d}.png", picture(i)),
-                (f"{i:04d}.json", json.dumps({"text": caption(i), "score": i}).encode()))})
+                (f"{i:04d}.json", json.dumps({"text": caption(i), "score": i}).encode()),
+                (f"{i:04d}.png", picture(i)))})
     return path
 
 
@@ -291,20 +291,19 @@ def test_what_cannot_be_used_is_counted(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("cut, kept, broken", (
-    (0, 8, 0), (512, 8, 0), (10_240, 8, 1), (-1, 5, 1), (-2, 6, 1), (-3, 0, 1)))
+    ("nowhere", 8, 0), ("padding", 8, 0), ("end", 8, 1), ("picture", 5, 1), ("text", 5, 1),
+    ("between", 6, 1), ("header", 6, 1), ("first", 0, 1)))
 def test_broken_shard(tmp_path, cut, kept, broken):
     """What was complete before a shard breaks off is kept, wherever it does; the break counts."""
     path = make_shards(tmp_path, 1, 8) / "000.tar"
     whole = path.read_bytes()
     with tarfile.open(path) as tar:
-        sixth, last = tar.getmembers()[10:12]
+        text, image, seventh = tar.getmembers()[10:13]
         end = tar.offset
-    place = {0: len(whole), 512: end + 512, 10_240: end, -1: sixth.offset_data + sixth.size - 9,
-             -2: last.offset_data + last.size, -3: 700}[cut]
-    if cut == -2:  # not the end of the file, but a header that is none
-        path.write_bytes(whole[:last.offset_data + 512] + b"x" * 512 + whole[place + 1024:])
-    else:
-        path.write_bytes(whole[:place])
+    place = {"nowhere": len(whole), "padding": end + 512, "end": end, "first": 700,
+             "picture": image.offset_data + image.size - 9, "text": text.offset_data + 5,
+             "between": seventh.offset, "header": seventh.offset}[cut]
+    path.write_bytes(whole[:place] + (b"x" * 512 + whole[place + 512:]) * (cut == "header"))
     if kept:
         own = read(path)
         assert list(own.captions) == [caption(i) for i in range(kept)]
