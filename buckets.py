@@ -1,7 +1,7 @@
 """Which samples make up the batch of step s: buckets by resolution, ratio and prompt length.
 
-Every process computes the plan of the global batches and takes its slice, so all do the same steps,
-and the order is a function of the seed alone. MoS App. A, "Bucket-wise Dynamic Resolution Training".
+Every process computes the plan of the global batches and takes its slice: all do the same steps, in
+an order that the seed alone decides. MoS App. A, "Bucket-wise Dynamic Resolution Training".
 """
 
 import functools

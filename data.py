@@ -190,8 +190,9 @@ class Mixture:
         for k, source in enumerate(self.sources):
             for height, width in np.unique(source.sides, axis=0).tolist():
                 index = np.flatnonzero((source.sides == (height, width)).all(1))
-                most, bucket = pixels // (height * width), Bucket(source.kind, height, width, length)
-                parts = np.split(index, range(max(1, most), len(index), max(1, most)))
+                most = max(1, pixels // (height * width))
+                parts = np.split(index, range(most, len(index), most))
+                bucket = Bucket(source.kind, height, width, length)
                 found += [Batch(np.full(len(part), k), part, bucket) for part in parts]
         return found
 

@@ -76,8 +76,8 @@ class Stage(nn.Module):
         for batch, (tensors, texts, broken) in zip(planned, contents):
             self.broken |= broken
             if tensors is None:
-                raise ValueError("no sample of a batch can be read: " + ", ".join(
-                    f"{dataset.sources[k].title(i)}: {why}" for (k, i), why in broken.items()))
+                raise ValueError("no sample of a batch can be read; remove " + ", ".join(
+                    f"{dataset.sources[k].title(i)} ({why})" for (k, i), why in broken.items()))
             pictures, *rest = (a.to(self.world.device) for a in tensors)
             source = dataset.sources[batch.source[0]]
             yield batch, (source.draw(pictures, self.world.device), *rest), texts
@@ -287,7 +287,7 @@ class ImageStage(Stage):
 
     def store(self, folder):
         """Encode what `folder` lacks, each process its part, and read from there from now on."""
-        data, world = self.dataset, self.world
+        data, world, begin = self.dataset, self.world, time.time()
         made, pieces = with_digest(data), data.pieces(self.model.config.max_tokens)
         check_made(folder, made)
         world.wait()
@@ -304,6 +304,8 @@ class ImageStage(Stage):
         if world.first:
             end_store(folder, data, pieces)
         world.wait()
+        world.say(f"{folder}: {len(pieces)} shards of latents, {len(mine)} encoded by this process "
+                  f"in {time.time() - begin:.0f} s")
         self.dataset = Mixture(read_stored(folder, data.made), data.weights, data.scenes)
         self.lengths, self.broken = self.count_lengths(), {}
 

@@ -144,7 +144,7 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --parallel zebra => zebra | --parallel fsdp => torchrun | --parallel none --shards 2 => hsdp
 --shards -1 | --keep 0 | --patience 0 | --world 0 --estimate | --estimate --preset zebra => zebra
 --where x>1 => shapes has none | --where x> --data good => 'x>' is not a condition
---where f(x) --data good => f\\(x\\).*not allowed | --where x>1 --data good => good: none of its 1.*x>1
+--where f(x) --data good => f.*not allowed | --where x>1 --data good => good: none of its 1.*x>1
 --sizes 50 | --sizes 64 x | --data good=1,empty => path=weight | --data good=0 => positive
 --data dark => 1 of 1 samples.*dark/a.png: its caption is empty | --max-broken 2 | --length-step -1
 --stage image --init small --latents good => good holds something else

@@ -225,9 +225,10 @@ def test_layouts(tmp_path):
     for i in range(8):
         shutil.copy(folder / f"{i}.png", plain / f"{i}.png")
         (plain / f"{i}.txt").write_text(caption(i) + "\n")
-    mixed = make_tar(tmp_path / "d" / "0.tar", {name: content for i in range(8) for name, content in (
-        (f"deep/{i}.jpg", picture(i, form="JPEG")), (f"deep/{i}.json", b'{"caption": "not this"}'),
-        (f"deep/{i}.txt", caption(i).encode()))})
+    mixed = make_tar(tmp_path / "d" / "0.tar", {
+        name: content for i in range(8) for name, content in (
+            (f"deep/{i}.jpg", picture(i, form="JPEG")), (f"deep/{i}.txt", caption(i).encode()),
+            (f"deep/{i}.json", b'{"caption": "not this"}'))})
     found = [read(p) for p in (folder, shards, f"{shards}/00*.tar", plain, mixed)]
     for own in found:
         assert list(own.captions) == [caption(i) for i in range(8)]
@@ -278,7 +279,8 @@ def test_what_cannot_be_used_is_counted(tmp_path, monkeypatch, capsys):
                     "5.png": "its text or JSON is malformed", "6.png": "a side below 32 pixels",
                     "7.png": "an aspect ratio beyond 8", "8.png": "more than 0 M pixels",
                     "9.png": "its text or JSON is malformed"}
-    assert "left out of 11: 2 no caption, 2 its text or JSON is malformed" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "left out of 11: 2 no caption, 2 its text or JSON is malformed" in told
     with pytest.raises(ValueError, match=r"10 of 11 samples .* --max-broken 0.9 allows: .*a.tar/1."
                                          "png: cannot be read, .*a.tar/2.png: no caption"):
         read(path, broken=0.9)
@@ -411,7 +413,8 @@ def test_broken_body_is_replaced(tmp_path):
     assert whole[1] == [caption(i) for i in order] and set(whole[2]) == {(0, 2), (0, 3)}
     assert all(torch.equal(p, own.item(i, 64, 64)[0]) for p, i in zip(whole[0][0], order))
     for size in (2, 3):
-        parts = [Reader(Mixture([own]), collate, alone(r, size).share(6))[batch] for r in range(size)]
+        parts = [Reader(Mixture([own]), collate, alone(rank, size).share(6))[batch]
+                 for rank in range(size)]
         for a, *others in zip(whole[0], *(part[0] for part in parts)):
             assert torch.equal(a, torch.cat(others))
     bad = Batch(np.zeros(2, int), np.array([2, 3]), Bucket(1, 64, 64, 16))
@@ -525,7 +528,7 @@ def test_latents_of_another_kind(world, light, tmp_path):
 
 
 def test_interrupted_latents(world, light, tmp_path, monkeypatch):
-    """Broken off while it is made, a folder is completed: whole shards stay, and nothing differs."""
+    """Broken off while it is made, a folder is completed: whole shards stay, nothing differs."""
     monkeypatch.setattr(Mixture.pieces, "__defaults__", (3 * 64 * 64,))
     whole, folder, written, own = tmp_path / "whole", tmp_path / "part", [], stages.write_shard
     expected, _ = go(world, tmp_path / "one", latents=str(whole), steps=3)
@@ -570,6 +573,16 @@ def test_broken_body_in_training(where, world, light, tmp_path):
     if where == "disk":
         assert len((tmp_path / "disk/index.jsonl").read_text().splitlines()) == 8
         go(world, tmp_path / "again", max_broken=0, **changes)
+
+
+@pytest.mark.parametrize("where", ("step", "memory"))
+def test_bucket_without_a_good_sample(where, world, light, tmp_path):
+    """Where nothing can stand in for a broken picture the run ends with its name."""
+    content = (world / "a" / "4.png").read_bytes()  # the only one of its ratio
+    shutil.copytree(world / "a", tmp_path / "a")
+    (tmp_path / "a" / "4.png").write_bytes(content[:len(content) // 2])
+    with pytest.raises(ValueError, match="no sample of a batch.*remove .*4.png .*truncated"):
+        go(world, tmp_path / "out", data=str(tmp_path / "a"), latents=where, steps=50, max_broken=1)
 
 
 @pytest.mark.parametrize("stage", ("vae", "understand"))
