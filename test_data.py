@@ -14,12 +14,11 @@ from PIL import Image
 import buckets
 import data
 import index
-import latents
 import stages
 import train
-from buckets import Batch, Bucket, Plan, assign, fit, make_plan, resolutions
+from buckets import Batch, Bucket, assign, fit, make_plan, resolutions
 from conftest import ROOT, make_model
-from data import Mixture, Pictures, Reader, Shapes, parse_mixture
+from data import Mixture, Pictures, Reader, parse_mixture
 from index import Where
 from mos import MoS, MoSConfig, read_vocabulary
 from test_train import MODEL, launch, lighten, near, settings
@@ -551,12 +550,30 @@ def test_interrupted_latents(world, light, tmp_path, monkeypatch):
     assert all((folder / p.name).read_bytes() == p.read_bytes() for p in whole.iterdir())
 
 
-def spoil(world, folder, number=1):
-    """A copy of folder a in which the bodies of the last pictures are broken."""
+def test_processes_share_the_encoding(world, light, tmp_path):
+    """Of two processes the second writes every other shard."""
+    class Second(train.World):
+        def wait(self):
+            pass
+
+        def gather(self, values):
+            return values
+    c = settings("image", tmp_path, init=str(world / "init"), data="shapes", scenes=9,
+                 latents=str(tmp_path / "z"))
+    (tmp_path / "z").mkdir()
+    dataset = data.open_sources(c, 32, alone())
+    dataset.pieces = lambda length: Mixture.pieces(dataset, length, 2 * 32 * 32)
+    stage = stages.ImageStage(MoS.from_pretrained(world / "init"), dataset, c, Second(1, 2, "cpu"))
+    with pytest.raises(OSError):  # the others' are missing
+        stage.prepare()
+    assert {p.name[:6] for p in (tmp_path / "z").iterdir()} == {"000001", "000003"}
+
+
+def spoil(world, folder, number):
+    """A copy of folder a in which the body of one picture is broken."""
     shutil.copytree(world / "a", folder)
-    for i in range(9 - number, 9):
-        content = (folder / f"{i}.png").read_bytes()
-        (folder / f"{i}.png").write_bytes(content[:len(content) // 2])
+    content = (folder / f"{number}.png").read_bytes()
+    (folder / f"{number}.png").write_bytes(content[:len(content) // 2])
     return str(folder)
 
 
@@ -564,7 +581,7 @@ def spoil(world, folder, number=1):
 def test_broken_body_in_training(where, world, light, tmp_path):
     """It is counted and replaced, on disk left out; past --max-broken the run stops with the list.
     """
-    own = spoil(world, tmp_path / "a")
+    own = spoil(world, tmp_path / "a", 8)
     changes = dict(data=own, steps=12, latents=str(tmp_path / where) if where == "disk" else where)
     with pytest.raises(ValueError, match="1 of 9 samples .*0.1 allows: .*8.png: .*truncated"):
         go(world, tmp_path / "out", max_broken=0.1, **changes)
@@ -578,11 +595,9 @@ def test_broken_body_in_training(where, world, light, tmp_path):
 @pytest.mark.parametrize("where", ("step", "memory"))
 def test_bucket_without_a_good_sample(where, world, light, tmp_path):
     """Where nothing can stand in for a broken picture the run ends with its name."""
-    content = (world / "a" / "4.png").read_bytes()  # the only one of its ratio
-    shutil.copytree(world / "a", tmp_path / "a")
-    (tmp_path / "a" / "4.png").write_bytes(content[:len(content) // 2])
+    own = spoil(world, tmp_path / "a", 4)  # the only one of its ratio
     with pytest.raises(ValueError, match="no sample of a batch.*remove .*4.png .*truncated"):
-        go(world, tmp_path / "out", data=str(tmp_path / "a"), latents=where, steps=50, max_broken=1)
+        go(world, tmp_path / "out", data=own, latents=where, steps=50, max_broken=1)
 
 
 @pytest.mark.parametrize("stage", ("vae", "understand"))

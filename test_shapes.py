@@ -1,7 +1,6 @@
 """The small world, its judge and its data: what they promise holds, and damage is noticed."""
 
 import hashlib
-import json
 import math
 import os
 import random
@@ -13,7 +12,6 @@ from itertools import combinations, permutations, product
 
 import pytest
 import torch
-from PIL import Image
 
 import shapes
 from conftest import ROOT
