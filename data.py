@@ -235,7 +235,7 @@ def open_sources(c, size, world):
     scenes = Shapes(size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
     made = None
     if c.stage == "image" and c.latents not in ("memory", "step"):
-        made = made_by(c, weights, sizes)
+        made = made_by(c, weights, size, sizes)
         stored = read_stored(Path(c.latents), made)
         if stored:
             return Mixture(stored, weights.values(), scenes if stored[0].kind == 0 else None)

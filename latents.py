@@ -60,11 +60,19 @@ class Stored:
         return latents.to(device, torch.get_default_dtype())
 
 
-def made_by(c, names, sizes):
+def read_lines(path):
+    """The JSON of each line of a file. Raises ValueError where it is damaged."""
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}); delete its folder and start again") from None
+
+
+def made_by(c, names, size, sizes):
     """What stored latents depend on, by name, as far as it is known without an index."""
     with open(Path(c.init) / "vae.safetensors", "rb") as file:
         vae = hashlib.file_digest(file, "sha256").hexdigest()
-    world = [c.seed, c.scenes, list(c.tasks), c.grid] if "shapes" in names else []
+    world = [size, c.seed, c.scenes, list(c.tasks), c.grid] if "shapes" in names else []
     return {"vae": vae, "sizes": sizes, "data": list(names), "where": c.where, "shapes": world}
 
 
@@ -75,7 +83,7 @@ def check_made(folder, made):
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"latents: {folder} holds something else; choose a new folder")
         return
-    old = json.loads(path.read_text())
+    old, = read_lines(path)
     for name in made:
         if name in old and old[name] != made[name]:
             raise ValueError(f"latents: {folder} was made with another {name} ({old[name]}, now "
@@ -87,10 +95,9 @@ def read_stored(folder, made):
     check_made(folder, made)
     if not (folder / "index.jsonl").is_file():
         return None
-    with open(folder / "index.jsonl", encoding="utf-8") as file:
-        rows = [[] for _ in made["data"]]
-        for line in map(json.loads, file):
-            rows[line["source"]].append(line)
+    rows = [[] for _ in made["data"]]
+    for row in read_lines(folder / "index.jsonl"):
+        rows[row["source"]].append(row)
     return [Stored(folder, name, own) for name, own in zip(made["data"], rows)]
 
 
@@ -108,7 +115,7 @@ def write_made(folder, made):
     """Write made.json into a folder, which need not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "made.json") as path:
-        path.write_text(json.dumps(made, indent=1))
+        path.write_text(json.dumps(made))
 
 
 def write_shard(path, piece, latents, texts, broken):

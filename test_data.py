@@ -513,6 +513,10 @@ def test_latents_of_another_kind(world, light, tmp_path):
                           ("data", {"data": str(world / "a")}), ("where", {"where": "score > 1"})):
         with pytest.raises(ValueError, match=f"{folder} was made with another {name} .*another fo"):
             go(world, out, latents=str(folder), **changes)
+    with open(folder / "index.jsonl", "a") as file:
+        file.write("{")
+    with pytest.raises(ValueError, match="index.jsonl is damaged"):
+        go(world, out, latents=str(folder))
     (folder / "index.jsonl").unlink()  # now the samples matter, too
     shutil.copytree(world / "a", tmp_path / "a")
     made = json.loads((folder / "made.json").read_text())
