@@ -12,15 +12,16 @@ import torch
 
 import train
 from common import CommandLine, autocast, run
-from data import Shapes
+from data import Mixture, Shapes
 from mos import MoSConfig
-from stages import ImageStage
+from stages import ImageStage, Stage
 from towers import Understanding
 
 # A block's norm removes the scale of the mixture that Proj hands it, unless Proj has a bias or the
 # states are normalised one by one. (state_norm, factor on the start of Proj's bias) of each arm:
 SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 1.0), "post, bias 0": ("post", 0.0),
               "pre, bias N(0, 0.02)": ("pre", 1.0)}
+KEPT = "latents tokens rows first lengths val".split()  # what arms share of the first one's stage
 
 
 class Rescaled(Understanding):
@@ -37,16 +38,19 @@ def train_arm(c, overrides, bias, rescaled, data, world):
 
     data: a dict that the first arm fills with latents and prompts for the others.
     """
-    dataset = Shapes(MoSConfig().size, c.seed, tasks=c.tasks, grid=c.grid)
-    model = train.build(c, overrides, dataset).to(world.device)
+    dataset = Mixture([Shapes(MoSConfig().size, c.seed, tasks=c.tasks, grid=c.grid,
+                              number=c.scenes)])
+    model = train.build(c, overrides, dataset)
+    stage = ImageStage(model, dataset, c, world)
+    train.fill(stage, c)
     model.generation.proj.bias.data *= bias
     if rescaled:
         model.understanding.__class__ = Rescaled
-    stage = ImageStage(model, dataset, c, world)
     if not data:
-        stage.start(0)
-        data.update(latents=stage.latents, tokens=stage.tokens, val=stage.val)
+        stage.prepare()
+        data.update({name: vars(stage)[name] for name in KEPT})
     vars(stage).update(data)
+    Stage.start(stage, 0)
     module = stage.trained()
     optimizer = torch.optim.AdamW(train.decayed_groups(module, c.weight_decay), betas=(0.9, 0.95))
     norms = []

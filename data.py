@@ -1,39 +1,50 @@
-"""Pictures with captions: the small world without end, or a folder of own pictures.
+"""Pictures with captions: the small world without end, image folders, tar shards, mixed by weight.
 
-Both data sets give (picture, caption, question, answer) by index; a picture is whatever `draw`
-turns into pixels on the device. Sample i is always the same sample.
+A source gives (picture, caption, question, answer) by index and resolution; a picture is whatever
+the source's `draw` turns into pixels on the device. Sample i is always the same sample. Pixels are
+read where they lie when they are needed; stored latents take their place where there are some.
 """
 
+import io
 import json
 import random
 import signal
-import warnings
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import shapes
+from buckets import STRIDE, Batch, Bucket, assign, fit, make_plan
+from common import move
+from index import Broken, Sample, Texts, Unreadable, Where, find, read_tar
+from latents import made_by, read_stored
 from towers import Tokenizer
 
 
-class Shapes(torch.utils.data.Dataset):
+class Shapes:
     """Scenes of the small world, drawn by (seed, index), as pictures of size x size pixels.
 
     split: "train", "val" or "held", grid: of the centres (see shapes.draw_scene). tasks: which
-    tasks, all if empty. Raises ValueError for an unknown task or a grid below 4.
+    tasks, all if empty. number: of scenes, None: without end. Raises ValueError for an unknown task
+    or a grid below 4.
     """
 
-    def __init__(self, size, seed, split="train", tasks=(), grid=shapes.GRID):
+    kind, name, shard, total, broken = 0, "shapes", None, 0, {}
+
+    def __init__(self, size, seed, split="train", tasks=(), grid=shapes.GRID, number=None):
         unknown = set(tasks) - set(shapes.MIXTURE)
         if unknown:
             raise ValueError(f"unknown task {min(unknown)!r}, expected some of: "
                              + ", ".join(shapes.MIXTURE))
         if grid < 4:
             raise ValueError(f"grid must be at least 4 to hold four objects, got {grid}")
-        self.size, self.seed, self.split, self.grid = size, seed, split, grid
+        self.size, self.seed, self.split, self.grid, self.number = size, seed, split, grid, number
         self.tasks = tuple(tasks) or tuple(shapes.MIXTURE)
+        self.sides = np.full((2,) if number is None else (number, 2), size)
 
     def scene(self, index):
         """Scene, caption (shapes.Prompt), question and answer of one index."""
@@ -42,98 +53,214 @@ class Shapes(torch.utils.data.Dataset):
         scene = shapes.draw_scene(rng, task, self.split, grid=self.grid)
         return scene, shapes.describe(rng, scene, task), *shapes.ask(rng, scene)
 
+    @property
+    def captions(self):
+        """The caption of every scene, each drawn for it."""
+        return [self.scene(i)[1].text for i in range(self.number)]
+
+    def texts(self, number):
+        """Captions, questions and answers of the first scenes, for a vocabulary."""
+        return (text for i in range(number) for text in self[i][1:] if text)
+
     def __getitem__(self, index):
         scene, prompt, question, answer = self.scene(index)
         ask = (question, answer) if index % 2 else (None, None)
         return shapes.pack([scene])[0], prompt.text, *ask
+
+    def item(self, index, height, width):
+        """The item of one index; its size is the world's."""
+        return self[index]
 
     def draw(self, packed, device):
         """Packed scenes (B, 21) to pictures (B, 3, size, size) in [-1, 1] on the device."""
         return shapes.render(packed, self.size, self.size, device)
 
 
-class Folder(torch.utils.data.Dataset):
-    """Own pictures: `metadata.jsonl` with file_name and text a line, or name.png beside name.txt.
+def check_broken(name, broken, total, most):
+    """Raise ValueError if more than the share `most` of samples is broken ({name: reason})."""
+    if len(broken) > most * total:
+        listed = ", ".join(f"{one}: {reason}" for one, reason in list(broken.items())[:20])
+        raise ValueError(f"{name}: {len(broken)} of {total} samples cannot be used, more than "
+                         f"--max-broken {most} allows: {listed}" + ", ..." * (len(broken) > 20))
 
-    The shorter side is scaled to `size` and the middle cropped. Pictures that cannot be read are
-    left out and counted in `broken`; the others are held in memory. Raises ValueError for a missing
-    or empty caption, a malformed line, or a folder without a readable picture.
+
+class Pictures:
+    """Own pictures with captions: a folder, or tar shards in WebDataset's layout.
+
+    path: a folder with `metadata.jsonl` (file_name, text and any fields a line), or with name.png
+    beside name.txt, or with *.tar; or a pattern of tar shards. A tar holds 0001.jpg with 0001.txt
+    or with 0001.json ("text" or "caption" and any fields). sizes: see buckets.assign. where: keeps
+    the samples whose fields fulfil it. The processes of `world` share the work, and all get the
+    same index, of 40 bytes and three texts a sample.
+    Raises ValueError for a missing caption file, a malformed line, for more than the share
+    `max_broken` of samples that cannot be used, and where none is left.
     """
 
-    SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    kind = 1
 
-    def __init__(self, folder, size):
-        pairs = list(self._pairs(Path(folder)))
-        if not pairs:
-            raise ValueError(f"{folder} holds no pictures ({', '.join(self.SUFFIXES)})")
-        self.captions, pictures, self.broken = [], [], 0
-        for path, text in pairs:
-            if not text.strip():
-                raise ValueError(f"the caption of {path} is empty")
-            try:
-                pictures.append(self._load(path, size))
-                self.captions.append(text)
-            except (OSError, SyntaxError, Image.DecompressionBombError,
-                    Image.DecompressionBombWarning):
-                self.broken += 1
-        if not pictures:
-            raise ValueError(f"{folder}: none of its {len(pairs)} pictures can be read")
-        self.pictures = torch.stack(pictures)                             # (L, 3, size, size)
+    def __init__(self, path, sizes, world, where=None, max_broken=0.05):
+        self.name, (pieces, read) = str(path), find(path)
+        own = {i: list(read(piece)) for i, piece in enumerate(pieces)
+               if i % world.size == world.rank}
+        found = [one for _, part in sorted(world.gather(own).items()) for one in part]
+        good = [one for one in found if isinstance(one, Sample)]
+        self.total, self.broken = len(found), dict(b for b in found if isinstance(b, Broken))
+        check_broken(path, self.broken, self.total, max_broken)
+        if self.broken:
+            world.say(f"{path}: left out of {self.total:,}: {tally(self.broken.values())}")
+        if where:
+            faults = [where.fault(sample.fields) for sample in good]
+            good = [sample for sample, fault in zip(good, faults) if not fault]
+            world.say(f"{path}: --where keeps {len(good):,} of {len(faults):,}; of the others "
+                      + (tally(filter(None, faults)) or "there are none"))
+        if not good:
+            raise ValueError(f"{path}: none of its {self.total} samples " + (
+                f"fulfils --where {where.text!r}" if where else "can be used"))
+        self.paths, self.captions, self.fields = (Texts(column) for column in (
+            [s.path for s in good], [s.text for s in good], [json.dumps(s.fields) for s in good]))
+        self.places = np.array([s[1:3] for s in good])  # offset and size
+        self.sides = assign(*np.array([s[3:5] for s in good]).T, sizes)
+        names = [s.path for s in good]
+        self.shard = np.unique(names, return_inverse=True)[1] if read is read_tar else None
 
-    def _pairs(self, folder):
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder")
-        index = folder / "metadata.jsonl"
-        if not index.is_file():
-            for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in self.SUFFIXES):
-                caption = path.with_suffix(".txt")
-                if not caption.is_file():
-                    raise ValueError(f"{path} has no caption: expected {caption.name} beside it, "
-                                     "or a metadata.jsonl")
-                yield path, caption.read_text("utf-8-sig").strip()
-            return
-        for number, line in enumerate(index.read_text("utf-8-sig").split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row["text"], str):
-                    raise TypeError
-                yield folder / row["file_name"], row["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(f'{index}, line {number}: expected {{"file_name": ..., "text": '
-                                 f'...}}, got {line[:60]!r}') from None
+    def title(self, index):
+        """What messages call a sample."""
+        place = self.places[index, 0]
+        return self.paths[index] + (f" at byte {place}" if place else "")
 
-    @staticmethod
-    def _load(path, size):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")
-        scale = size / min(image.size)
-        image = image.resize([max(size, round(side * scale)) for side in image.size],
-                             Image.Resampling.LANCZOS)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
+    def texts(self, _):
+        """All captions, for a vocabulary."""
+        return self.captions
+
+    def item(self, index, height, width):
+        """The item of one index, its bytes (3, height, width). Raises Unreadable."""
+        try:
+            offset, size = map(int, self.places[index])
+            with open(self.paths[index], "rb") as file:
+                file.seek(offset)
+                image = Image.open(io.BytesIO(file.read(size)))
+            image, = fit([ImageOps.exif_transpose(image).convert("RGB")], height, width)
+        except Exception as e:  # PIL raises nearly anything at broken files
+            raise Unreadable(" ".join(str(e).split())) from None
         flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return flat.view(size, size, 3).permute(2, 0, 1)                  # (3, size, size)
-
-    def __len__(self):
-        return len(self.captions)
-
-    def __getitem__(self, index):
-        return self.pictures[index], self.captions[index], None, None
+        picture = flat.view(height, width, 3).permute(2, 0, 1)            # (3, height, width)
+        return picture, self.captions[index], None, None
 
     def draw(self, pictures, device):
-        """Bytes (B, 3, size, size) to pictures in [-1, 1] on the device."""
-        return pictures.to(device).float() / 127.5 - 1
+        """Bytes (B, 3, H, W) to pictures in [-1, 1] on the device."""
+        return move(pictures, device) / 127.5 - 1
 
+
+def tally(reasons):
+    """Counts of reasons, the most frequent first, as one text."""
+    return ", ".join(f"{number:,} {reason}" for reason, number in Counter(reasons).most_common())
+
+
+# ------------------------------------------------------------------------------------------------
+# Several sources
+
+class Mixture:
+    """Sources and their weights, shares of samples that need not add up to one.
+
+    scenes: the small world if it is the first source, which validation then uses. made: what its
+    latents on disk depend on, where some are wanted.
+    """
+
+    def __init__(self, sources, weights=None, scenes=None, made=None):
+        self.sources, self.weights = list(sources), list(weights or [1] * len(sources))
+        self.made = made
+        first = self.sources[0]
+        self.scenes = scenes or (first if isinstance(first, Shapes) else None)
+
+    def lengths(self, tokenizer, longest):
+        """Tokens of each caption, (L,) for each source; the small world's are at most `longest`.
+
+        Raises ValueError for an unknown word, and for a caption longer than `longest`.
+        """
+        return [longest if isinstance(source, Shapes) else
+                count_tokens(tokenizer, source.captions, longest) for source in self.sources]
+
+    def plan(self, lengths, step, batch, seed):
+        """The Plan of global batches; lengths, step: see buckets.make_plan."""
+        return make_plan([s.kind for s in self.sources], [s.sides for s in self.sources], lengths,
+                         step, self.weights, batch, seed, [s.shard for s in self.sources])
+
+    def pieces(self, length, pixels=2 ** 24):
+        """Batches of at most so many pixels that hold every sample once, for encoding in order."""
+        found = []
+        for k, source in enumerate(self.sources):
+            for height, width in np.unique(source.sides, axis=0).tolist():
+                index = np.flatnonzero((source.sides == (height, width)).all(1))
+                most = max(1, pixels // (height * width))
+                parts = np.split(index, range(most, len(index), most))
+                bucket = Bucket(source.kind, height, width, length)
+                found += [Batch(np.full(len(part), k), part, bucket) for part in parts]
+        return found
+
+    def check(self, broken, most):
+        """Raise ValueError if a source has too many broken samples; broken: {(source, index)}."""
+        for k, source in enumerate(self.sources):
+            more = {source.title(i): reason for (j, i), reason in broken.items() if j == k}
+            check_broken(source.name, {**source.broken, **more}, source.total, most)
+
+
+def parse_mixture(text):
+    """Paths and weights of `--data`: a lone path, or path=weight,path=weight."""
+    if "=" not in text or Path(text).exists():
+        return {text: 1.0}
+    weights = {}
+    for part in text.split(","):
+        path, _, weight = part.rpartition("=")
+        try:
+            if not path or path in weights or not 0 < float(weight) < float("inf"):
+                raise ValueError
+        except ValueError:
+            raise ValueError("data: expected path=weight,path=weight with different paths and "
+                             f"positive weights, got {part!r} in {text!r}") from None
+        weights[path] = float(weight)
+    return weights
+
+
+def open_sources(c, size, world):
+    """The Mixture that a TrainConfig asks for; size: of a picture where its `sizes` names none.
+
+    Stage image reads latents that are stored already instead. Raises ValueError as sources do.
+    """
+    weights, where = parse_mixture(c.data), Where(c.where) if c.where else None
+    if where and "shapes" in weights:
+        raise ValueError("where filters by fields of own pictures; shapes has none")
+    sizes = [int(s) if s.isdecimal() else 0 for s in c.sizes] or [size]
+    if any(s < STRIDE or s % STRIDE for s in sizes):
+        raise ValueError(f"sizes must be multiples of {STRIDE}, got {' '.join(c.sizes)}")
+    number = c.scenes if c.stage == "image" else None
+    scenes = Shapes(size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
+    made = None
+    if c.stage == "image" and c.latents not in ("memory", "step"):
+        made = made_by(c, weights, size, sizes)
+        stored = read_stored(Path(c.latents), made)
+        if stored:
+            return Mixture(stored, weights.values(), scenes if stored[0].kind == 0 else None)
+    return Mixture([scenes if path == "shapes" else
+                    Pictures(path, sizes, world, where, c.max_broken) for path in weights],
+                   weights.values(), made=made)
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
 
 def build_tokenizer(dataset, samples=5000):
-    """A Tokenizer of all captions of a folder, or of the texts of `samples` items of the world."""
-    texts = (dataset.captions if isinstance(dataset, Folder) else
-             (text for i in range(samples) for text in dataset[i][1:] if text))
-    return Tokenizer(word for text in texts for word in Tokenizer.split(text))
+    """A Tokenizer of all own captions, and of the texts of `samples` items of the small world."""
+    return Tokenizer(word for source in dataset.sources for text in source.texts(samples)
+                     for word in Tokenizer.split(text))
+
+
+def count_tokens(tokenizer, captions, longest):
+    """Tokens of each caption, (L,). Raises ValueError for unknown words and beyond `longest`."""
+    lengths = np.array([len(tokenizer.encode(text)) for text in captions])
+    if lengths.max() > longest:
+        text = captions[int(lengths.argmax())]
+        raise ValueError(f"{text!r} has {lengths.max()} tokens, more than the {longest} allowed")
+    return lengths
 
 
 def sequence(tokenizer, length, text, answer=None):
@@ -152,31 +279,66 @@ def sequence(tokenizer, length, text, answer=None):
 
 
 class Collate:
-    """Turn items into the tensors of a stage.
+    """Turn items into the tensors of a stage, prompts padded to S = length.
 
     "vae": pictures. "image": pictures and prompts (B, S). "understand": pictures, captions with
     targets, and what is said about the picture (a question where there is one, every other time).
     """
 
-    def __init__(self, stage, tokenizer, length):
-        self.stage, self.tokenizer, self.length = stage, tokenizer, length
+    def __init__(self, stage, tokenizer):
+        self.stage, self.tokenizer = stage, tokenizer
 
-    def __call__(self, items):
+    def __call__(self, items, length):
         pictures = torch.stack([item[0] for item in items])
         if self.stage == "vae":
             return (pictures,)
         if self.stage == "image":
-            return pictures, self.tokenizer.batch([item[1] for item in items], self.length)
-        captions = [sequence(self.tokenizer, self.length, item[1]) for item in items]
-        about = [sequence(self.tokenizer, self.length, *item[2:]) if item[2] else
+            return pictures, self.tokenizer.batch([item[1] for item in items], length)
+        captions = [sequence(self.tokenizer, length, item[1]) for item in items]
+        about = [sequence(self.tokenizer, length, *item[2:]) if item[2] else
                  captions[i] for i, item in enumerate(items)]
         return pictures, *(torch.stack(column) for rows in (captions, about)
                            for column in zip(*rows))
 
 
-def loader(dataset, batches, collate, workers):
-    """A DataLoader over an iterable of index lists; the order is the caller's."""
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+class Reader(Dataset):
+    """What data processes do: read a process's share of global batches, and collate it.
+
+    A sample that cannot be read is replaced by the next good one of the global batch, so that the
+    number of processes changes nothing.
+    """
+
+    def __init__(self, dataset, collate, mine=slice(None)):
+        self.sources, self.collate, self.mine = dataset.sources, collate, mine
+
+    def __getitem__(self, batch):
+        """The tensors of this share, None if no sample is good; captions; {(source, index): why}.
+        """
+        places, broken = np.arange(len(batch.index)), {}
+        items = [self.first_good(batch, np.roll(places, -place), broken)
+                 for place in places[self.mine]]
+        if None in items:
+            return None, [], broken
+        return self.collate(items, batch.bucket.length), [item[1] for item in items], broken
+
+    def first_good(self, batch, places, broken):
+        """The item of the first of these places that can be read, or None."""
+        for key in zip(batch.source[places].tolist(), batch.index[places].tolist()):
+            try:
+                return self.sources[key[0]].item(key[1], batch.bucket.height, batch.bucket.width)
+            except Unreadable as e:
+                broken[key] = str(e)
+        return None
+
+
+def _same(x):
+    """A Reader has collated already."""
+    return x
+
+
+def loader(reader, batches, workers):
+    """A DataLoader of a Reader over an iterable of batches; the order is the caller's."""
+    return DataLoader(reader, None, sampler=batches, collate_fn=_same, num_workers=workers,
                       prefetch_factor=4 if workers else None, worker_init_fn=_leave_ctrl_c)
 
 

@@ -132,10 +132,11 @@ def score_understanding(model, number, split="val", seed=0, batch=100):
     """How many of `number` questions about fresh pictures the tower answers word for word."""
     dataset = Shapes(model.config.size, seed, split)
     device = model.understanding.embedding.weight.device
-    collate, right = Collate("understand", model.tokenizer, model.config.max_tokens), 0
+    collate, right = Collate("understand", model.tokenizer), 0
     for start in range(0, 2 * number, 2 * batch):  # every other item of a batch is a question
         items = [dataset[i] for i in range(start, min(start + 2 * batch, 2 * number))]
-        pictures, _, _, tokens, target = (a[1::2] for a in collate(items))
+        pictures, _, _, tokens, target = (a[1::2] for a in
+                                         collate(items, model.config.max_tokens))
         _, metrics = model.understanding.loss(tokens.to(device), target.to(device),
                                               dataset.draw(pictures, device))
         right += round(metrics["text_accuracy"].item() * len(tokens))

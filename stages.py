@@ -4,9 +4,11 @@ All randomness is a function of seed and step, and drawn for the global batch, s
 processes and a resume change nothing.
 """
 
-import functools
+import itertools
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
@@ -14,34 +16,28 @@ from PIL import Image
 import estimate
 import evaluate
 import shapes
-from common import autocast, replacing
-from data import Collate, Folder, Shapes, loader
+from buckets import Batch, Bucket
+from common import autocast, move, replacing
+from data import Collate, Mixture, Reader, Shapes, count_tokens, loader
+from latents import (Stored, broken_samples, check_made, end_store, read_stored, shard_path,
+                     with_digest, write_made, write_shard)
 from mos import sample_t
 from towers import Tokenizer
 
 
-@functools.lru_cache(2)
-def permutation(length, seed, epoch):
-    """The order of one epoch."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-
-
-def order(step, batch, length, seed):
-    """Sample indices of a global step: every epoch is a new permutation, epochs join seamlessly."""
-    place = torch.arange(step * batch, (step + 1) * batch)
-    epochs = place // length
-    return torch.cat([permutation(length, seed, int(epoch))[place[epochs == epoch] % length]
-                      for epoch in epochs.unique()])
-
-
 class Stage(nn.Module):
-    """One stage's loss as a module (so that DDP and compile can wrap it) and its data."""
+    """One stage's loss as a module (so that DDP and compile can wrap it) and its data.
+
+    Raises ValueError for a caption that the tower cannot read.
+    """
 
     def __init__(self, model, dataset, c, world):
         super().__init__()
         self.c, self.world, self.dataset = c, world, dataset
         self.__dict__["model"] = model  # not a child: a stage owns what its `forward` uses
         self.parts = nn.ModuleList(self.used())
+        self.lengths, self.broken = self.count_lengths(), {}
+        self.forget()
 
     def used(self):
         """The parts that `forward` needs."""
@@ -54,35 +50,95 @@ class Stage(nn.Module):
     def generator(self, step):
         return torch.Generator(self.world.device).manual_seed(self.c.seed * 1_000_003 + step)
 
+    def count_lengths(self):
+        """Tokens of each sample's prompts, an array or the most for each source."""
+        return self.dataset.lengths(self.model.tokenizer, self.model.config.max_tokens)
+
     def start(self, step):
-        """Open a data loader whose first batch is that of `step`."""
-        collate = Collate(self.c.stage, self.model.tokenizer, self.model.config.max_tokens)
-        mine = self.world.share(self.c.batch)
-        if isinstance(self.dataset, Folder):
-            batches = (order(s, self.c.batch, len(self.dataset), self.c.seed)[mine].tolist()
-                       for s in range(step, self.c.steps))
-        else:  # the small world never repeats
-            batches = (range(s * self.c.batch + mine.start, s * self.c.batch + mine.stop)
-                       for s in range(step, self.c.steps))
-        self.loader = iter(loader(self.dataset, list(batches), collate, self.c.workers))
+        """Plan the batches from that of `step` on, and begin to read them. Returns the Plan."""
+        c = self.c
+        plan = self.dataset.plan(self.lengths, c.length_step, c.batch, c.seed)
+        self.world.say(f"buckets ({len(plan.buckets)}): " + ", ".join(
+            f"{b.height}x{b.width}" + f" with {b.length} tokens" * (b.length > 0)
+            for b in plan.buckets[:8]) + ", ..." * (len(plan.buckets) > 8))
+        self.batches = self.follow(plan.batches(step, c.steps))
+        return plan
+
+    def follow(self, batches):
+        """Yield what `next` needs of these batches."""
+        return self.read(batches)
+
+    def read(self, batches, dataset=None, mine=None):
+        """Yield each batch with its drawn pictures, its other tensors, and its captions.
+
+        The share of this process, or `mine`; by data processes, another dataset by this one. Notes
+        broken samples.
+        """
+        workers = self.c.workers if dataset is None else 0
+        dataset, mine = dataset or self.dataset, mine or self.world.share(self.c.batch)
+        planned, ahead = itertools.tee(batches)
+        reader = Reader(dataset, Collate(self.c.stage, self.model.tokenizer), mine)
+        contents = loader(reader, ahead, workers)
+        for batch, (tensors, texts, broken) in zip(planned, contents):
+            self.broken |= broken
+            if tensors is None:
+                raise ValueError("no sample of a batch can be read; remove " + ", ".join(
+                    f"{dataset.sources[k].title(i)} ({why})" for (k, i), why in broken.items()))
+            (pictures, *rest), device = tensors, self.world.device
+            pictures = dataset.sources[batch.source[0]].draw(pictures, device)
+            yield batch, (pictures, *(move(a, device) for a in rest)), texts
 
     def next(self):
         """The next batch of this process, on its device, pictures drawn."""
-        pictures, *rest = next(self.loader)
-        return (self.dataset.draw(pictures, self.world.device),
-                *(a.to(self.world.device) for a in rest))
+        batch, tensors, _ = next(self.batches)
+        self.drawn += np.bincount(batch.source, minlength=len(self.drawn))
+        self.waiting = batch.waiting
+        for tokens in tensors[1::2]:  # targets stand between
+            self.padding += (tokens == Tokenizer.PAD).sum()
+            self.context += tokens.numel()
+        return tensors
+
+    def forget(self):
+        """Begin to count anew what batches hold."""
+        self.drawn, self.context = np.zeros(len(self.dataset.sources), int), 0
+        self.padding = torch.zeros((), device=self.world.device)
+
+    def tell(self):
+        """Log values of the batches since the last time; every process asks.
+
+        waiting: samples in buckets that are not full, broken: samples found unreadable so far,
+        padding: share of the context tokens, share_*: of the samples. Raises ValueError where too
+        many are broken.
+        """
+        self.broken = self.world.gather(self.broken)
+        self.dataset.check(self.broken, self.c.max_broken)
+        values = {"waiting": self.waiting, "broken": len(self.broken)}
+        if self.context:
+            values["padding"] = self.world.sum(self.padding).item() / (
+                self.context * self.world.size)
+        if len(self.drawn) > 1:
+            values |= {f"share_{source.name}": number / self.drawn.sum()
+                       for source, number in zip(self.dataset.sources, self.drawn)}
+        self.forget()
+        return values
 
     def report(self, sums, steps):
         """Log values from the metrics' sums over steps and processes."""
         return {name: (value / steps / self.world.size).item() for name, value in sums.items()}
 
-    def validation_items(self, number):
-        """Items that training does not see: the validation split, or the folder itself."""
-        dataset = self.dataset
-        if isinstance(dataset, Shapes):
-            dataset = Shapes(dataset.size, self.c.seed, "val", dataset.tasks, dataset.grid)
-        number = min(number, len(dataset)) if isinstance(dataset, Folder) else number
-        return [dataset[i] for i in range(number)]
+    def unseen(self, number):
+        """A Mixture of `number` samples that training does not see, or the own pictures."""
+        own = self.dataset.scenes
+        return self.dataset if own is None else Mixture(
+            [Shapes(own.size, self.c.seed, "val", own.tasks, own.grid, number)])
+
+    def validation(self, number):
+        """Drawn pictures of the model's size and other tensors: unseen, or the first of its own."""
+        data, size = self.unseen(number), self.model.config.size
+        index = np.arange(min(number, len(data.sources[0].sides)))
+        bucket = Bucket(0, size, size, self.model.config.max_tokens)
+        (_, tensors, _), = self.read([Batch(0 * index, index, bucket)], data, slice(None))
+        return tensors
 
 
 class VaeStage(Stage):
@@ -90,6 +146,9 @@ class VaeStage(Stage):
 
     def trained(self):
         return self.model.vae
+
+    def count_lengths(self):
+        return [0] * len(self.dataset.sources)
 
     def inputs(self, step):
         (pictures,) = self.next()
@@ -103,8 +162,7 @@ class VaeStage(Stage):
 
     @torch.no_grad()
     def validate(self, step, folder):
-        vae, items = self.model.vae, self.validation_items(200)
-        true = self.dataset.draw(torch.stack([i[0] for i in items]), self.world.device)
+        vae, (true,) = self.model.vae, self.validation(200)
         latents = [vae.posterior(part)[0] for part in true.split(50)]
         seen = torch.cat([vae.reconstruct(part) for part in latents]).clamp(-1, 1)
         error = (seen - true).square().mean()
@@ -113,7 +171,7 @@ class VaeStage(Stage):
         if self.world.first:
             save_grid(torch.cat((true[:8], seen[:8])), folder / f"vae_{step:06d}.png", 8)
         values = {"val_psnr": (10 * torch.log10(4 / error)).item()}
-        if isinstance(self.dataset, Shapes):
+        if self.dataset.scenes:
             right, _ = evaluate.score_judge(100, vae=vae, seed=1, split="val")
             values["val_judge"] = right / 100
         return values
@@ -124,6 +182,11 @@ class UnderstandStage(Stage):
 
     def trained(self):
         return self.model.understanding
+
+    def count_lengths(self):
+        """With <eos>."""
+        tokenizer, longest = self.model.tokenizer, self.model.config.max_tokens
+        return [n + 1 for n in self.dataset.lengths(tokenizer, longest - 1)]
 
     def inputs(self, step):
         return self.next()
@@ -137,13 +200,11 @@ class UnderstandStage(Stage):
 
     @torch.no_grad()
     def validate(self, step, folder):
-        collate = Collate("understand", self.model.tokenizer, self.model.config.max_tokens)
-        pictures, *rest = collate(self.validation_items(200))
+        inputs = self.validation(200)
         with autocast(self.world.device):
-            loss, _ = self(self.dataset.draw(pictures, self.world.device),
-                           *(a.to(self.world.device) for a in rest))
+            loss, _ = self(*inputs)
         values = {"val_loss": loss.item()}
-        if isinstance(self.dataset, Shapes):
+        if self.dataset.scenes:
             values["val_answers"] = evaluate.score_understanding(self.model, 400) / 400
         return values
 
@@ -157,51 +218,119 @@ class ImageStage(Stage):
     def used(self):
         return [self.model.understanding, self.trained()]
 
+    def read(self, batches, dataset=None, mine=None):
+        """Latents instead of pictures: the VAE encodes what is not stored, in fp32."""
+        stored = isinstance((dataset or self.dataset).sources[0], Stored)
+        for batch, (pictures, tokens), texts in super().read(batches, dataset, mine):
+            yield batch, (pictures if stored else self.encode(pictures), tokens), texts
+
     @torch.no_grad()
-    def encode(self, dataset, indices):
-        """Latents (L, C, h, w) and prompts (L, S) of these items; the VAE runs in fp32."""
-        collate = Collate("image", self.model.tokenizer, self.model.config.max_tokens)
-        size = 500 if self.world.device.type == "cuda" else 50
-        batches = [indices[i:i + size] for i in range(0, len(indices), size)]
-        latents, tokens = [], []
-        for pictures, prompts in loader(dataset, batches, collate, self.c.workers):
-            latents.append(self.model.vae.encode(dataset.draw(pictures, self.world.device)))
-            tokens.append(prompts)
-        tokens = torch.cat(tokens)                                                # (L, S)
-        longest = (tokens != Tokenizer.PAD).any(0).sum()
-        return torch.cat(latents), tokens[:, :longest].to(self.world.device)
+    def encode(self, pictures):
+        """Latents of pictures, in parts that fit."""
+        most = 2 ** 23 if pictures.is_cuda else 2 ** 20  # pixels at once
+        parts = pictures.split(max(1, most // pictures[0, 0].numel()))
+        return torch.cat([self.model.vae.encode(part) for part in parts])
 
     def start(self, step):
-        begin, self.costs = time.time(), {}
-        number = len(self.dataset) if isinstance(self.dataset, Folder) else self.c.scenes
-        self.latents, self.tokens = self.encode(self.dataset, range(number))
-        if isinstance(self.dataset, Shapes):
-            val = Shapes(self.dataset.size, self.c.seed, "val", self.c.tasks, self.c.grid)
-            self.val = self.encode(val, range(256))
-        else:
-            self.val = self.latents[:256], self.tokens[:256]
-        visual = self.latents[0, 0].numel() // self.model.config.gen_patch ** 2
-        self.world.say(f"encoded {number} pictures in {time.time() - begin:.0f} s | tokens a step: "
-                       f"{self.c.batch * visual:,} visual, {self.c.batch * self.tokens.shape[1]:,} "
-                       "context (with padding)")
+        self.costs = {}
+        self.prepare()
+        plan, batch = super().start(step), self.c.batch
+        side = self.model.vae.factor * self.model.config.gen_patch  # of a visual token, in pixels
+        visual = max(b.height * b.width for b in plan.buckets) // side ** 2
+        self.world.say(f"tokens a step, at most: {batch * visual:,} visual, "
+                       f"{batch * max(b.length for b in plan.buckets):,} context (with padding)")
 
-    def draws(self, batch, tokens, generator):
+    def follow(self, batches):
+        return (self.recall if self.c.latents == "memory" else self.read)(batches)
+
+    def prepare(self):
+        """Have latents where they shall come from, and those of validation at hand."""
+        c, longest = self.c, self.model.config.max_tokens
+        if c.latents == "memory":
+            self.fill()
+        elif c.latents != "step" and not isinstance(self.dataset.sources[0], Stored):
+            self.store(Path(c.latents))
+        else:
+            self.lengths = [count_tokens(self.model.tokenizer, source.captions, longest)
+                            if np.ndim(n) == 0 else n
+                            for n, source in zip(self.lengths, self.dataset.sources)]
+        data = self.unseen(256)
+        piece = max((p for p in data.pieces(longest) if p.source[0] == 0),
+                    key=lambda p: len(p.index))
+        piece = piece._replace(source=piece.source[:256], index=piece.index[:256])
+        (_, (z0, tokens), self.prompts), = self.read([piece], data, slice(None))
+        self.val = z0, tokens[:, :(tokens != Tokenizer.PAD).any(0).sum()]
+
+    def fill(self):
+        """Encode everything and keep it on the device, latents by resolution."""
+        begin, sources = time.time(), self.dataset.sources
+        self.first = np.cumsum([0, *(len(source.sides) for source in sources)])
+        pieces = self.dataset.pieces(self.model.config.max_tokens)
+        tokens = torch.zeros(self.first[-1], self.model.config.max_tokens, dtype=torch.int64)
+        self.rows, latents = np.zeros(self.first[-1], int), {}
+        for piece, (z0, prompts), _ in self.read(pieces, mine=slice(None)):
+            number, parts = self.number(piece), latents.setdefault(piece.bucket[1:3], [])
+            self.rows[number] = sum(map(len, parts)) + np.arange(len(number))
+            tokens[number] = prompts.cpu()
+            parts.append(z0)
+        self.latents = {size: torch.cat(parts) for size, parts in latents.items()}
+        self.tokens = tokens.to(self.world.device)
+        lengths = (tokens != Tokenizer.PAD).sum(1).numpy()
+        self.lengths = np.split(lengths, self.first[1:-1])
+        self.world.say(f"encoded {len(tokens)} pictures in {time.time() - begin:.0f} s")
+
+    def number(self, batch):
+        """Where the samples of a batch stand among those of all sources."""
+        return self.first[batch.source] + batch.index
+
+    def recall(self, batches):
+        """Yield batches of what `fill` has kept, like `read`."""
+        device, mine = self.world.device, self.world.share(self.c.batch)
+        for batch in batches:
+            number = self.number(batch)[mine]
+            at, rows = (move(torch.from_numpy(n), device) for n in (number, self.rows[number]))
+            tokens = self.tokens[at, :batch.bucket.length]
+            yield batch, (self.latents[batch.bucket[1:3]][rows], tokens), None
+
+    def store(self, folder):
+        """Encode what `folder` lacks, each process its part, and read from there from now on."""
+        data, world, begin = self.dataset, self.world, time.time()
+        made, pieces = with_digest(data), data.pieces(self.model.config.max_tokens)
+        check_made(folder, made)
+        world.wait()
+        if world.first:
+            write_made(folder, made)
+        mine = [n for n in range(world.rank, len(pieces), world.size)
+                if not shard_path(folder, n).is_file()]
+        world.wait()
+        contents = self.read([pieces[n] for n in mine], mine=slice(None))
+        for n, (piece, (z0, _), texts) in zip(mine, contents):
+            write_shard(shard_path(folder, n), piece, z0, texts, self.broken)
+        world.wait()
+        data.check(broken_samples(folder, pieces), self.c.max_broken)
+        if world.first:
+            end_store(folder, data, pieces)
+        world.wait()
+        world.say(f"{folder}: {len(pieces)} shards of latents, {len(mine)} encoded by this process "
+                  f"in {time.time() - begin:.0f} s")
+        self.dataset = Mixture(read_stored(folder, data.made), data.weights, data.scenes)
+        self.lengths, self.broken = self.count_lengths(), {}
+
+    def draws(self, z0, tokens, generator):
         """Times, noise, exploration and prompt dropout of a global batch; this process's share."""
-        m, c, mine = self.model.config, self.c, self.world.share(batch)
+        m, c, mine = self.model.config, self.c, self.world.share(self.c.batch)
         source = dict(generator=generator, device=generator.device)
-        t = sample_t(batch, m.t_sampling, m.shift, generator)
-        z1 = torch.randn(batch, *self.latents.shape[1:], **source)
-        explore = torch.rand(batch, tokens.shape[1], m.und_depth + 1, m.gen_depth, **source)
-        empty = (torch.rand(batch, **source) < c.prompt_dropout)[mine, None]
+        t = sample_t(c.batch, m.t_sampling, m.shift, generator)
+        z1 = torch.randn(c.batch, *z0.shape[1:], **source)
+        explore = torch.rand(c.batch, tokens.shape[1], m.und_depth + 1, m.gen_depth, **source)
+        empty = (torch.rand(c.batch, **source) < c.prompt_dropout)[mine, None]
         blank = tokens.clone()
         blank[:, 1:] = Tokenizer.PAD  # <bos> stays
         return torch.where(empty, blank, tokens), t[mine], z1[mine], explore[mine]
 
     def inputs(self, step):
-        index = order(step, self.c.batch, len(self.latents), self.c.seed)
-        index = index[self.world.share(self.c.batch)].to(self.world.device)
-        draws = self.draws(self.c.batch, self.tokens[index], self.generator(step))
-        return self.latents[index], *draws
+        z0, tokens = self.next()
+        return z0, *self.draws(z0, tokens, self.generator(step))
 
     def forward(self, z0, tokens, t, z1, explore):
         each = self.model.loss(z0, tokens, t, z1, explore)                        # (B,)
@@ -251,7 +380,7 @@ class ImageStage(Stage):
         values |= {f"entropy_{j}": e for j, e in enumerate(entropy.tolist())}
         values |= {f"usage_{j}_{m}": share for j, row in enumerate(usage.tolist())
                    for m, share in enumerate(row)}
-        tasks = [task for task in shapes.TASKS if task in getattr(self.dataset, "tasks", ())]
+        tasks = [task for task in shapes.TASKS if task in getattr(self.dataset.scenes, "tasks", ())]
         if tasks:  # "dense" has no benchmark
             prompts = [p.text for task in tasks
                        for p in shapes.benchmark(task, 24 // len(tasks), 9)]
@@ -261,7 +390,7 @@ class ImageStage(Stage):
             values |= {f"score_{task.replace(' ', '_')}": row["seen"][0] / row["seen"][1]
                        for task, row in table.items()}
         else:
-            prompts = [item[1] for item in self.validation_items(8)]
+            prompts = self.prompts[:8]
         images = self.model.generate(prompts, seed=0, steps=25)
         if self.world.first:
             save_grid(torch.stack([evaluate.to_tensor(image) for image in images]),

@@ -143,17 +143,25 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --sampling-steps 0 => steps | --guidance nan | --rescale 3 | --gen-patch 0
 --parallel zebra => zebra | --parallel fsdp => torchrun | --parallel none --shards 2 => hsdp
 --shards -1 | --keep 0 | --patience 0 | --world 0 --estimate | --estimate --preset zebra => zebra
+--where x>1 => shapes has none | --where x> --data good => 'x>' is not a condition
+--where f(x) --data good => f.*not allowed | --where x>1 --data good => good: none of its 1.*x>1
+--sizes 50 | --sizes 64 x | --data good=1,empty => path=weight | --data good=0 => positive
+--data dark => 1 of 1 samples.*dark/a.png: its caption is empty | --max-broken 2 | --length-step -1
+--stage image --init small --latents good => good holds something else
 --out out.png => out.png"""))
 def test_train_refuses(flags, message, refuse, small, monkeypatch, tmp_path):
     """What cannot be trained is said before any work and before --out exists."""
     monkeypatch.setattr(train, "build_tokenizer", lambda _: read_vocabulary(small))
     monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("went on to train"))
     for name, text in (("empty", ""), ("bad", '\n{"file_name": "a.png"\n'),
-                       ("number", '{"file_name": "a.png", "text": 5}')):
+                       ("number", '{"file_name": "a.png", "text": 5}'),
+                       ("good", '{"file_name": "a.png", "text": "a"}'),
+                       ("dark", '{"file_name": "a.png", "text": " "}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metadata.jsonl").write_text(text)
         Image.new("RGB", (64, 64)).save(tmp_path / name / "a.png")
     shutil.copytree(small, tmp_path / "half", ignore=shutil.ignore_patterns("vae.*"))
+    shutil.copytree(small, tmp_path / "small")
     refuse(message, train, "--stage", "vae", "--preset", "laptop", "--out", "run", *flags)
 
 

@@ -1,7 +1,6 @@
 """The small world, its judge and its data: what they promise holds, and damage is noticed."""
 
 import hashlib
-import json
 import math
 import os
 import random
@@ -13,11 +12,10 @@ from itertools import combinations, permutations, product
 
 import pytest
 import torch
-from PIL import Image
 
 import shapes
 from conftest import ROOT
-from data import Collate, Folder, Shapes, build_tokenizer, sequence
+from data import Collate, Mixture, Shapes, build_tokenizer, sequence
 from evaluate import same_scene, score_judge
 from mos import MoSConfig
 from shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS, HELD_TRIPLES,
@@ -103,7 +101,7 @@ def train():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(Shapes(128, 0))
+    return build_tokenizer(Mixture([Shapes(128, 0)]))
 
 
 @pytest.mark.parametrize("height, width, number", [
@@ -396,53 +394,6 @@ def test_render_does_not_depend_on_the_batch(train):
     assert apart(combinations(COLOURS.values(), 2)) > 2 * shapes.COLOUR_TOLERANCE
 
 
-def test_folder_reads_both_layouts_and_crops(tmp_path):
-    """name.png + name.txt, and a metadata.jsonl that goes before; the middle of each is kept."""
-    stripes = 255 * torch.eye(3, dtype=torch.uint8).repeat_interleave(30, 0).repeat(30, 1, 1)
-    for name, picture in (("b.png", stripes), ("a.JPG", stripes.transpose(0, 1))):
-        Image.fromarray(picture.contiguous().numpy()).save(tmp_path / name, quality=100)
-        (tmp_path / name).with_suffix(".txt").write_text(f"{name} here\n")
-    for size in (30, 12):
-        folder = Folder(tmp_path, size)
-        assert folder.captions == ["a.JPG here", "b.png here"] and folder.broken == 0
-        drawn = folder.draw(torch.stack([folder[i][0] for i in range(2)]), "cpu")
-        green = drawn[..., 4:-4, 4:-4] - torch.tensor([-1., 1, -1]).view(3, 1, 1)
-        assert drawn.shape == (2, 3, size, size) and green.abs().max() < 0.1
-    rows = [json.dumps({"file_name": name, "text": "ä"}) for name in ("b.png", "gone.png")]
-    (tmp_path / "metadata.jsonl").write_text("\n\n".join(rows) + "\n")
-    folder = Folder(tmp_path, 30)
-    assert (len(folder), folder.broken, folder[0][1:]) == (1, 1, ("ä", None, None))
-
-
-@pytest.mark.parametrize("limit", (500, 1000))
-def test_folder_counts_broken_pictures(tmp_path, monkeypatch, limit):
-    """Noise, half a file and a decompression bomb (here of 1200 pixels) are left out."""
-    for name, side in (("good.png", 20), ("bomb.png", 40), ("half.png", 20), ("noise.png", 20)):
-        Image.effect_noise((side, side * 3 // 4), 9).save(tmp_path / name)
-        (tmp_path / name).with_suffix(".txt").write_text(name)
-    (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:150])
-    (tmp_path / "noise.png").write_bytes(bytes(range(200)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    folder = Folder(tmp_path, 16)
-    assert (folder.captions, folder.broken) == (["good.png"], 3)
-
-
-@pytest.mark.parametrize("message, files", (
-    ("not a folder", None), ("no pictures", {}), ("no caption.*a.txt", {"a.png": ""}),
-    ("none of its 1 pictures", {"a.png": "junk", "a.txt": "words"}),
-    ("no pictures", {"metadata.jsonl": "\n"}),
-    ("line 3", {"metadata.jsonl": '{"file_name": "a.png", "text": "a"}\n\n{"file_name": \n'}),
-    ("line 1", {"metadata.jsonl": '{"file_name": "a.png"}'}), ("line 1", {"metadata.jsonl": "[1]"}),
-    ("line 1", {"metadata.jsonl": '{"file_name": "a.png", "text": 5}'}),
-    ("a.png is empty", {"a.png": "", "a.txt": " "})))
-def test_folder_says_what_is_wrong(tmp_path, message, files):
-    """A folder that cannot serve is a ValueError that names the folder, and the line."""
-    for name, text in (files or {}).items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
-        Folder(tmp_path / "none" if files is None else tmp_path, 16)
-
-
 def test_tokenizer_knows_the_world(tokenizer):
     """5000 samples teach every word of others, held-out and benchmark prompts; else it says so."""
     more = [Shapes(128, 0, split).scene(5000 + i) for split in ("train", "val", "held")
@@ -460,7 +411,7 @@ def test_sequences_have_the_right_targets(tokenizer):
     """The target is the next token, of the answer alone where there is one; the rest is -100."""
     items = [Shapes(64, 0)[i] for i in range(8)]
     words = lambda ids: " ".join(tokenizer.words[i] for i in ids if i > 0)
-    pictures, captions, targets, about, answers = Collate("understand", tokenizer, 48)(items)
+    pictures, captions, targets, about, answers = Collate("understand", tokenizer)(items, 48)
     for i, (_, caption, question, answer) in enumerate(items):
         whole, start = (f"{question} {answer}", len(question.split())) if i % 2 else (caption, 0)
         assert words(captions[i]) == f"<bos> {caption} <eos>"
@@ -471,8 +422,8 @@ def test_sequences_have_the_right_targets(tokenizer):
         assert words(answers[i]) == f"{answer if i % 2 else caption} <eos>"
         assert torch.equal(answers[i][start:stop], about[i][start + 1:stop + 1])
         assert {*answers[i][:start].tolist(), *answers[i][stop:].tolist()} == {-100}
-    assert torch.equal(pictures, Collate("vae", tokenizer, 48)(items)[0])
-    assert torch.equal(Collate("image", tokenizer, 48)(items)[1], captions * (captions != 2))
+    assert torch.equal(pictures, Collate("vae", tokenizer)(items, 0)[0])
+    assert torch.equal(Collate("image", tokenizer)(items, 48)[1], captions * (captions != 2))
     fits, _ = sequence(tokenizer, 7, "is there a red", "yes")
     assert words(fits) == "<bos> is there a red yes <eos>"
     with pytest.raises(ValueError, match="7 tokens, more than the 6"):

@@ -25,7 +25,7 @@ import evaluate
 import stages
 import train
 from conftest import ROOT, SMALL
-from data import Folder, Shapes
+from data import Mixture, Shapes
 from mos import PRESETS, MoS, MoSConfig, read_vocabulary
 from towers import Tokenizer
 
@@ -39,8 +39,8 @@ if os.environ.get("DOUBLE"):
     torch.set_default_dtype(torch.float64)
 if not os.environ.get("REAL"):
     test_train.lighten(setattr)
-if os.environ.get("RANK", "0") != "0":
-    common.replacing.__init__ = None  # this process cannot write
+if os.environ.get("RANK", "0") != "0" and not os.environ.get("SHARED"):
+    common.replacing.__init__ = None  # this process cannot write, but for shards of latents
 own = train.fill
 def fill(stage, c):  # nothing has memory before it is sharded
     assert all(p.is_meta for p in stage.model.parameters())
@@ -92,7 +92,7 @@ def lighten(patch):
     """Cheap validations, no plots, and the small world's words without drawing 5,000 scenes."""
     patch(train.Log, "plot", lambda _: None)
     own = train.build_tokenizer
-    patch(train, "build_tokenizer", lambda dataset: own(dataset) if isinstance(dataset, Folder)
+    patch(train, "build_tokenizer", lambda dataset: own(dataset) if not dataset.scenes
           else read_vocabulary(ROOT / "weights"))
     for kind in train.KINDS.values():
         patch(kind, "validate", lambda *_: {"val_loss": 1.0})
@@ -506,37 +506,35 @@ def test_tasks(task, scores, trained, tmp_path):
 
 
 @every_stage
-def test_validation_is_unseen(stage, trained):
+def test_validation_is_unseen(stage, trained, monkeypatch):
     """No stage validates on a scene that training draws, in a world so small that they recur."""
-    def scenes(items):
-        return {tuple(item[0].tolist()) for item in items}
-
-    def encode(dataset, _):
-        used.append(scenes(dataset[i] for i in range(200)))
-        return torch.zeros(1, 6, 4, 4), torch.zeros(1, 5)
-    data, used = Shapes(64, 0, tasks=("colours",), grid=8), []
-    kind = train.KINDS[stage](MoS.from_pretrained(trained), data,
-                              settings(stage, tasks=data.tasks, grid=8), alone())
-    drawn = scenes(data[i] for i in range(3000))
-    assert drawn & scenes(data[i] for i in range(3000, 3200))
-    assert not drawn & scenes(kind.validation_items(200))
+    def scenes(data, numbers):
+        return {tuple(data[i][0].tolist()) for i in numbers}
+    drawn, own = [], Shapes.draw
+    data = Shapes(64, 0, tasks=("colours",), grid=8, number=3200 if stage == "image" else None)
+    trained_on = scenes(data, range(3200))
+    assert scenes(data, range(3000)) & scenes(data, range(3000, 3200))
+    kind = train.KINDS[stage](MoS.from_pretrained(trained), Mixture([data]), settings(
+        stage, tasks=data.tasks, grid=8), alone())
+    monkeypatch.setattr(Shapes, "draw", lambda self, packed, device: drawn.append(
+        {*map(tuple, packed.tolist())}) or own(self, packed[:2], device))
     if stage == "image":  # its loss is that of latents encoded at the start
-        kind.encode = encode
-        kind.start(0)
-        assert drawn >= used[0] and not drawn & used[1]
+        monkeypatch.setattr(kind, "fill", lambda: None)
+        monkeypatch.setattr(kind.model.vae, "encode", lambda x: torch.zeros(256, 6, 4, 4))
+        kind.prepare()
+    else:
+        kind.validation(200)
+    assert len(drawn) == 1 and len(drawn[0]) > 20 and not drawn[0] & trained_on
 
 
 @every_stage
 def test_inputs_are_a_function_of_seed_and_step(stage, trained):
     """A batch depends on seed and step, not on where a run began or on how many share it."""
     def inputs(step, begin=3, seed=0, **world):
-        kind = train.KINDS[stage](model, Shapes(64, seed), settings(stage, seed=seed, batch=6),
-                                  alone(**world))
-        if stage == "image":
-            kind.latents = torch.arange(16.0)[:, None, None, None].expand(16, 6, 4, 4)
-            kind.tokens = torch.arange(80).view(16, 5)
-        else:
-            kind.start(begin)
+        number = 16 if stage == "image" else None
+        kind = train.KINDS[stage](model, Mixture([Shapes(64, seed, number=number)]), settings(
+            stage, seed=seed, batch=6, steps=9), alone(**world))
+        kind.start(begin)
         return [kind.inputs(s) for s in range(begin, step + 1)][-1]
 
     def same(*others):
@@ -550,23 +548,13 @@ def test_inputs_are_a_function_of_seed_and_step(stage, trained):
         assert same([torch.cat(column) for column in parts]) == {True}
 
 
-def test_order():
-    """Every epoch is another permutation, and epochs join seamlessly."""
-    for length, batch in ((10, 4), (7, 16), (5, 5)):
-        steps = [stages.order(s, batch, length, 3) for s in range(2 * length)]
-        epochs = torch.cat(steps).view(-1, length)
-        assert (epochs.sort(1).values == torch.arange(length)).all()
-        assert len(epochs.unique(dim=0)) > 1
-    assert not torch.equal(stages.order(0, 9, 9, 0), stages.order(0, 9, 9, 1))
-
-
 def test_prompt_dropout(trained):
     """Every tenth prompt is emptied down to <bos>; the others stay."""
-    stage = stages.ImageStage(MoS.from_pretrained(trained), None, settings("image"), alone())
-    stage.latents = torch.zeros(1, 6, 1, 1)
+    stage = stages.ImageStage(MoS.from_pretrained(trained), Mixture([Shapes(64, 0, number=16)]),
+                              settings("image", batch=8000), alone())
     tokens = torch.arange(5).expand(8000, 5) + 10
     tokens[:, 0] = Tokenizer.BOS
-    drawn, *_ = stage.draws(8000, tokens, stage.generator(0))
+    drawn, *_ = stage.draws(torch.zeros(8000, 6, 1, 1), tokens, stage.generator(0))
     empty = (drawn[:, 1:] == Tokenizer.PAD).all(1)
     assert (drawn[:, 0] == Tokenizer.BOS).all() and torch.equal(drawn[~empty], tokens[~empty])
     assert abs(empty.float().mean() - 0.1) < 0.015

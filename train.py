@@ -33,7 +33,7 @@ import estimate
 import shapes
 from common import (CommandLine, autocast, held, initialise, pick_device, replacing, run, setting,
                     tqdm_or_none, whole)
-from data import Folder, Shapes, build_tokenizer
+from data import build_tokenizer, open_sources
 from kernels import fused
 from mos import PRESETS, MoS, MoSConfig, read_config, read_vocabulary
 from stages import KINDS
@@ -50,7 +50,16 @@ class TrainConfig:
     phase: str = setting("", "the paper's phase of stage image: 512, 1024, aesthetic or 2048")
     out: str = setting("runs/mos", "folder for checkpoint, log, plot and pictures")
     init: str = setting("", "folder of the stages, or of the phase, before; empty: --out")
-    data: str = setting("shapes", "shapes, or a folder of pictures with captions")
+    data: str = setting("shapes", "shapes, a folder of pictures with captions, one of tar shards "
+                                  "or their pattern; several by weight: a=0.7,b=0.3")
+    where: str = setting("", "use own pictures whose fields fulfil this: 'aesthetic >= 6'")
+    max_broken: float = setting(0.05, "largest share of own pictures that cannot be used")
+    sizes: tuple = setting((), "own pictures are drawn at about these sizes, each at the largest "
+                               "that its area has; empty: the model's size")
+    length_step: int = setting(0, "pad prompts to multiples of this, and batch those of one length;"
+                                  " 0: to the longest, one shape for the compiler")
+    latents: str = setting("memory", "stage image: encode all at the start and keep it in memory; "
+                                     "in each step (step); or once, into this folder")
     tasks: tuple = setting((), "train on these tasks of the small world only")
     grid: int = setting(shapes.GRID, "objects of the small world stand on multiples of 1/grid")
     estimate: bool = setting(False, "print what a step of stage image needs on GPUs, and stop")
@@ -444,6 +453,7 @@ class Run:
                       f"good state is kept in {self.states}; try a smaller --lr")
             sys.exit(1)
         sums = {name: world.sum(value) for name, value in self.sums.items()}
+        data = self.stage.tell()
         elapsed = time.time() - self.clock
         rate = steps * self.c.batch / elapsed
         if world.first:
@@ -451,7 +461,7 @@ class Run:
                          images_per_s=rate, data_wait=self.waited / elapsed,
                          peak_gib=peak_memory(world.device) / 2**30,
                          **({"mfu": self.flops / elapsed / self.rate} if self.flops else {}),
-                         **self.stage.report(sums, steps))
+                         **self.stage.report(sums, steps), **data)
         if self.bar:
             self.bar.update(done - self.bar.n)
             self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
@@ -589,8 +599,8 @@ def complete(c, stage, device):
             ("steps batch micro_batch log_every eval_every save_every eval_prompts keep world", 1,
              math.inf),
             ("scenes", stage == "image", math.inf), ("clip", 1e-9, math.inf),
-            ("workers warmup lr weight_decay kl_weight shards", 0, math.inf),
-            ("final_lr ema prompt_dropout", 0, 1)):
+            ("workers warmup lr weight_decay kl_weight shards length_step", 0, math.inf),
+            ("final_lr ema prompt_dropout max_broken", 0, 1)):
         for name in names.split():
             if not low <= getattr(c, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(c, name)}")
@@ -645,18 +655,12 @@ def prepare(c, overrides, world):
     if any(path.exists() for path in made) and not c.resume:
         raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
                          "or choose another --out")
-    size = MoSConfig(**model_values(c, overrides)).size
-    dataset = (Shapes(size, c.seed, tasks=c.tasks, grid=c.grid) if c.data == "shapes"
-               else Folder(c.data, size))
-    if getattr(dataset, "broken", 0):
-        world.say(f"{dataset.broken} pictures could not be read and are left out")
+    dataset = open_sources(c, MoSConfig(**model_values(c, overrides)).size, world)
     model = build(c, overrides, dataset)
     if c.stage == "image" and world.device.type == "cuda":
         model.understanding.bfloat16()  # MoS App. A
     for block in model.generation.blocks:
         block.recompute = c.recompute
-    if isinstance(dataset, Folder) and c.stage != "vae":  # before any work
-        model.tokenizer.batch(dataset.captions, model.config.max_tokens - (c.stage != "image"))
     return Run(KINDS[c.stage](model, dataset, c, world), c, model, folder)
 
 

@@ -1,0 +1,642 @@
+"""Own data: the plan of batches, folders and tar shards, filtering, latents on disk."""
+
+import csv
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import buckets
+import data
+import index
+import stages
+import train
+from buckets import Batch, Bucket, assign, fit, make_plan, resolutions
+from conftest import ROOT, make_model
+from data import Mixture, Pictures, Reader, parse_mixture
+from index import Where
+from mos import MoS, MoSConfig, read_vocabulary
+from test_train import MODEL, launch, lighten, near, settings
+
+SIZES = ((64, 64), (96, 64), (64, 100), (70, 70), (140, 64))  # four buckets at 64 pixels
+
+
+def alone(rank=0, size=1):
+    return train.World(rank, size, torch.device("cpu"))
+
+
+def picture(i, size=None, form="PNG"):
+    """The bytes of a picture of its own."""
+    width, height = size or SIZES[i % len(SIZES)]
+    noise = np.random.default_rng(i).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(noise)
+    image.paste((20 * i % 256, 100, 200), (0, 0, 20, 20))
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
+
+
+def caption(i):
+    return "a red circle" + " and two blue stars" * (i % 2)
+
+
+def make_folder(path, number=6):
+    """Pictures with metadata.jsonl, whose field `score` counts from 0."""
+    path.mkdir(parents=True)
+    rows = [{"file_name": f"{i}.png", "text": caption(i), "score": i} for i in range(number)]
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for i in range(number):
+        (path / f"{i}.png").write_bytes(picture(i))
+    return path
+
+
+def make_tar(path, members):
+    """A tar of {name: bytes}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            one = tarfile.TarInfo(name)
+            one.size = len(content)
+            tar.addfile(one, io.BytesIO(content))
+    return path
+
+
+def make_shards(path, shards=2, each=4):
+    """Tar shards of pictures with JSON."""
+    for s in range(shards):
+        make_tar(path / f"{s:03d}.tar", {
+            name: content for i in range(s * each, s * each + each) for name, content in (
+                (f"{i:04d}.json", json.dumps({"text": caption(i), "score": i}).encode()),
+                (f"{i:04d}.png", picture(i)))})
+    return path
+
+
+def read(path, where=None, broken=1.0, world=None):
+    return Pictures(path, [64], world or alone(), where and Where(where), broken)
+
+
+# ------------------------------------------------------------------------------------------------
+# The plan
+
+def steps(plan, start, stop):
+    return [(b.source.tolist(), b.index.tolist(), b.bucket, b.waiting)
+            for b in plan.batches(start, stop)]
+
+
+def mixed(seed=0, batch=4, chunk=64):
+    """Two finite sources of several buckets and one without end."""
+    rng = np.random.default_rng(0)
+    sides = [np.stack([rng.choice([64, 96], n)] * 2, 1) for n in (50, 7)] + [np.array([64, 64])]
+    plan = make_plan([1, 1, 0], sides, [rng.integers(3, 30, 50), rng.integers(3, 30, 7), 20], 16,
+                     [5, 3, 2], batch, seed)
+    plan.CHUNK = chunk
+    return plan
+
+
+def test_one_source_and_one_bucket_are_a_permutation_of_each_epoch():
+    """Every epoch is another permutation, epochs join seamlessly; another seed, another order."""
+    for length, batch in ((10, 4), (7, 16), (5, 5)):
+        side = np.full((length, 2), 64)
+        plans = [make_plan([1], [side], [0], 0, [1], batch, seed) for seed in (3, 4)]
+        drawn = [np.concatenate([b.index for b in p.batches(0, 2 * length)]) for p in plans]
+        epochs = drawn[0].reshape(-1, length)
+        assert (np.sort(epochs, 1) == np.arange(length)).all()
+        assert len(np.unique(epochs, axis=0)) > 1 and (drawn[0] != drawn[1]).any()
+    endless = make_plan([0], [np.array([64, 64])], [9], 0, [1], 6, 3)
+    assert [b.index.tolist() for b in endless.batches(7, 9)] == [[*range(42, 48)], [*range(48, 54)]]
+
+
+def test_resume_at_any_step():
+    """From any step on the plan goes on as it would have; the size of a chunk changes nothing."""
+    whole = steps(mixed(), 0, 60)
+    assert all(steps(mixed(), s, 60) == whole[s:] for s in (1, 7, 31, 59))
+    assert steps(mixed(seed=1), 0, 60) != whole
+    side, length = np.repeat([[64, 64], [64, 96]], 9, 0), np.arange(18)
+    a, b = (make_plan([1], [side], [length], 8, [1], 4, 0) for _ in range(2))
+    b.CHUNK = 5
+    assert steps(a, 0, 50) == steps(b, 0, 50)
+
+
+def test_buckets_fill_in_turn():
+    """A batch is of one bucket and goes when it is full; what is left waits, nothing is lost."""
+    plan, found, stop = mixed(), [], 200
+    for step, b in enumerate(plan.batches(0, stop)):
+        keys = [plan.keys[s] if s == 2 else plan.keys[s][i] for s, i in zip(b.source, b.index)]
+        assert {plan.buckets[key] for key in keys} == {b.bucket} and len(keys) == 4
+        assert 0 <= b.waiting <= 3 * len(plan.buckets)
+        found += zip(b.source.tolist(), b.index.tolist())
+    for source, length in ((0, 50), (1, 7)):
+        times = np.bincount([i for s, i in found if s == source], minlength=length)
+        missing = times.max() * length - times.sum()
+        assert times.min() >= times.max() - 2 and missing <= length + 3 * len(plan.buckets)
+    last = [i for s, i in found if s == 2]
+    assert sorted(last) == sorted(set(last)) and max(last) - len(last) <= 3 * len(plan.buckets)
+    drawn = (stop - 1) * 4 + 4 + b.waiting  # of the stream, up to the last one dispatched
+    cursors, stream = [0] * 3, []
+    for chunk in range(-(-drawn // 64)):
+        stream += [tuple(column) for column in plan.draw(chunk, cursors)[:2].T.tolist()]
+    rest = list(stream[:drawn])
+    for one in found:
+        rest.remove(one)
+    assert len(rest) == b.waiting
+
+
+def test_shares_of_sources():
+    """Samples come from sources by weight, to within three standard deviations."""
+    plan, number = mixed(batch=10), 4000
+    counts = sum(np.bincount(b.source, minlength=3) for b in plan.batches(0, number))
+    for share, count in zip((0.5, 0.3, 0.2), counts / (10 * number)):
+        assert abs(count - share) < 3 * (share * (1 - share) / (10 * number)) ** 0.5
+
+
+def test_shards_are_read_in_windows(monkeypatch):
+    """Any stretch of an epoch touches few shards; shards and samples are in random order."""
+    monkeypatch.setattr(buckets, "WINDOW", 3)
+    shard = np.repeat(np.arange(30), 20)
+    plan = make_plan([1], [np.full((600, 2), 64)], [0], 0, [1], 20, 0, [shard])
+    order = np.concatenate([b.index for b in plan.batches(0, 30)])
+    windows = shard[order].reshape(-1, 60)
+    assert sorted(order) == list(range(600))
+    assert all(len(set(w)) == 3 and len(set(w[:20])) == 3 for w in windows)
+    assert windows[0].max() - windows[0].min() > 2
+
+
+def test_lengths():
+    """Prompts go to the next multiple of the step, 0: all to the longest."""
+    side = [np.full((6, 2), 64)]
+    lengths = [np.array([1, 16, 17, 32, 33, 40])]
+    table = make_plan([1], side, lengths, 16, [1], 1, 0)
+    assert [table.buckets[key].length for key in table.keys[0]] == [16, 16, 32, 32, 48, 48]
+    assert make_plan([1], side, lengths, 0, [1], 1, 0).buckets == [Bucket(1, 64, 64, 40)]
+    with pytest.raises(ValueError, match="70,000 buckets.*length-step"):
+        make_plan([1], [np.full((70_000, 2), 64)], [np.arange(70_000)], 1, [1], 1, 0)
+
+
+def test_resolutions():
+    """About the area that is asked for, multiples of 32, both ways round; the nearest ratio."""
+    for size in (512, 1024):
+        table = resolutions(size)
+        assert (table % 32 == 0).all() and {(h, w) for h, w in table} == {(w, h) for h, w in table}
+        assert abs(table.prod(1) / size ** 2 - 1).max() < 0.07 and [size, size] in table.tolist()
+    widths, heights = np.array([(600, 600), (1000, 600), (512, 4000), (1024, 1024), (300, 200)]).T
+    assert assign(widths, heights, [512]).tolist() == [
+        [512, 512], [384, 672], [1024, 256], [512, 512], [416, 640]]
+    assert assign(widths, heights, [1024, 512])[:4].tolist() == [
+        [512, 512], [384, 672], [2048, 512], [1024, 1024]]
+    rng = np.random.default_rng(0)
+    w, h = rng.integers(100, 800, (2, 300))
+    table = resolutions(512)
+    away = abs(np.log(table[:, 1] / table[:, 0]) - np.log(w / h)[:, None])
+    sides = assign(w, h, [512])
+    assert (abs(np.log(sides[:, 1] / sides[:, 0]) - np.log(w / h)) <= away.min(1) + 1e-9).all()
+
+
+def test_fit():
+    """Pictures of a sample get the same scale and crop of the centre: a mark stays in its place."""
+    pair = [Image.new("RGB", (300, 200), colour) for colour in ("black", "blue")]
+    for image in pair:
+        image.paste("red", (150, 100, 180, 110))
+    for height, width in ((64, 64), (96, 64), (64, 96), (128, 128)):
+        found = [np.asarray(p)[..., 0] > 128 for p in fit(pair, height, width)]
+        scale = max(width / 300, height / 200)
+        rows, columns = np.nonzero(found[0])
+        assert found[0].shape == (height, width) and (found[0] == found[1]).all()
+        assert abs(rows.min() - height / 2) <= 1 and abs(columns.min() - width / 2) <= 1
+        assert abs(rows.max() + 1 - height / 2 - 10 * scale) <= 1
+        assert abs(columns.max() + 1 - width / 2 - 30 * scale) <= 1
+    with pytest.raises(ValueError, match="one size, got 300x200, 100x100"):
+        fit([pair[0], Image.new("RGB", (100, 100))], 64, 64)
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders, tar shards, filters
+
+def test_layouts(tmp_path):
+    """name.png + name.txt, metadata.jsonl, a folder and a pattern of tars: the same samples."""
+    folder, shards = make_folder(tmp_path / "a", 8), make_shards(tmp_path / "b")
+    plain = tmp_path / "c"
+    plain.mkdir()
+    for i in range(8):
+        shutil.copy(folder / f"{i}.png", plain / f"{i}.png")
+        (plain / f"{i}.txt").write_text(caption(i) + "\n")
+    mixed = make_tar(tmp_path / "d" / "0.tar", {
+        name: content for i in range(8) for name, content in (
+            (f"deep/{i}.jpg", picture(i, form="JPEG")), (f"deep/{i}.txt", caption(i).encode()),
+            (f"deep/{i}.json", b'{"caption": "not this"}'))})
+    found = [read(p) for p in (folder, shards, f"{shards}/00*.tar", plain, mixed)]
+    for own in found:
+        assert list(own.captions) == [caption(i) for i in range(8)]
+        assert (own.sides == found[0].sides).all() and not own.broken and own.total == 8
+        items = [own.item(i, *own.sides[i]) for i in range(8)]
+        assert all(item[0].shape == (3, *side) for item, side in zip(items, own.sides))
+    assert found[1].shard.tolist() == [0] * 4 + [1] * 4 and found[0].shard is None
+    assert [json.loads(f)["score"] for f in found[1].fields] == list(range(8))
+    assert json.loads(found[1].fields[1]) == {"score": 1, "width": 96, "height": 64}
+    for i in range(8):  # pixels of one are those of the other
+        a, b, c = (own.item(i, 64, 64)[0].float() for own in (found[0], found[1], found[4]))
+        mark = a[:, 2:14, 2:14] - torch.tensor([20. * i % 256, 100, 200]).view(3, 1, 1)
+        assert torch.equal(a, b)
+        assert i % 5 or mark.abs().max() == 0 and (a - c)[:, 2:14, 2:14].abs().max() < 9  # JPEG
+    assert len(np.unique(found[0].sides, axis=0)) == 4
+
+
+def test_orientation(tmp_path):
+    """A photo's EXIF orientation is heeded, in the index and in the pixels."""
+    exif = Image.Exif()
+    exif[index.ORIENTATION] = 6
+    image = Image.new("RGB", (96, 64))
+    image.paste("white", (0, 0, 48, 64))
+    image.save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "a.txt").write_text("half")
+    own = read(tmp_path)
+    bright = own.item(0, 96, 64)[0].float().mean((0, 2))
+    assert own.sides.tolist() == [[96, 64]] and bright[:40].min() > 200 > 50 > bright[56:].max()
+    drawn = own.draw(own.item(0, 96, 64)[0][None], "cpu")
+    assert drawn.shape == (1, 3, 96, 64) and -1 <= drawn.min() < -0.9 < 0.9 < drawn.max() <= 1
+
+
+def test_what_cannot_be_used_is_counted(tmp_path, monkeypatch, capsys):
+    """Each reason is counted and named; past --max-broken a run stops with the list."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)
+    text = b'{"text": "a star"}'
+    path = make_tar(tmp_path / "a.tar", {
+        "0.png": picture(0), "0.json": text, "1.png": bytes(range(200)), "1.json": text,
+        "2.png": picture(0), "2.json": b"{}", "3.png": picture(0), "3.txt": b" \n", "4.txt": b"a",
+        "5.png": picture(0), "5.json": b"[", "6.png": picture(0, (31, 90)), "6.txt": b"a",
+        "7.png": picture(0, (40, 330)), "7.txt": b"a", "8.png": picture(0, (400, 301)),
+        "8.txt": b"a", "9.png": picture(0), "9.txt": b"\xff\xfe\xff", "10.png": picture(0)})
+    own = read(path)
+    assert (own.total, list(own.captions)) == (11, ["a star"])
+    told = {name.split("/")[-1]: reason for name, reason in own.broken.items()}
+    assert told == {"1.png": "cannot be read", "2.png": "no caption", "10.png": "no caption",
+                    "3.png": "its caption is empty", "4.txt": "no picture",
+                    "5.png": "its text or JSON is malformed", "6.png": "a side below 32 pixels",
+                    "7.png": "an aspect ratio beyond 8", "8.png": "more than 0 M pixels",
+                    "9.png": "its text or JSON is malformed"}
+    told = capsys.readouterr().out
+    assert "left out of 11: 2 no caption, 2 its text or JSON is malformed" in told
+    with pytest.raises(ValueError, match=r"10 of 11 samples .* --max-broken 0.9 allows: .*a.tar/1."
+                                         "png: cannot be read, .*a.tar/2.png: no caption"):
+        read(path, broken=0.9)
+    assert len(read(path, broken=0.91).captions) == 1
+    many = make_tar(tmp_path / "b.tar", {f"{i:02d}.png": b"" for i in range(30)})
+    with pytest.raises(ValueError, match=r"19.png: no caption, \.\.\.$"):
+        read(many, broken=0.5)
+    with pytest.raises(ValueError, match="none of its 30 samples can be used"):
+        read(many)
+
+
+@pytest.mark.parametrize("cut, kept, broken", (
+    ("nowhere", 8, 0), ("padding", 8, 0), ("end", 8, 1), ("picture", 5, 1), ("text", 5, 1),
+    ("between", 6, 1), ("header", 6, 1), ("first", 0, 1)))
+def test_broken_shard(tmp_path, cut, kept, broken):
+    """What was complete before a shard breaks off is kept, wherever it does; the break counts."""
+    path = make_shards(tmp_path, 1, 8) / "000.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        text, image, seventh = tar.getmembers()[10:13]
+        end = tar.offset
+    place = {"nowhere": len(whole), "padding": end + 512, "end": end, "first": 700,
+             "picture": image.offset_data + image.size - 9, "text": text.offset_data + 5,
+             "between": seventh.offset, "header": seventh.offset}[cut]
+    path.write_bytes(whole[:place] + (b"x" * 512 + whole[place + 512:]) * (cut == "header"))
+    if kept:
+        own = read(path)
+        assert list(own.captions) == [caption(i) for i in range(kept)]
+        assert len(own.broken) == broken and own.total == kept + broken
+    else:
+        with pytest.raises(ValueError, match="none of its 1 samples"):
+            read(path)
+
+
+@pytest.mark.parametrize("message, files", (
+    ("not a folder", None), ("no pictures", {}), ("no caption.*a.txt", {"a.png": ""}),
+    ("none of its 1 samples", {"a.png": "junk", "a.txt": "words"}),
+    ("none of its 1 samples", {"a.tar": "junk"}), ("no pictures", {"metadata.jsonl": "\n"}),
+    ("line 3", {"metadata.jsonl": '{"file_name": "a.png", "text": "a"}\n\n{"file_name": \n'}),
+    ("line 1", {"metadata.jsonl": '{"file_name": "a.png"}'}), ("line 1", {"metadata.jsonl": "[1]"}),
+    ("line 1", {"metadata.jsonl": '{"file_name": "a.png", "text": 5}'})))
+def test_folder_says_what_is_wrong(tmp_path, message, files):
+    """A folder that cannot serve is a ValueError that names the folder, and the line."""
+    for name, text in (files or {}).items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
+        read(tmp_path / "none" if files is None else tmp_path)
+
+
+def test_processes_share_the_index(tmp_path):
+    """Each process reads its tars only, and all hold the same index in the same order."""
+    path, parts, seen = make_shards(tmp_path / "a", 5, 2), [], []
+
+    class Some(train.World):
+        def gather(self, own):
+            parts.append(own)
+            return {key: value for part in parts for key, value in part.items()}
+    for rank in range(3):
+        try:
+            seen.append(read(path, world=Some(rank, 3, torch.device("cpu"))))
+        except KeyError:
+            pass
+    assert [sorted(part) for part in parts] == [[0, 3], [1, 4], [2]]
+    assert list(seen[-1].captions) == [caption(i) for i in range(10)] == list(read(path).captions)
+    assert (seen[-1].places == read(path).places).all()
+
+
+FIELDS = {"score": 6, "width": 1024, "tag": "cat", "tags": ["a", "b"], "none": None, "ok": True}
+
+
+@pytest.mark.parametrize("text, fault", (
+    ("score >= 6 and width >= 1024", ""), ("score > 6", "fail"), ("5 < score <= 6 < width", ""),
+    ("5 < score < 6 < width", "fail"), ("not score < 6", ""), ("tag == 'cat'", ""),
+    ("tag in ('dog', 'cat')", ""), ("'a' in tags and 'c' not in tags", ""), ("score != -6", ""),
+    ("score > 9 or tag == 'cat'", ""), ("zebra > 1 or score == 6", "lack zebra"),
+    ("none > 1", "lack none"), ("tag > 5", "hold what cannot be compared"), ("ok", ""),
+    ("score == 6.0 and (score < 3 or width == 1024)", "")))
+def test_where(text, fault):
+    """The grammar of conditions, and why a sample is dropped."""
+    assert Where(text).fault(FIELDS) == fault
+
+
+@pytest.mark.parametrize("text", (
+    "__import__('os')", "score.real > 1", "tags[0] == 'a'", "score >", "", "score = 6",
+    "(lambda: 1)()", "score + 1 > 2", "9 ** 9 ** 9 > score", "f'{score}'", "[x for x in tags]",
+    "score is 6", "b'a' == tag", "(s := 5) > 3", "score if ok else 1", "x\0", "(" * 300))
+def test_where_refuses(text):
+    """Whatever is no comparison is refused in one line, and never evaluated."""
+    with pytest.raises(ValueError, match="^where: .*") as error:
+        Where(text)
+    assert "\n" not in str(error.value)
+
+
+def test_where_drops_and_says_so(tmp_path, capsys):
+    """Fields come from metadata.jsonl, width and height from the picture; nothing left: error."""
+    path = make_folder(tmp_path / "a", 10)
+    rows = (path / "metadata.jsonl").read_text().replace('"score": 9', '"other": 1')
+    (path / "metadata.jsonl").write_text(rows)
+    own = read(path, "score >= 2 and width == 64")
+    assert [json.loads(f)["score"] for f in own.fields] == [2, 5, 7]
+    assert "keeps 3 of 10; of the others 6 fail, 1 lack score" in capsys.readouterr().out
+    assert own.captions[0] == caption(2) and len(own.sides) == len(own.places) == 3
+    with pytest.raises(ValueError, match="none of its 10 samples fulfils --where 'score > 99'"):
+        read(path, "score > 99")
+
+
+def test_parse_mixture(tmp_path):
+    """Paths by weight, a path alone; anything else is one line."""
+    assert parse_mixture("shapes") == {"shapes": 1} and parse_mixture("a,b") == {"a,b": 1}
+    assert parse_mixture("x/a=3,shapes=0.5") == {"x/a": 3, "shapes": 0.5}
+    (tmp_path / "a=1").mkdir()
+    assert list(parse_mixture(str(tmp_path / "a=1"))) == [str(tmp_path / "a=1")]
+    for text in ("a=0", "a=-1", "a=x", "a=1,b", "a=1,a=2", "=1", "a=nan", "a=inf"):
+        with pytest.raises(ValueError, match="data: expected path=weight"):
+            parse_mixture(text)
+
+
+def test_broken_body_is_replaced(tmp_path):
+    """A good header over a broken body: the next good sample of the global batch stands in."""
+    path = make_folder(tmp_path / "a", 6)
+    for i in (2, 3):
+        whole = (path / f"{i}.png").read_bytes()
+        (path / f"{i}.png").write_bytes(whole[:len(whole) // 2])
+    own = read(path)
+    assert own.total == 6 and not own.broken
+    collate = data.Collate("image", make_model().tokenizer)
+    batch = Batch(np.zeros(6, int), np.array([5, 2, 3, 0, 4, 1]), Bucket(1, 64, 64, 16))
+    whole = Reader(Mixture([own]), collate)[batch]
+    order = [5, 0, 0, 0, 4, 1]
+    assert whole[1] == [caption(i) for i in order] and set(whole[2]) == {(0, 2), (0, 3)}
+    assert all(torch.equal(p, own.item(i, 64, 64)[0]) for p, i in zip(whole[0][0], order))
+    for size in (2, 3):
+        parts = [Reader(Mixture([own]), collate, alone(rank, size).share(6))[batch]
+                 for rank in range(size)]
+        for a, *others in zip(whole[0], *(part[0] for part in parts)):
+            assert torch.equal(a, torch.cat(others))
+    bad = Batch(np.zeros(2, int), np.array([2, 3]), Bucket(1, 64, 64, 16))
+    assert Reader(Mixture([own]), collate)[bad][0] is None
+    mixture = Mixture([own])
+    mixture.check(whole[2], 0.4)
+    with pytest.raises(ValueError, match="2 of 6 .*2.png: .*truncated.*, .*3.png"):
+        mixture.check(whole[2], 0.3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stages
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a small model (init), a folder of pictures (a) and tar shards (b)."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    MoS(MoSConfig(**MODEL), read_vocabulary(ROOT / "weights")).save_pretrained(root / "init")
+    make_folder(root / "a", 9)
+    make_shards(root / "b", 2, 5)
+    return root
+
+
+@pytest.fixture
+def light(monkeypatch):
+    own = stages.Stage.unseen
+    monkeypatch.setattr(stages.Stage, "unseen", lambda self, _: own(self, 8))
+    lighten(monkeypatch.setattr)
+
+
+def go(world, out, stage="image", **changes):
+    """Train a stage of the small model in this process; gives its losses and the CSV's rows."""
+    c = settings(stage, out, **{"init": str(world / "init"), "data": f"{world}/a=2,{world}/b=1",
+                                "seed": 0, **changes})
+    assert train.train_stage(c, MODEL, alone())
+    with open(out / f"{stage}.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    return [float(row["loss"]) for row in rows], rows
+
+
+def test_columns(world, light, tmp_path, capsys):
+    """A run on a mixture of tars and a folder, filtered, logs shares, padding and who waits."""
+    _, rows = go(world, tmp_path / "out", where="score >= 1", length_step=4, latents="step",
+                 workers=1, steps=8)
+    a, b = ([float(row[f"share_{world}/{name}"]) for row in rows] for name in "ab")
+    assert all(x + y == pytest.approx(1) for x, y in zip(a, b)) and sum(a) > sum(b) > 0
+    assert {row["broken"] for row in rows} == {"0"} and any(int(row["waiting"]) for row in rows)
+    padding = {float(row["padding"]) for row in rows}
+    assert padding <= {0, 0.0} and float(rows[0]["data_wait"]) >= 0  # 4 and 8 tokens: no padding
+    text = capsys.readouterr().out
+    assert "keeps 8 of 9; of the others 1 fail" in text and "keeps 9 of 10" in text
+    assert "buckets (8): 32x96 with 4 tokens, 32x96 with 8 tokens, 64x64 with 4" in text
+    _, rows = go(world, tmp_path / "all", steps=8)
+    assert sum(float(row["padding"]) for row in rows) / 8 == pytest.approx(2 / 8, abs=0.1)
+
+
+def test_latents_three_ways(world, light, tmp_path, monkeypatch, capsys):
+    """Latents in memory, of each step and from disk give the same losses; disk needs no picture."""
+    changes = dict(length_step=4, steps=4)
+    memory, _ = go(world, tmp_path / "memory", **changes)
+    step, _ = go(world, tmp_path / "step", latents="step", **changes)
+    folder = tmp_path / "latents"
+    disk, _ = go(world, tmp_path / "disk", latents=str(folder), **changes)
+    assert len(memory) == 4 and step == pytest.approx(memory, rel=1e-4)
+    assert disk == pytest.approx(memory, rel=1e-2) and disk != memory  # bf16
+    rows = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+    assert len(rows) == 19 and rows[0]["fields"].keys() == {"score", "width", "height"}
+    assert {row["text"] for row in rows} == {caption(0), caption(1)}
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("opened a picture"))
+    monkeypatch.setattr(data, "find", lambda *_: pytest.fail("looked at the sources"))
+    monkeypatch.setattr(type(make_model().vae), "encode", lambda *_: pytest.fail("encoded"))
+    again, _ = go(world, tmp_path / "again", latents=str(folder), **{**changes, "workers": 1})
+    assert again == disk
+
+
+@pytest.mark.parametrize("beside", ("", "=1,{}/a=1"))
+def test_latents_of_the_small_world(beside, world, light, tmp_path):
+    """The small world can be stored, too, alone or beside pictures."""
+    changes, losses = dict(data="shapes" + beside.format(world), scenes=10, steps=3), []
+    for out, where in (("a", "memory"), ("b", "step"), ("c", "stored"), ("d", "stored")):
+        where = str(tmp_path / where) if where == "stored" else where
+        losses += [go(world, tmp_path / out, latents=where, **changes)[0]]
+    assert all(one == pytest.approx(losses[0], rel=1e-2) for one in losses[1:])
+    assert losses[2] == losses[3]
+
+
+def test_latents_of_another_kind(world, light, tmp_path):
+    """A folder that another VAE, other sizes or other samples made is refused in one line."""
+    folder, out = tmp_path / "latents", tmp_path / "out"
+    go(world, tmp_path / "first", latents=str(folder), steps=1)
+    shutil.copytree(world / "init", tmp_path / "init")
+    model = MoS.from_pretrained(tmp_path / "init")
+    model.vae.quant_conv.weight.data += 1
+    model.save_pretrained(tmp_path / "init", ("vae",))
+    for name, changes in (("vae", {"init": str(tmp_path / "init")}), ("sizes", {"sizes": ("96",)}),
+                          ("data", {"data": str(world / "a")}), ("where", {"where": "score > 1"})):
+        with pytest.raises(ValueError, match=f"{folder} was made with another {name} .*another fo"):
+            go(world, out, latents=str(folder), **changes)
+    with open(folder / "index.jsonl", "a") as file:
+        file.write("{")
+    with pytest.raises(ValueError, match="index.jsonl is damaged"):
+        go(world, out, latents=str(folder))
+    (folder / "index.jsonl").unlink()  # now the samples matter, too
+    shutil.copytree(world / "a", tmp_path / "a")
+    made = json.loads((folder / "made.json").read_text())
+    (folder / "made.json").write_text(json.dumps({**made, "samples": "others"}))
+    with pytest.raises(ValueError, match="another samples"):
+        go(world, tmp_path / "more", latents=str(folder))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").write_text("")
+    with pytest.raises(ValueError, match="full holds something else"):
+        go(world, out, latents=str(tmp_path / "full"))
+    assert not out.exists()
+
+
+def test_interrupted_latents(world, light, tmp_path, monkeypatch):
+    """Broken off while it is made, a folder is completed: whole shards stay, nothing differs."""
+    monkeypatch.setattr(Mixture.pieces, "__defaults__", (3 * 64 * 64,))
+    whole, folder, written, own = tmp_path / "whole", tmp_path / "part", [], stages.write_shard
+    expected, _ = go(world, tmp_path / "one", latents=str(whole), steps=3)
+    shards = len(list(whole.glob("*.safetensors")))
+
+    def write(path, *rest):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        own(path, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "write_shard", write)
+        with pytest.raises(KeyboardInterrupt):
+            go(world, tmp_path / "two", latents=str(folder), steps=3)
+    assert {p.name for p in folder.iterdir()} == {"made.json", *written} and shards > 6
+    monkeypatch.setattr(stages, "write_shard",
+                        lambda path, *rest: written.append(path.name) or own(path, *rest))
+    again, _ = go(world, tmp_path / "two", latents=str(folder), steps=3, resume=True)
+    assert again == expected and len(written) == shards == len(set(written))
+    assert all((folder / p.name).read_bytes() == p.read_bytes() for p in whole.iterdir())
+
+
+def test_processes_share_the_encoding(world, light, tmp_path):
+    """Of two processes the second writes every other shard."""
+    class Second(train.World):
+        def wait(self):
+            pass
+
+        def gather(self, values):
+            return values
+    c = settings("image", tmp_path, init=str(world / "init"), data="shapes", scenes=9,
+                 latents=str(tmp_path / "z"))
+    (tmp_path / "z").mkdir()
+    dataset = data.open_sources(c, 32, alone())
+    dataset.pieces = lambda length: Mixture.pieces(dataset, length, 2 * 32 * 32)
+    stage = stages.ImageStage(MoS.from_pretrained(world / "init"), dataset, c, Second(1, 2, "cpu"))
+    with pytest.raises(OSError):  # the others' are missing
+        stage.prepare()
+    assert {p.name[:6] for p in (tmp_path / "z").iterdir()} == {"000001", "000003"}
+
+
+def spoil(world, folder, number):
+    """A copy of folder a in which the body of one picture is broken."""
+    shutil.copytree(world / "a", folder)
+    content = (folder / f"{number}.png").read_bytes()
+    (folder / f"{number}.png").write_bytes(content[:len(content) // 2])
+    return str(folder)
+
+
+@pytest.mark.parametrize("where", ("step", "memory", "disk"))
+def test_broken_body_in_training(where, world, light, tmp_path):
+    """It is counted and replaced, on disk left out; past --max-broken the run stops with the list.
+    """
+    own = spoil(world, tmp_path / "a", 8)
+    changes = dict(data=own, steps=12, latents=str(tmp_path / where) if where == "disk" else where)
+    with pytest.raises(ValueError, match="1 of 9 samples .*0.1 allows: .*8.png: .*truncated"):
+        go(world, tmp_path / "out", max_broken=0.1, **changes)
+    _, rows = go(world, tmp_path / "more", max_broken=0.2, **changes)
+    assert rows[-1]["broken"] == ("0" if where == "disk" else "1")
+    if where == "disk":
+        assert len((tmp_path / "disk/index.jsonl").read_text().splitlines()) == 8
+        go(world, tmp_path / "again", max_broken=0, **changes)
+
+
+@pytest.mark.parametrize("where", ("step", "memory"))
+def test_bucket_without_a_good_sample(where, world, light, tmp_path):
+    """Where nothing can stand in for a broken picture the run ends with its name."""
+    own = spoil(world, tmp_path / "a", 4)  # the only one of its ratio
+    with pytest.raises(ValueError, match="no sample of a batch.*remove .*4.png .*truncated"):
+        go(world, tmp_path / "out", data=own, latents=where, steps=50, max_broken=1)
+
+
+@pytest.mark.parametrize("stage", ("vae", "understand"))
+def test_first_stages_follow_the_plan(stage, world, light, tmp_path):
+    """VAE and tower train on buckets of a mixture with the small world, and resume exactly."""
+    changes = dict(data=f"{world}/a=1,shapes=1", steps=6, length_step=8)
+    losses, rows = go(world, tmp_path / "whole", stage, **changes)
+    assert 0 < sum(float(row["share_shapes"]) for row in rows) < 6
+    assert all(("padding" in row) == (stage == "understand") for row in rows)
+    kind = train.KINDS[stage]
+    c = settings(stage, tmp_path, batch=4, data=changes["data"], steps=6)
+    dataset = data.open_sources(c, 64, alone())
+    model = MoS(MoSConfig(**MODEL), data.build_tokenizer(dataset, 300))
+    inputs = [kind(model, dataset, c, alone(r, n)) for n in (1, 2, 4) for r in range(n)]
+    for one in inputs:
+        one.start(3)
+    batches = [[one.inputs(3), one.inputs(4)] for one in inputs]
+    for i in range(2):
+        whole, *parts = (b[i] for b in batches)
+        for ranks in (parts[:2], parts[2:]):
+            assert all(torch.equal(a, torch.cat(cut)) for a, *cut in zip(whole, *ranks))
+
+
+def test_two_processes(world, light, tmp_path, monkeypatch):
+    """Two processes index, encode and train like one, in float64, on buckets of a mixture."""
+    one, two, changes = tmp_path / "one", tmp_path / "two", dict(steps=6, length_step=4)
+    two.mkdir()
+    monkeypatch.setenv("SHARED", "1")
+    torch.set_default_dtype(torch.float64)
+    try:
+        go(world, one, latents=str(tmp_path / "a"), **changes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    launch(two, 2, "1", stage="image", init=world / "init", latents=tmp_path / "b",
+           data=f"{world}/a=2,{world}/b=1", **changes)
+    near(one, two, "image", 1e-10)
+    assert all((tmp_path / "b" / p.name).read_bytes() == p.read_bytes()
+               for p in (tmp_path / "a").iterdir())
