@@ -14,7 +14,7 @@ import train
 from common import CommandLine, autocast, run
 from data import Mixture, Shapes
 from mos import MoSConfig
-from stages import ImageStage, Stage
+from stages import ImageStage
 from towers import Understanding
 
 # A block's norm removes the scale of the mixture that Proj hands it, unless Proj has a bias or the
@@ -50,7 +50,7 @@ def train_arm(c, overrides, bias, rescaled, data, world):
         stage.prepare()
         data.update({name: vars(stage)[name] for name in KEPT})
     vars(stage).update(data)
-    Stage.start(stage, 0)
+    stage.batches = stage.follow(stage.plan().batches(0, c.steps))
     module = stage.trained()
     optimizer = torch.optim.AdamW(train.decayed_groups(module, c.weight_decay), betas=(0.9, 0.95))
     norms = []

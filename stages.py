@@ -55,14 +55,18 @@ class Stage(nn.Module):
         return self.dataset.lengths(self.model.tokenizer, self.model.config.max_tokens)
 
     def start(self, step):
-        """Plan the batches from that of `step` on, and begin to read them. Returns the Plan."""
-        c = self.c
-        plan = self.dataset.plan(self.lengths, c.length_step, c.batch, c.seed)
+        """Say what the buckets are, and follow the plan from `step` on. Returns the Plan."""
+        plan = self.plan()
         self.world.say(f"buckets ({len(plan.buckets)}): " + ", ".join(
             f"{b.height}x{b.width}" + f" with {b.length} tokens" * (b.length > 0)
             for b in plan.buckets[:8]) + ", ..." * (len(plan.buckets) > 8))
-        self.batches = self.follow(plan.batches(step, c.steps))
+        self.batches = self.follow(plan.batches(step, self.c.steps))
         return plan
+
+    def plan(self):
+        """The Plan of all batches."""
+        c = self.c
+        return self.dataset.plan(self.lengths, c.length_step, c.batch, c.seed)
 
     def follow(self, batches):
         """Yield what `next` needs of these batches."""
