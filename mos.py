@@ -202,14 +202,15 @@ class MoS(nn.Module):
 
     # --- rectified flow --------------------------------------------------------------------------
 
-    def loss(self, z0, tokens, t, z1, uniform=None):
+    def loss(self, z0, tokens, t, z1, uniform=None, context=None):
         """Squared error of the velocity, a mean for each sample: (B,). MoS eq. (1).
 
-        z0: latents (B, C, h, w), tokens: (B, S), t: (B,), z1: standard normal like z0.
+        z0: latents (B, C, h, w), tokens: (B, S), t: (B,), z1: standard normal like z0, context:
+        what `understand` says about the tokens, where that is known already.
         """
         at = t[:, None, None, None]
         z = (1 - at) * z0 + at * z1                                   # MoS sec. 3.1
-        v = self(z, t, self.understand(tokens), uniform)              # (B, C, h, w)
+        v = self(z, t, context or self.understand(tokens), uniform)   # (B, C, h, w)
         return (wide(v) - (z1 - z0)).square().mean((1, 2, 3))        # MoS eq. (1)
 
     @torch.no_grad()

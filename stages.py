@@ -6,6 +6,7 @@ processes and a resume change nothing.
 
 import itertools
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ import shapes
 from buckets import Batch, Bucket
 from common import autocast, move, replacing
 from data import Collate, Mixture, Reader, Shapes, count_tokens, loader
+from kernels import cast
 from latents import (Stored, broken_samples, check_made, end_store, read_stored, shard_path,
                      with_digest, write_made, write_shard)
-from mos import sample_t
+from mos import Context, sample_t
+from states import AHEAD, Cache, Producer
 from towers import Tokenizer
 
 
@@ -120,7 +123,7 @@ class Stage(nn.Module):
         if self.context:
             values["padding"] = self.world.sum(self.padding).item() / (
                 self.context * self.world.size)
-        if len(self.drawn) > 1:
+        if len(self.drawn) > 1 and self.drawn.any():
             values |= {f"share_{source.name}": number / self.drawn.sum()
                        for source, number in zip(self.dataset.sources, self.drawn)}
         self.forget()
@@ -236,8 +239,14 @@ class ImageStage(Stage):
         return torch.cat([self.model.vae.encode(part) for part in parts])
 
     def start(self, step):
-        self.costs = {}
+        self.costs, self.ahead, c = {}, deque(), self.c
         self.prepare()
+        self.states = None
+        if c.states == "producer":
+            self.states = Producer(self.model, c.init, c.tower_device or self.world.device)
+        elif c.states != "step":
+            texts = (text for source in self.dataset.sources for text in source.captions)
+            self.states = Cache(c.states, self.model, texts, c.init, self.world)
         plan, batch = super().start(step), self.c.batch
         side = self.model.vae.factor * self.model.config.gen_patch  # of a visual token, in pixels
         visual = max(b.height * b.width for b in plan.buckets) // side ** 2
@@ -332,12 +341,23 @@ class ImageStage(Stage):
         blank[:, 1:] = Tokenizer.PAD  # <bos> stays
         return torch.where(empty, blank, tokens), t[mine], z1[mine], explore[mine]
 
-    def inputs(self, step):
+    def batch(self, step):
+        """Latents, prompts and all that is random of this process's share of a step."""
         z0, tokens = self.next()
         return z0, *self.draws(z0, tokens, self.generator(step))
 
-    def forward(self, z0, tokens, t, z1, explore):
-        each = self.model.loss(z0, tokens, t, z1, explore)                        # (B,)
+    def inputs(self, step):
+        if not self.states:
+            return self.batch(step)
+        while len(self.ahead) <= AHEAD and step + len(self.ahead) < self.c.steps:
+            self.ahead.append(self.batch(step + len(self.ahead)))
+            self.states.ask(self.ahead[-1][1])
+        return *self.ahead.popleft(), *self.states.answer(self.world.device)
+
+    def forward(self, z0, tokens, t, z1, explore, *told):
+        """told: the prompts' embeddings and states, where they are made elsewhere."""
+        context = Context(told[0], *cast(told[1]), tokens != Tokenizer.PAD) if told else None
+        each = self.model.loss(z0, tokens, t, z1, explore, context)               # (B,)
         bins = nn.functional.one_hot((t.detach() * 10).long().clamp(max=9), 10).type_as(each)
         return each.mean(), {"bins": each.detach() @ bins, "counts": bins.sum(0)}
 

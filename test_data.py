@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import buckets
 import data
 import index
 import stages
+import states
 import train
 from buckets import Batch, Bucket, assign, fit, make_plan, resolutions
 from conftest import ROOT, make_model
@@ -488,6 +490,40 @@ def test_latents_three_ways(world, light, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(type(make_model().vae), "encode", lambda *_: pytest.fail("encoded"))
     again, _ = go(world, tmp_path / "again", latents=str(folder), **{**changes, "workers": 1})
     assert again == disk
+
+
+def test_states_three_ways(world, light, tmp_path, monkeypatch):
+    """Prompts' states of each step, of a producer and from disk give the same losses."""
+    step, _ = go(world, tmp_path / "step", steps=4)
+    produced, _ = go(world, tmp_path / "produced", steps=4, states="producer")
+    assert produced == step
+    folder = tmp_path / "states"
+    disk, _ = go(world, tmp_path / "disk", steps=4, states=str(folder))
+    assert disk == pytest.approx(step, rel=1e-4)
+    monkeypatch.setattr(MoS, "understand", lambda *_: pytest.fail("ran the tower"))
+    again, _ = go(world, tmp_path / "again", steps=4, states=str(folder))
+    assert again == disk
+    shutil.copytree(world / "init", tmp_path / "init")
+    path = tmp_path / "init" / "understanding.safetensors"
+    save_file({name: p + 1 for name, p in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="made by another tower .*choose another folder"):
+        go(world, tmp_path / "other", states=str(folder), init=str(tmp_path / "init"))
+    with pytest.raises(ValueError, match="holds something else; choose a new folder"):
+        go(world, tmp_path / "other", states=str(world / "init"))
+
+
+def test_dead_producer(world, light, tmp_path, monkeypatch):
+    """A producer that has died is an error of one line, not a hang."""
+    monkeypatch.setattr(states, "WAIT", 0.1)
+    own = states.Producer.ask
+
+    def ask(self, tokens):
+        own(self, tokens)
+        self.process.kill()
+        self.process.join()
+    monkeypatch.setattr(states.Producer, "ask", ask)
+    with pytest.raises(OSError, match="has ended with code -9; start again with --resume"):
+        go(world, tmp_path / "out", steps=2, states="producer")
 
 
 @pytest.mark.parametrize("beside", ("", "=1,{}/a=1"))

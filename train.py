@@ -60,6 +60,10 @@ class TrainConfig:
                                   " 0: to the longest, one shape for the compiler")
     latents: str = setting("memory", "stage image: encode all at the start and keep it in memory; "
                                      "in each step (step); or once, into this folder")
+    states: str = setting("step", "stage image: the prompts' states come from the tower in each "
+                                  "step (step), from one in a process of its own that is ahead "
+                                  "(producer), or are made once, into this folder")
+    tower_device: str = setting("", "where a producer's tower works; empty: beside training")
     tasks: tuple = setting((), "train on these tasks of the small world only")
     grid: int = setting(shapes.GRID, "objects of the small world stand on multiples of 1/grid")
     estimate: bool = setting(False, "print what a step of stage image needs on GPUs, and stop")

@@ -1,0 +1,159 @@
+"""States of prompts that are made elsewhere than in the training step.
+
+The understanding tower is frozen, so that what it says about a prompt never changes: a process of
+its own can run it ahead of training (a producer, MoS App. B.4), or every prompt goes through it
+once and its states stay on disk (a cache). Both answer with the tower's input embeddings (B, S, Du)
+and states (B, S, M, Du), as `MoS.understand` makes them in the step.
+"""
+
+import hashlib
+import json
+import queue
+import signal
+from collections import deque
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as multiprocessing
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from common import autocast, move, replacing
+from mos import MoS
+from towers import Tokenizer
+
+SHARD = 256  # prompts in a file
+AHEAD = 2  # steps for which states are asked in advance
+WAIT = 5  # seconds between looks at a producer that does not answer
+
+
+def produce(config, words, folder, device, questions, answers):
+    """What the producer's process does: answer tokens (B, S) with embeddings and states."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
+    torch.set_num_threads(1)
+    with torch.device("meta"):
+        model = MoS(config, Tokenizer(words))
+    tower = model.understanding.bfloat16() if device.type == "cuda" else model.understanding
+    tower.to_empty(device=device)
+    model.load_part(folder, "understanding")
+    while True:
+        with autocast(device):
+            context = model.understand(questions.get().to(device))
+        answers.put((context.inputs.cpu(), context.states.cpu()))
+
+
+class Producer:
+    """The tower of a checkpoint folder at work in a process of its own, on a device of its own."""
+
+    def __init__(self, model, folder, device):
+        fresh = multiprocessing.get_context("spawn")
+        self.questions, self.answers = fresh.Queue(), fresh.Queue()
+        self.process = fresh.Process(target=produce, daemon=True, args=(
+            model.config, model.tokenizer.words[3:], folder, torch.device(device), self.questions,
+            self.answers))
+        self.process.start()
+
+    def ask(self, tokens):
+        """Ask for the states of prompts (B, S)."""
+        self.questions.put(tokens.cpu())
+
+    def answer(self, device):
+        """The next answer, in the order of the questions. Raises OSError where none can come."""
+        while True:
+            try:
+                return [move(part, device) for part in self.answers.get(timeout=WAIT)]
+            except queue.Empty:
+                if not self.process.is_alive():
+                    raise OSError("the process that makes the prompts' states has ended with code "
+                                  f"{self.process.exitcode}; start again with --resume") from None
+
+
+class Cache:
+    """The states of all prompts of a data set in a folder: made once, by all processes together.
+
+    texts: the prompts. A shard holds SHARD of them, padded to the longest; index.json comes last
+    and names the prompts. Raises ValueError where the folder holds another tower's.
+    """
+
+    def __init__(self, folder, model, texts, init, world):
+        self.folder, self.questions = Path(folder), deque()
+        weight = model.understanding.embedding.weight
+        together = hasattr(weight, "full_tensor")  # a sharded tower: all processes must run it
+        texts = sorted({"", *texts}, key=lambda text: (len(Tokenizer.split(text)), text))
+        made = {"tower": file_digest(Path(init) / "understanding.safetensors"),
+                "state_norm": model.config.state_norm, "texts": texts}
+        self.check(made)
+        self.rows = {tuple(model.tokenizer.encode(text)): i for i, text in enumerate(texts)}
+        parts = [texts[i:i + SHARD] for i in range(0, len(texts), SHARD)]
+        missing = [i for i in range(len(parts)) if not self.path(i).is_file()]
+        world.wait()
+        if world.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / "index.json") as path:
+                path.write_text(json.dumps(made))
+        world.wait()
+        for i in missing if together else missing[world.rank::world.size]:
+            with autocast(world.device):
+                context = model.understand(model.tokenizer.batch(parts[i]).to(world.device))
+            if world.first or not together:
+                self.write(i, inputs=context.inputs, states=context.states)
+        world.wait()
+        world.say(f"{folder}: states of {len(texts):,} prompts, {len(missing)} of {len(parts)} "
+                  "shards made now")
+
+    def path(self, number):
+        """The file of a shard."""
+        return self.folder / f"{number:06d}.safetensors"
+
+    def write(self, number, **tensors):
+        """Write a shard."""
+        with replacing(self.path(number)) as path:
+            try:
+                save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path)
+            except SafetensorError as e:
+                raise OSError(f"cannot write {self.path(number)}: {e}") from None
+
+    def check(self, made):
+        """Raise ValueError unless the folder is free, or holds just these states."""
+        index = self.folder / "index.json"
+        if not index.is_file():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise ValueError(f"states: {self.folder} holds something else; choose a new folder")
+        elif json.loads(index.read_text()) != made:
+            raise ValueError(f"states: {self.folder} was made by another tower or for other "
+                             "prompts; choose another folder")
+
+    @lru_cache(64)
+    def shard(self, number):
+        """A shard, memory-mapped."""
+        return safe_open(self.path(number), "pt")
+
+    def ask(self, tokens):
+        """Ask for the states of prompts (B, S)."""
+        self.questions.append(tokens.cpu())
+
+    def answer(self, device):
+        """The next answer, in the order of the questions. Raises OSError for a damaged shard."""
+        found, tokens = [], self.questions.popleft()
+        for row, length in zip(tokens.tolist(), (tokens != Tokenizer.PAD).sum(1).tolist()):
+            at = self.rows[tuple(row[:length])]
+            try:
+                shard = self.shard(at // SHARD)
+                found.append([shard.get_slice(name)[at % SHARD, :length] for name in
+                              ("inputs", "states")])
+            except SafetensorError as e:
+                raise OSError(f"{self.path(at // SHARD)} is damaged ({e}); delete it") from None
+        parts = []
+        for column in zip(*found):
+            whole = column[0].new_zeros(*tokens.shape, *column[0].shape[1:])
+            for place, part in zip(whole, column):
+                place[:len(part)] = part
+            parts.append(move(whole, device))
+        return parts
+
+
+def file_digest(path):
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
