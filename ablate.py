@@ -1,14 +1,22 @@
 """Ablations in miniature: small models, trained side by side on the small world.
 
     python ablate.py scale-trap    # does the size of the mixture reach the router?
+    python ablate.py data-weights  # how much of which data? MoS App. A, data reweighting
 
 The arms share data, noise, seed and schedule, and differ in the named respect alone.
 """
 
+import contextlib
+import io
+import json
 import math
+import tarfile
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import train
 from common import CommandLine, autocast, run
@@ -21,6 +29,7 @@ from towers import Understanding
 # states are normalised one by one. (state_norm, factor on the start of Proj's bias) of each arm:
 SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 1.0), "post, bias 0": ("post", 0.0),
               "pre, bias N(0, 0.02)": ("pre", 1.0)}
+WEIGHED, SHARES = ("colours", "position"), (0.1, 0.3, 0.5, 0.7, 0.9)
 KEPT = "latents tokens rows first lengths val".split()  # what arms share of the first one's stage
 
 
@@ -69,21 +78,9 @@ def train_arm(c, overrides, bias, rescaled, data, world):
     return stage.losses_by_time().mean().item(), early, late
 
 
-def main():
-    """The command."""
-    parser = CommandLine(__doc__.split("\n\n")[0])
-    parser.add_argument("table", choices=("scale-trap",), help="which ablation")
-    parser.add_argument("--init", default=str(Path(__file__).parent / "weights"),
-                        help="folder with the trained VAE and tower")
-    parser.add_argument("--steps", type=int, default=1000, help="of each arm")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
-    args = parser.parse_args()
-    world = train.World.join(train.TrainConfig().patience)
-    c = train.TrainConfig(stage="image", preset="laptop", init=args.init, seed=args.seed,
-                          tasks=("colours",), grid=4, steps=args.steps, warmup=100)
-    c = train.complete(c, "image", world.device)
-    print(f"{c.steps} steps of {c.batch}, seed {c.seed}, torch {torch.__version__}, "
-          f"{world.device.type}, revision {train.revision()}")
+def scale_trap(c, world):
+    """The table `scale-trap`."""
+    c = train.complete(replace(c, tasks=("colours",), warmup=100), "image", world.device)
     print(f"{'':37} {'':>9} {'router gradient in the':>24}")
     print(f"{'states':12} {'arm':24} {'val loss':>9} {'first tenth':>12} {'last tenth':>11}")
     data = {}
@@ -95,6 +92,72 @@ def main():
                 states = "1 to 100" if rescaled else "as trained"
                 print(f"{states:12} {f'k={k}, {name}':24} {loss:9.4f} {early:12.1e} {late:11.1e}",
                       flush=True)
+
+
+def pack(path, scenes, number):
+    """Write pictures and captions of the small world as a tar shard in WebDataset's layout."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(number):
+            packed, text, *_ = scenes[i]
+            pixels = ((scenes.draw(packed[None], "cpu")[0] + 1) * 127.5).round().byte()
+            picture = io.BytesIO()
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture, "PNG")
+            for suffix, content in ((".png", picture.getvalue()),
+                                    (".json", json.dumps({"text": text}).encode())):
+                member = tarfile.TarInfo(f"{i:06d}{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def task_loss(stage, task, c):
+    """The validation loss on unseen scenes of a task."""
+    size, longest = stage.model.config.size, stage.model.config.max_tokens
+    unseen = Mixture([Shapes(size, c.seed, "val", (task,), c.grid, 128)])
+    (_, stage.val, _), = stage.read(unseen.pieces(longest), unseen, slice(None))
+    return stage.losses_by_time().mean().item()
+
+
+def data_weights(c, world, number=1000):
+    """The table `data-weights`: two sets of tar shards, mixed by a grid of weights."""
+    first, second = WEIGHED
+    print(f"share of {first:12}" + "".join(f"{name:>14}" for name in (*WEIGHED, "mean")))
+    with tempfile.TemporaryDirectory() as folder:
+        for task in WEIGHED:
+            scenes = Shapes(MoSConfig().size, c.seed, tasks=(task,), grid=c.grid)
+            pack(Path(folder, f"{task}.tar"), scenes, number)
+        for share in SHARES:
+            data = f"{folder}/{first}.tar={share},{folder}/{second}.tar={1 - share:.1f}"
+            arm = replace(c, data=data, out=f"{folder}/{share}", latents=f"{folder}/latents")
+            arm = train.complete(arm, "image", world.device)
+            with contextlib.redirect_stdout(None):
+                training = train.prepare(arm, {}, world)
+                training.begin()
+            for step in range(arm.steps):
+                training.step(step)
+            with training.average.applied():
+                losses = [task_loss(training.stage, task, c) for task in WEIGHED]
+            print(f"{share:21}" + "".join(f"{loss:14.4f}" for loss in (*losses, sum(losses) / 2)),
+                  flush=True)
+
+
+TABLES = {"scale-trap": scale_trap, "data-weights": data_weights}
+
+
+def main():
+    """The command."""
+    parser = CommandLine(__doc__.split("\n\n")[0])
+    parser.add_argument("table", choices=tuple(TABLES), help="which ablation")
+    parser.add_argument("--init", default=str(Path(__file__).parent / "weights"),
+                        help="folder with the trained VAE and tower")
+    parser.add_argument("--steps", type=int, default=1000, help="of each arm")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
+    args = parser.parse_args()
+    world = train.World.join(train.TrainConfig().patience)
+    c = train.TrainConfig(stage="image", preset="laptop", init=args.init, seed=args.seed, grid=4,
+                          steps=args.steps)
+    print(f"{c.steps} steps, seed {c.seed}, torch {torch.__version__}, {world.device.type}, "
+          f"revision {train.revision()}")
+    TABLES[args.table](c, world)
 
 
 if __name__ == "__main__":

@@ -449,9 +449,10 @@ def test_phases(light, trained, tmp_path):
     assert (c.recompute, c.batch, c.steps) == (True, 4, 6)  # what is given goes first
     values = train.model_values(c, {"size": 64})
     assert [values[name] for name in ("size", "t_sampling", "shift")] == [64, "mode", 3.0]
-    paper = train.complete(train.TrainConfig(preset="mos_s", phase="aesthetic"), "image",
-                           torch.device("cpu"))
+    paper = train.complete(train.TrainConfig(preset="mos_s", phase="aesthetic", data="shards"),
+                           "image", torch.device("cpu"))
     assert (paper.lr, paper.warmup, paper.steps, paper.batch) == (1e-4, 4000, 50_000, 1024)
+    assert paper.latents == "step" and "aesthetic >= 6" in paper.where and not c.where
     assert train.learning_rate(paper.steps, paper) == pytest.approx(1.5e-5)
     first = settings("image", tmp_path / "a", init=str(trained), phase="512")
     assert train.train_stage(first, MODEL, alone())

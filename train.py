@@ -33,7 +33,7 @@ import estimate
 import shapes
 from common import (CommandLine, autocast, held, initialise, pick_device, replacing, run, setting,
                     tqdm_or_none, whole)
-from data import build_tokenizer, open_sources
+from data import build_tokenizer, open_sources, parse_mixture
 from kernels import fused
 from mos import PRESETS, MoS, MoSConfig, read_config, read_vocabulary
 from stages import KINDS
@@ -56,9 +56,9 @@ class TrainConfig:
     max_broken: float = setting(0.05, "largest share of own pictures that cannot be used")
     sizes: tuple = setting((), "own pictures are drawn at about these sizes, each at the largest "
                                "that its area has; empty: the model's size")
-    length_step: int = setting(0, "pad prompts to multiples of this, and batch those of one length;"
-                                  " 0: to the longest, one shape for the compiler")
-    latents: str = setting("memory", "stage image: encode all at the start and keep it in memory; "
+    length_step: int = setting(None, "pad prompts to multiples of this, and batch those of one "
+                                     "length; 0: to the longest, one shape for the compiler")
+    latents: str = setting(None, "stage image: encode all at the start and keep it in memory; "
                                      "in each step (step); or once, into this folder")
     states: str = setting("step", "stage image: the prompts' states come from the tower in each "
                                   "step (step), from one in a process of its own that is ahead "
@@ -111,13 +111,19 @@ RECIPES = {  # (stage, kind of machine): what its None settings become
 }
 LARGE = ("mos_s",)
 PAPER = dict(lr=1e-4, final_lr=0.15, warmup=4000, batch=2048, micro_batch=32, ema=0.9999,
-             steps=400_000, eval_every=10_000, save_every=1000)  # MoS App. A, for large presets
+             steps=400_000, eval_every=10_000, save_every=1000, latents="step", length_step=32,
+             compile=False)  # MoS App. A, for large presets
 HIGH = dict(t_sampling="mode", shift=3.0, recompute=True, batch=1024, micro_batch=8)
-PHASES = {  # MoS sec. 3.5 and App. A; each goes on from the weights of the one before
-    "512": dict(size=512, t_sampling="logit-normal", shift=1.0),
-    "1024": dict(size=1024, **HIGH),
-    "aesthetic": dict(size=1024, **HIGH, steps=50_000),
-    "2048": dict(size=2048, **HIGH, steps=50_000) | dict(micro_batch=2),
+# MoS sec. 3.5 and App. A; each goes on from the weights of the one before. NOTE (ours): the
+# conditions, of which the paper says no more than what they are about; for own pictures.
+PHASES = {
+    "512": dict(size=512, t_sampling="logit-normal", shift=1.0,
+                where="width >= 512 and height >= 512"),
+    "1024": dict(size=1024, **HIGH, where="width >= 1024 and height >= 1024"),
+    "aesthetic": dict(size=1024, **HIGH, steps=50_000,
+                      where="width >= 1024 and height >= 1024 and aesthetic >= 6"),
+    "2048": dict(size=2048, **HIGH | dict(micro_batch=2), steps=50_000,
+                 where="width >= 2048 and height >= 2048"),
 }
 MACHINES = {"gpu": dict(preset="tiny", micro_batch=1024, compile=True, workers=12),
             "cpu": dict(preset="laptop", micro_batch=64, compile=False, workers=0)}
@@ -592,10 +598,12 @@ def complete(c, stage, device):
     if c.phase and (stage != "image" or c.phase not in PHASES):
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, and is for --stage image, "
                          f"got {c.phase!r} in stage {stage}")
-    recipe = dict(scenes=0, final_lr=0.02, recompute=False) | MACHINES[kind] | RECIPES[stage, kind]
+    recipe = dict(scenes=0, final_lr=0.02, recompute=False, latents="memory", length_step=0)
+    recipe |= MACHINES[kind] | RECIPES[stage, kind]
     if stage == "image" and c.preset in LARGE:
         recipe |= PAPER
-    recipe |= {name: value for name, value in PHASES.get(c.phase, {}).items() if hasattr(c, name)}
+    recipe |= {name: value for name, value in PHASES.get(c.phase, {}).items() if hasattr(c, name)
+               and not (name == "where" and "shapes" in parse_mixture(c.data))}
     for name, value in recipe.items():
         if getattr(c, name) in (None, ""):
             setattr(c, name, value)
