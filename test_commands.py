@@ -294,7 +294,7 @@ def test_readme_commands(script, flags, command, monkeypatch):
     if module is train and "--help" not in flags:
         c, overrides = train.parse(flags)
         assert MoSConfig(**overrides) and Shapes(64, 0, tasks=c.tasks)
-        for stage in [c.stage] if c.stage else train.STAGES:
+        for stage in [c.stage] if c.stage else ["image"] if c.estimate else train.STAGES:
             train.complete(c, stage, torch.device("cpu"))
 
 
