@@ -442,8 +442,6 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def light(monkeypatch):
-    own = stages.Stage.unseen
-    monkeypatch.setattr(stages.Stage, "unseen", lambda self, _: own(self, 8))
     lighten(monkeypatch.setattr)
 
 

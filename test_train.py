@@ -88,8 +88,15 @@ def launch(folder, *arguments, **values):
     assert run.returncode == 0, text[-3000:]
 
 
+def validate_on_few(patch):
+    """Eight pictures are enough to validate on."""
+    few = stages.Stage.unseen
+    patch(stages.Stage, "unseen", lambda self, number: few(self, min(number, 8)))
+
+
 def lighten(patch):
     """Cheap validations, no plots, and the small world's words without drawing 5,000 scenes."""
+    validate_on_few(patch)
     patch(train.Log, "plot", lambda _: None)
     own = train.build_tokenizer
     patch(train, "build_tokenizer", lambda dataset: own(dataset) if not dataset.scenes
@@ -454,11 +461,11 @@ def test_phases(light, trained, tmp_path):
     assert (paper.lr, paper.warmup, paper.steps, paper.batch) == (1e-4, 4000, 50_000, 1024)
     assert paper.latents == "step" and "aesthetic >= 6" in paper.where and not c.where
     assert train.learning_rate(paper.steps, paper) == pytest.approx(1.5e-5)
-    first = settings("image", tmp_path / "a", init=str(trained), phase="512")
+    first = settings("image", tmp_path / "a", init=str(trained), phase="512", steps=2)
     assert train.train_stage(first, MODEL, alone())
     for lr, same in ((0.0, True), (1e-3, False)):
         out = tmp_path / str(lr)
-        assert go("image", out, init=str(tmp_path / "a"), phase="1024", lr=lr, ema=0.0)
+        assert go("image", out, init=str(tmp_path / "a"), phase="1024", lr=lr, ema=0.0, steps=2)
         a, b = (load_file(folder / "mos.safetensors") for folder in (tmp_path / "a", out))
         assert all(torch.equal(a[name], b[name]) for name in a) == same
     with pytest.raises(FileNotFoundError, match="no mos.safetensors in"):
@@ -499,8 +506,9 @@ def test_own_pictures(text, message, trained, tmp_path):
 
 
 @pytest.mark.parametrize("task, scores", (("counting", {"score_counting"}), ("dense", set())))
-def test_tasks(task, scores, trained, tmp_path):
+def test_tasks(task, scores, trained, tmp_path, monkeypatch):
     """--tasks trains on, and scores, these tasks only; "dense" has no score of its own."""
+    validate_on_few(monkeypatch.setattr)
     assert {Shapes(64, 0, tasks=(task,)).scene(i)[1].task for i in range(20)} == {task}
     assert go("image", tmp_path, init=str(trained), tasks=(task,), steps=1)
     assert {name for name in curve(tmp_path, "image")[1] if name.startswith("score_")} == scores
@@ -529,8 +537,10 @@ def test_validation_is_unseen(stage, trained, monkeypatch):
 
 
 @every_stage
-def test_inputs_are_a_function_of_seed_and_step(stage, trained):
+def test_inputs_are_a_function_of_seed_and_step(stage, trained, monkeypatch):
     """A batch depends on seed and step, not on where a run began or on how many share it."""
+    validate_on_few(monkeypatch.setattr)
+
     def inputs(step, begin=3, seed=0, **world):
         number = 16 if stage == "image" else None
         kind = train.KINDS[stage](model, Mixture([Shapes(64, seed, number=number)]), settings(
