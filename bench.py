@@ -501,6 +501,9 @@ class TrainCase(NamedTuple):
                 break
             except torch.OutOfMemoryError:
                 optimizer.zero_grad(set_to_none=True)
+                optimizer.state.clear()
+        else:
+            raise ValueError(f"{self.name}: not even {B} pictures fit into this GPU's memory")
         config, side = replace(model.config, size=self.size), self.size // model.vae.factor
         flops = 3 * B * forward_flops(config, self.tokens, (side, side))
         memory = estimate(config, micro_batch=B, tokens=self.tokens, ema=False,

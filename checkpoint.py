@@ -6,7 +6,6 @@ when complete, in the background. torch.distributed.checkpoint cuts and joins th
 a state loads on any number of processes, however they share the model.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,18 +19,14 @@ from torch.distributed.checkpoint.hf_storage import (HuggingFaceStorageReader,
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
+from common import checksum
+
 MANIFEST = "manifest.json"
 
 
 def run_alone(tensors):
     """Whether each process holds all of the tensors: then one can write or read without others."""
     return not any(isinstance(tensor, DTensor) for tensor in tensors.values())
-
-
-def checksum(path):
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Writer:
@@ -53,6 +48,11 @@ class Writer:
         if pending:
             pending.result()
 
+    def check(self):
+        """Raise OSError where the last state could not be written, as far as that is known."""
+        if self.pending and self.pending.done():
+            self.wait()
+
 
 def save(folder, step, tensors, world, keep):
     """Write {name: tensor} as the state of a step, then delete all but the newest `keep`.
@@ -62,12 +62,12 @@ def save(folder, step, tensors, world, keep):
     """
     final, temporary = folder / f"{step:08d}", folder / f".{step:08d}"
     alone = run_alone(tensors)
-    if world.first:
-        for torn in folder.glob(".[0-9]*"):  # by a save that was killed
-            shutil.rmtree(torn)
-        temporary.mkdir(parents=True)
-    world.wait()
     try:
+        if world.first:
+            for torn in folder.glob(".[0-9]*"):  # by a save that was killed
+                shutil.rmtree(torn)
+            temporary.mkdir(parents=True)
+        world.wait()
         if world.first or not alone:
             with warnings.catch_warnings(action="ignore"):  # "distributed is unavailable": yes
                 dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()},
@@ -88,7 +88,7 @@ def save(folder, step, tensors, world, keep):
         if world.first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"the state of step {step} could not be written to {folder}, older ones are "
-                      f"kept: {str(e).splitlines()[-1]}") from None
+                      f"kept: {(str(e) or 'no reason').splitlines()[-1]}") from None
     world.wait()
 
 

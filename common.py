@@ -1,6 +1,7 @@
 """What the commands share: the device, safe file writing, and errors of one line."""
 
 import argparse
+import hashlib
 import os
 import sys
 import zlib
@@ -97,6 +98,12 @@ def start(name, p, depth):
     else:
         ends = name.endswith(("out.weight", "down.weight"))
         p.normal_(0, 0.02 / (2 * depth) ** 0.5 if ends else 0.02)
+
+
+def checksum(path):
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def held(tensor):

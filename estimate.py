@@ -20,7 +20,7 @@ import kernels
 from mos import Context, MoS
 from towers import Tokenizer
 
-RATE = 480e12  # FLOP/s of a training step: `bench.py train` measured 486 TFLOP/s on an H100
+RATE = 480e12  # FLOP/s of a training step: `bench.py train` measured 486 and 495 on H100s
 
 
 def product_rate(device):
@@ -130,7 +130,9 @@ def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=1
     tower = count(model.understanding, torch.bfloat16)
     block, others = count(blocks[0], torch.bfloat16), count(parts, torch.bfloat16)
     others -= sum(count(b, torch.bfloat16) for b in (*blocks, *model.router.blocks))
-    n = dict(fsdp=world, hsdp=shards or 8).get(parallel, 1)
+    n = dict(fsdp=world, hsdp=shards or min(8, world)).get(parallel, 1)
+    if world % n:
+        raise ValueError(f"shards must divide the {world} processes, got {n}")
     sharded = parallel in ("fsdp", "hsdp")
     inside = torch.bfloat16 if sharded else torch.float32
     side = config.size // model.vae.factor
@@ -151,7 +153,8 @@ def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=1
 def show(config, c):
     """Print the estimate for a training configuration (train.TrainConfig)."""
     parallel = c.parallel or ("none" if c.world == 1 else "ddp")
-    micro = min(c.micro_batch, math.ceil(c.batch / c.world))
+    accumulate = math.ceil(c.batch / (c.world * c.micro_batch))
+    micro = math.ceil(c.batch / (c.world * accumulate))
     result = estimate(config, parallel, c.world, c.shards, micro, config.max_tokens,
                       c.ema > 0, c.recompute)
     flops = result.pop("flops") * c.batch / c.world / micro

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import replacing
+from common import checksum, move, replacing
 from index import Texts, Unreadable
 
 
@@ -57,7 +57,7 @@ class Stored:
 
     def draw(self, latents, device):
         """Latents (B, C, h, w) in full precision on the device."""
-        return latents.to(device, torch.get_default_dtype())
+        return move(latents, device).to(torch.get_default_dtype())
 
 
 def read_lines(path):
@@ -70,8 +70,7 @@ def read_lines(path):
 
 def made_by(c, names, size, sizes):
     """What stored latents depend on, by name, as far as it is known without an index."""
-    with open(Path(c.init) / "vae.safetensors", "rb") as file:
-        vae = hashlib.file_digest(file, "sha256").hexdigest()
+    vae = checksum(Path(c.init) / "vae.safetensors")
     world = [size, c.seed, c.scenes, list(c.tasks), c.grid] if "shapes" in names else []
     return {"vae": vae, "sizes": sizes, "data": list(names), "where": c.where, "shapes": world}
 
@@ -80,7 +79,7 @@ def check_made(folder, made):
     """Raise ValueError unless `folder` is free for latents, or holds some that were made so."""
     path = folder / "made.json"
     if not path.is_file():
-        if folder.exists() and any(folder.iterdir()):
+        if any(not path.name.startswith(".") for path in folder.glob("*")):
             raise ValueError(f"latents: {folder} holds something else; choose a new folder")
         return
     old, = read_lines(path)

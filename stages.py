@@ -24,7 +24,7 @@ from kernels import cast
 from latents import (Stored, broken_samples, check_made, end_store, read_stored, shard_path,
                      with_digest, write_made, write_shard)
 from mos import Context, sample_t
-from states import AHEAD, Cache, Producer
+from states import Cache, Producer
 from towers import Tokenizer
 
 
@@ -219,6 +219,8 @@ class UnderstandStage(Stage):
 class ImageStage(Stage):
     """The main stage: router and generation tower on stored latents, everything else frozen."""
 
+    states = None  # a Producer or a Cache, where prompts' states are not made in the step
+
     def trained(self):
         return nn.ModuleList([self.model.router, self.model.generation])
 
@@ -241,7 +243,6 @@ class ImageStage(Stage):
     def start(self, step):
         self.costs, self.ahead, c = {}, deque(), self.c
         self.prepare()
-        self.states = None
         if c.states == "producer":
             self.states = Producer(self.model, c.init, c.tower_device or self.world.device)
         elif c.states != "step":
@@ -339,7 +340,8 @@ class ImageStage(Stage):
         empty = (torch.rand(c.batch, **source) < c.prompt_dropout)[mine, None]
         blank = tokens.clone()
         blank[:, 1:] = Tokenizer.PAD  # <bos> stays
-        return torch.where(empty, blank, tokens), t[mine], z1[mine], explore[mine]
+        # Copies: a slice would keep what the other processes need in memory.
+        return torch.where(empty, blank, tokens), t[mine], z1[mine].clone(), explore[mine].clone()
 
     def batch(self, step):
         """Latents, prompts and all that is random of this process's share of a step."""
@@ -349,7 +351,7 @@ class ImageStage(Stage):
     def inputs(self, step):
         if not self.states:
             return self.batch(step)
-        while len(self.ahead) <= AHEAD and step + len(self.ahead) < self.c.steps:
+        while len(self.ahead) <= self.states.ahead and step + len(self.ahead) < self.c.steps:
             self.ahead.append(self.batch(step + len(self.ahead)))
             self.states.ask(self.ahead[-1][1])
         return *self.ahead.popleft(), *self.states.answer(self.world.device)

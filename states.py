@@ -19,39 +19,55 @@ import torch.multiprocessing as multiprocessing
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import autocast, move, replacing
+from common import autocast, checksum, move, replacing
+from latents import read_lines
 from mos import MoS
 from towers import Tokenizer
 
 SHARD = 256  # prompts in a file
-AHEAD = 2  # steps for which states are asked in advance
 WAIT = 5  # seconds between looks at a producer that does not answer
 
 
-def produce(config, words, folder, device, questions, answers):
-    """What the producer's process does: answer tokens (B, S) with embeddings and states."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
-    torch.set_num_threads(1)
+def load_tower(config, words, folder, device):
+    """What reads prompts (B, S), wherever they lie: embeddings and states, in host memory."""
     with torch.device("meta"):
         model = MoS(config, Tokenizer(words))
-    tower = model.understanding.bfloat16() if device.type == "cuda" else model.understanding
-    tower.to_empty(device=device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where kernels are launched
+        model.understanding.bfloat16()
+    model.understanding.to_empty(device=device)
     model.load_part(folder, "understanding")
-    while True:
+
+    def read(tokens):
         with autocast(device):
-            context = model.understand(questions.get().to(device))
-        answers.put((context.inputs.cpu(), context.states.cpu()))
+            context = model.understand(tokens.to(device))
+        return context.inputs.cpu(), context.states.cpu()
+    return read
+
+
+def produce(questions, answers, *tower):
+    """What the producer's process does, until the training process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
+    torch.set_num_threads(1)
+    read = load_tower(*tower)
+    while multiprocessing.parent_process().is_alive():
+        try:
+            answers.put(read(questions.get(timeout=WAIT)))
+        except queue.Empty:
+            pass
 
 
 class Producer:
-    """The tower of a checkpoint folder at work in a process of its own, on a device of its own."""
+    """The tower of a checkpoint folder in a process of its own, which has a device of its own."""
+
+    ahead = 2  # steps for which it is asked in advance
 
     def __init__(self, model, folder, device):
         fresh = multiprocessing.get_context("spawn")
         self.questions, self.answers = fresh.Queue(), fresh.Queue()
         self.process = fresh.Process(target=produce, daemon=True, args=(
-            model.config, model.tokenizer.words[3:], folder, torch.device(device), self.questions,
-            self.answers))
+            self.questions, self.answers, model.config, model.tokenizer.words[3:], folder,
+            torch.device(device)))
         self.process.start()
 
     def ask(self, tokens):
@@ -72,17 +88,18 @@ class Producer:
 class Cache:
     """The states of all prompts of a data set in a folder: made once, by all processes together.
 
-    texts: the prompts. A shard holds SHARD of them, padded to the longest; index.json comes last
-    and names the prompts. Raises ValueError where the folder holds another tower's.
+    texts: the prompts. A shard holds SHARD of them, padded to the longest; index.json comes first
+    and tells what they are made of. Raises ValueError where the folder holds something else.
     """
+
+    ahead = 0
 
     def __init__(self, folder, model, texts, init, world):
         self.folder, self.questions = Path(folder), deque()
-        weight = model.understanding.embedding.weight
-        together = hasattr(weight, "full_tensor")  # a sharded tower: all processes must run it
         texts = sorted({"", *texts}, key=lambda text: (len(Tokenizer.split(text)), text))
-        made = {"tower": file_digest(Path(init) / "understanding.safetensors"),
-                "state_norm": model.config.state_norm, "texts": texts}
+        made = {"tower": checksum(Path(init) / "understanding.safetensors"),
+                "state_norm": model.config.state_norm,
+                "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
         self.check(made)
         self.rows = {tuple(model.tokenizer.encode(text)): i for i, text in enumerate(texts)}
         parts = [texts[i:i + SHARD] for i in range(0, len(texts), SHARD)]
@@ -93,11 +110,11 @@ class Cache:
             with replacing(self.folder / "index.json") as path:
                 path.write_text(json.dumps(made))
         world.wait()
-        for i in missing if together else missing[world.rank::world.size]:
-            with autocast(world.device):
-                context = model.understand(model.tokenizer.batch(parts[i]).to(world.device))
-            if world.first or not together:
-                self.write(i, inputs=context.inputs, states=context.states)
+        mine = missing[world.rank::world.size]
+        if mine:  # by a tower of its own: the model's may be sharded
+            read = load_tower(model.config, model.tokenizer.words[3:], init, world.device)
+        for i in mine:
+            self.write(i, *read(model.tokenizer.batch(parts[i])))
         world.wait()
         world.say(f"{folder}: states of {len(texts):,} prompts, {len(missing)} of {len(parts)} "
                   "shards made now")
@@ -106,11 +123,11 @@ class Cache:
         """The file of a shard."""
         return self.folder / f"{number:06d}.safetensors"
 
-    def write(self, number, **tensors):
+    def write(self, number, inputs, states):
         """Write a shard."""
         with replacing(self.path(number)) as path:
             try:
-                save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path)
+                save_file({"inputs": inputs, "states": states}, path)
             except SafetensorError as e:
                 raise OSError(f"cannot write {self.path(number)}: {e}") from None
 
@@ -118,9 +135,9 @@ class Cache:
         """Raise ValueError unless the folder is free, or holds just these states."""
         index = self.folder / "index.json"
         if not index.is_file():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if any(not path.name.startswith(".") for path in self.folder.glob("*")):
                 raise ValueError(f"states: {self.folder} holds something else; choose a new folder")
-        elif json.loads(index.read_text()) != made:
+        elif read_lines(index) != [made]:
             raise ValueError(f"states: {self.folder} was made by another tower or for other "
                              "prompts; choose another folder")
 
@@ -151,9 +168,3 @@ class Cache:
                 place[:len(part)] = part
             parts.append(move(whole, device))
         return parts
-
-
-def file_digest(path):
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -141,6 +141,7 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --scenes 0 --stage image | --grid 0 | --size 48 | --size 0 | --gen-depth -1 | --gen-heads 0
 --gen-heads 7 => heads | --und-heads 7 => heads | --vae-width 0 | --registers -1 | --max-tokens 0
 --sampling-steps 0 => steps | --guidance nan | --rescale 3 | --gen-patch 0
+--tower-device zebra => such as cuda:1
 --parallel zebra => zebra | --parallel fsdp => torchrun | --parallel none --shards 2 => hsdp
 --shards -1 | --keep 0 | --patience 0 | --world 0 --estimate | --estimate --preset zebra => zebra
 --where x>1 => shapes has none | --where x> --data good => 'x>' is not a condition

@@ -508,6 +508,9 @@ def test_states_three_ways(world, light, tmp_path, monkeypatch):
         go(world, tmp_path / "other", states=str(folder), init=str(tmp_path / "init"))
     with pytest.raises(ValueError, match="holds something else; choose a new folder"):
         go(world, tmp_path / "other", states=str(world / "init"))
+    (folder / "index.json").write_text("{")
+    with pytest.raises(ValueError, match="index.json is damaged .*delete its folder"):
+        go(world, tmp_path / "other", states=str(folder))
 
 
 def test_dead_producer(world, light, tmp_path, monkeypatch):
@@ -660,7 +663,10 @@ def test_first_stages_follow_the_plan(stage, world, light, tmp_path):
 
 
 def test_two_processes(world, light, tmp_path, monkeypatch):
-    """Two processes index, encode and train like one, in float64, on buckets of a mixture."""
+    """Two processes index, encode and train like one, in float64, on buckets of a mixture.
+
+    They have the prompts' states from disk, although their own tower is cut into shards.
+    """
     one, two, changes = tmp_path / "one", tmp_path / "two", dict(steps=6, length_step=4)
     two.mkdir()
     monkeypatch.setenv("SHARED", "1")
@@ -670,7 +676,7 @@ def test_two_processes(world, light, tmp_path, monkeypatch):
     finally:
         torch.set_default_dtype(torch.float32)
     launch(two, 2, "1", stage="image", init=world / "init", latents=tmp_path / "b",
-           data=f"{world}/a=2,{world}/b=1", **changes)
+           data=f"{world}/a=2,{world}/b=1", parallel="fsdp", states=tmp_path / "s", **changes)
     near(one, two, "image", 1e-10)
     assert all((tmp_path / "b" / p.name).read_bytes() == p.read_bytes()
                for p in (tmp_path / "a").iterdir())

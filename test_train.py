@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
+import ablate
 import checkpoint
 import estimate
 import evaluate
@@ -279,6 +280,9 @@ def test_estimate():
     light = estimate.estimate(config, "fsdp", 8, micro_batch=48, ema=False, recompute=True)
     assert light["gradients, or activations"] < cut["gradients, or activations"] / 2
     assert light["flops"] == cut["flops"] == found["flops"]
+    assert estimate.estimate(config, "hsdp", 4)["weights"] == found["weights"] // 4
+    with pytest.raises(ValueError, match="shards must divide the 8 processes, got 3"):
+        estimate.estimate(config, "hsdp", 8, 3)
 
 
 @pytest.mark.parametrize("flags", (
@@ -471,6 +475,22 @@ def test_phases(light, trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no mos.safetensors in"):
         shutil.copytree(trained, tmp_path / "c", ignore=shutil.ignore_patterns("mos.*"))
         go("image", tmp_path / "b", init=str(tmp_path / "c"), phase="2048")
+
+
+@pytest.mark.parametrize("table, rows", (("scale-trap", 12), ("data-weights", 2)))
+def test_ablations(table, rows, light, trained, monkeypatch, capsys):
+    """Each table of ablate.py has its rows, with numbers."""
+    monkeypatch.setitem(train.RECIPES, ("image", "cpu"), dict(
+        train.RECIPES["image", "cpu"], batch=2, scenes=8))
+    monkeypatch.setitem(PRESETS, "laptop", {name: value for name, value in MODEL.items()
+                                            if not name.startswith(("vae_", "und_"))})
+    monkeypatch.setattr(ablate, "SHARES", (0.1, 0.9))
+    monkeypatch.setattr(ablate, "MoSConfig", lambda: MoSConfig(**MODEL))
+    monkeypatch.setattr(ablate, "pack", lambda *a, own=ablate.pack: own(*a[:2], 6))
+    monkeypatch.setattr(sys, "argv", f"ablate.py {table} --steps 2 --init {trained}".split())
+    ablate.main()
+    lines = capsys.readouterr().out.splitlines()[-rows:]
+    assert all(math.isfinite(float(line.split()[-1])) for line in lines)
 
 
 @pytest.mark.parametrize("held", ("vae.states", "vae.safetensors"))

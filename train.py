@@ -33,7 +33,7 @@ import estimate
 import shapes
 from common import (CommandLine, autocast, held, initialise, pick_device, replacing, run, setting,
                     tqdm_or_none, whole)
-from data import build_tokenizer, open_sources, parse_mixture
+from data import build_tokenizer, open_sources
 from kernels import fused
 from mos import PRESETS, MoS, MoSConfig, read_config, read_vocabulary
 from stages import KINDS
@@ -52,7 +52,7 @@ class TrainConfig:
     init: str = setting("", "folder of the stages, or of the phase, before; empty: --out")
     data: str = setting("shapes", "shapes, a folder of pictures with captions, one of tar shards "
                                   "or their pattern; several by weight: a=0.7,b=0.3")
-    where: str = setting("", "use own pictures whose fields fulfil this: 'aesthetic >= 6'")
+    where: str = setting(None, "use own pictures whose fields fulfil this: 'aesthetic >= 6'")
     max_broken: float = setting(0.05, "largest share of own pictures that cannot be used")
     sizes: tuple = setting((), "own pictures are drawn at about these sizes, each at the largest "
                                "that its area has; empty: the model's size")
@@ -194,9 +194,10 @@ class World:
 
     def blame(self, error):
         """The error of a step; where processes do not answer, one that names them instead."""
-        if self.size == 1 or isinstance(error, torch.OutOfMemoryError):
+        reason = f"{error} ".splitlines()[0]
+        if self.size == 1 or not (isinstance(error, dist.DistError)
+                                  or re.search("gloo|NCCL", str(error))):
             return error
-        reason = str(error).splitlines()[0]
         try:
             dist.monitored_barrier(self.others, timedelta(seconds=10), wait_all_ranks=True)
         except RuntimeError as e:
@@ -437,7 +438,9 @@ class Run:
         begin = time.time()
         inputs = [a.chunk(self.accumulate) for a in self.stage.inputs(step)]
         self.waited += time.time() - begin
+        begin = time.time()
         self.flops += 3 * self.stage.flops(*(part[0] for part in inputs)) * self.accumulate
+        self.clock += time.time() - begin  # a new shape takes seconds to count
         total = {}
         for i, part in enumerate(zip(*inputs)):
             alone = self.world.size > 1 and i + 1 < self.accumulate
@@ -455,6 +458,7 @@ class Run:
     def row(self, done):
         """Write the averages since the last row; stop where the loss is not finite."""
         steps, world = done - self.since, self.world
+        self.writer.check()
         loss = (world.sum(self.sums.pop("loss")) / steps / world.size).item()
         norm = (self.sums.pop("grad_norm") / steps).item()
         if not math.isfinite(loss + norm):
@@ -603,14 +607,14 @@ def complete(c, stage, device):
     if stage == "image" and c.preset in LARGE:
         recipe |= PAPER
     recipe |= {name: value for name, value in PHASES.get(c.phase, {}).items() if hasattr(c, name)
-               and not (name == "where" and "shapes" in parse_mixture(c.data))}
+               and not (name == "where" and c.data == "shapes")}
     for name, value in recipe.items():
-        if getattr(c, name) in (None, ""):
+        if getattr(c, name) is None:
             setattr(c, name, value)
     for names, low, high in (
             ("steps batch micro_batch log_every eval_every save_every eval_prompts keep world", 1,
              math.inf),
-            ("scenes", stage == "image", math.inf), ("clip", 1e-9, math.inf),
+            ("scenes", int(stage == "image"), math.inf), ("clip", 1e-9, math.inf),
             ("workers warmup lr weight_decay kl_weight shards length_step", 0, math.inf),
             ("final_lr ema prompt_dropout max_broken", 0, 1)):
         for name in names.split():
@@ -618,6 +622,11 @@ def complete(c, stage, device):
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(c, name)}")
     if c.parallel not in (None, "none", "ddp", "fsdp", "hsdp"):
         raise ValueError(f"parallel must be none, ddp, fsdp or hsdp, got {c.parallel!r}")
+    try:
+        torch.device(c.tower_device or "cpu")
+    except RuntimeError:
+        raise ValueError(f"tower_device must be a device such as cuda:1, got {c.tower_device!r}"
+                         ) from None
     if c.preset not in PRESETS:
         raise ValueError(f"unknown preset {c.preset!r}, expected one of: {', '.join(PRESETS)}")
     return c
@@ -638,7 +647,8 @@ def build(c, overrides, dataset):
     """The model of a stage by its settings, with what earlier stages decided; no memory yet."""
     values = model_values(c, overrides)
     if c.stage == "image":
-        kinds = ("vae_", "und_") + (("gen_", "router_", "registers", "tokenwise", "state_norm")
+        kinds = ("vae_", "und_") + (("gen_", "router_", "registers", "tokenwise", "state_norm",
+                                     "k", "renormalize")
                                     if goes_on(c) else ())
         frozen = {name: value for name, value in asdict(read_config(c.init)).items()
                   if name.startswith(kinds)}  # these parts are as they were trained
