@@ -313,6 +313,9 @@ def fill(stage, c):
                                  torch.ones(model.config.vae_channels))
 
 
+PANELS = ("loss_t", "val_t", "entropy_", "score_", "share_")  # what one panel of the plot shows
+
+
 class Log:
     """A CSV with a row for each log point and for each validation, and a plot; rank 0 only."""
 
@@ -331,28 +334,36 @@ class Log:
             writer.writerows(self.rows)
 
     def plot(self):
-        """Loss, validation and score over the steps; without matplotlib the CSV has to do."""
+        """Every column over the steps; without matplotlib the CSV has to do."""
         try:
             import matplotlib
         except ImportError:
             return
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        names = [n for n in ("loss", "val_loss", "val_psnr", "val_answers", "score")
-                 if any(row.get(n) for row in self.rows)]
-        usage = [(*map(int, n.split("_")[1:]), float(v)) for n, v in self.rows[-1].items()
-                 if n.startswith("usage_")]
-        columns = len(names) + bool(usage)
-        figure, axes = plt.subplots(1, columns, figsize=(4 * columns, 3), squeeze=False)
-        for name, axis in zip(names, axes[0]):
+        panels, usage = {}, {}
+        for name in dict.fromkeys(name for row in self.rows for name in row if name != "step"):
             points = [(int(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
-            axis.plot(*zip(*points), ".-" if len(points) < 30 else "-", linewidth=1)
-            axis.set(title=name, xlabel="step", yscale="log" if name.endswith("loss") else "linear")
+            if name.startswith("usage_"):
+                usage[name] = points[-1][1]
+            elif points:
+                title = next((p for p in PANELS if name.startswith(p)), name)
+                panels.setdefault(title, []).append((name[len(title):], points))
+        height = -(-(len(panels) + bool(usage)) // 5)
+        figure, axes = plt.subplots(height, 5, figsize=(18, 2.6 * height), squeeze=False)
+        for axis, (title, lines) in zip(axes.flat, panels.items()):
+            for label, points in lines:
+                axis.plot(*zip(*points), ".-" if len(points) < 30 else "-", lw=1, label=label)
+            axis.set(title=title.rstrip("_"), yscale="log" if "loss" in title else "linear")
+            if len(lines) > 1:
+                axis.legend(fontsize=6, ncols=2)
+        for axis in list(axes.flat)[len(panels):]:
+            axis.axis("off")
         if usage:  # how often each layer is chosen for each block
-            blocks, layers = (1 + max(row[i] for row in usage) for i in (0, 1))
-            grid = torch.tensor([share for *_, share in usage]).view(blocks, layers)
-            axes[0, -1].imshow(grid.numpy(), vmin=0)
-            axes[0, -1].set(title="layers chosen", xlabel="layer", ylabel="block")
+            blocks = 1 + max(int(name.split("_")[1]) for name in usage)
+            axes[-1, -1].axis("on")
+            axes[-1, -1].imshow(torch.tensor([*usage.values()]).view(blocks, -1).numpy(), vmin=0)
+            axes[-1, -1].set(title="layers chosen", xlabel="layer", ylabel="block")
         figure.tight_layout()
         with replacing(self.path.with_suffix(".png")) as temporary:
             figure.savefig(temporary, format="png")
