@@ -477,6 +477,20 @@ def test_phases(light, trained, tmp_path):
         go("image", tmp_path / "b", init=str(tmp_path / "c"), phase="2048")
 
 
+def test_export(light, trained, tmp_path, monkeypatch):
+    """A state becomes a checkpoint that samples, by one command; without a state that is told."""
+    with pytest.raises(ValueError, match="no state in .*image.states to export"):
+        go("image", tmp_path, init=str(trained), export=True)
+    at_step(monkeypatch, "image", 2, ctrl_c)
+    assert not go("image", tmp_path, init=str(trained))
+    assert not (tmp_path / "mos.safetensors").exists()
+    assert not go("image", tmp_path, init=str(trained), export=True)
+    step, tensors = state(tmp_path, "image")
+    shown = load_file(tmp_path / "mos.safetensors")["generation.embed.weight"]
+    assert step == 3 and torch.equal(shown, tensors["average/1.embed.weight"].bfloat16())
+    assert MoS.from_pretrained(tmp_path).generate(["a red circle"])
+
+
 @pytest.mark.parametrize("table, rows", (("scale-trap", 12), ("data-weights", 2)))
 def test_ablations(table, rows, light, trained, monkeypatch, capsys):
     """Each table of ablate.py has its rows, with numbers."""

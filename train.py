@@ -69,6 +69,7 @@ class TrainConfig:
     estimate: bool = setting(False, "print what a step of stage image needs on GPUs, and stop")
     world: int = setting(1, "processes to estimate for")
     resume: bool = setting(False, "go on from the last state in --out")
+    export: bool = setting(False, "write the checkpoint of the last state in --out, and stop")
     seed: int = setting(0, "of weights, data order and noise")
     steps: int = setting(None, "optimizer steps")
     batch: int = setting(None, "global batch size")
@@ -518,6 +519,12 @@ class Run:
 
 def fit(run, c, world):
     """Train a stage from its last state to the end; returns whether it got there."""
+    if c.export:
+        if not run.start:
+            raise ValueError(f"no state in {run.states} to export")
+        run.begin()
+        run.validate(run.start)
+        return False
     if run.start >= c.steps:
         world.say(f"stage {c.stage}: finished at step {run.start} already")
         return True
@@ -685,6 +692,7 @@ def prepare(c, overrides, world):
         raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
     folder = Path(c.out)
     made = [folder / f"{c.stage}.states", folder / f"{PART[c.stage]}.safetensors"]
+    c.resume = c.resume or c.export
     if any(path.exists() for path in made) and not c.resume:
         raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
                          "or choose another --out")
