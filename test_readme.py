@@ -42,7 +42,7 @@ def test_parameter_counts():
     """The parameter counts that README states are those of the checkpoint in weights/."""
     from mos import MoS, read_config, read_vocabulary
     model = MoS(read_config(ROOT / "weights"), read_vocabulary(ROOT / "weights"))
-    stated = dict(re.findall(r"(\w[\w ]+?) ([\d.]+) M", README))
+    stated = dict(re.findall(r"(\w[\w ]+?) ([\d.]+) M", " ".join(README.split())))
     parts = {"VAE": model.vae, "understanding tower": model.understanding,
              "generation tower": model.generation, "router": model.router}
     for name, part in parts.items():
