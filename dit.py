@@ -15,7 +15,7 @@ from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
 def rope_axes(head_width):
     """Channels of a head for the axes (image index, y, x): 1/8, 7/16, 7/16, all even."""
     if head_width % 32:  # NOTE (ours): the shares of the axes
-        raise ValueError(f"a head of the generation tower is {head_width} wide; expected a "
+        raise ValueError(f"heads are {head_width} wide in generation tower or router; expected a "
                          "multiple of 32, to be cut into even axes of 1/8, 7/16 and 7/16")
     return head_width // 8, head_width // 16 * 7, head_width // 16 * 7
 

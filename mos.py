@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import autocast, place, replacing, replayed, setting, whole, wide
-from dit import Generation
+from dit import Generation, rope_axes
 from kernels import cast, keys_behind, mix_project, mix_states, rms_norm
 from router import INPUTS, Router, routing_weights, select
 from towers import Tokenizer, Understanding
@@ -58,7 +58,7 @@ class MoSConfig:
     gen_patch: int = setting(1, "side of a visual token in latent pixels")
     registers: int = setting(4, "R, learned tokens in front of the visual ones")
     router_width: int = setting(128, "Dr, width of the router")
-    router_heads: int = setting(4, "its heads, as wide as the generation tower's")
+    router_heads: int = setting(4, "its heads")
     router_depth: int = setting(2, "its blocks")
     router_inputs: tuple = setting(INPUTS, "what it sees: prompt, and latent and time if wanted")
     tokenwise: bool = setting(True, "each token has its own routing, instead of the prompt one")
@@ -106,11 +106,24 @@ PRESETS = {
     "tiny": {},
     "laptop": dict(gen_width=192, gen_depth=6, gen_heads=6, gen_kv_heads=3, gen_hidden=512,
                    gen_patch=2, router_width=64, router_heads=2),
+    # The paper's sizes, as far as they can be inferred: the ablations', MoS-S, MoS-L (its depth is
+    # a guess), each in the first phase, with Wan 2.2's VAE and the towers Llama-3.2-3B, PLM-8B and
+    # InternVL3-14B.
+    "ablation_1b": dict(vae_channels=48, vae_width=160, vae_decoder_width=256, und_width=3072,
+                        und_depth=28, und_heads=24, und_kv_heads=8, und_hidden=8192, gen_width=2048,
+                        gen_depth=16, gen_heads=32, gen_kv_heads=8, gen_hidden=8192, gen_patch=2,
+                        router_width=1024, router_heads=8, max_tokens=128, size=512,
+                        t_sampling="logit-normal", shift=1.0),
+    "mos_l": dict(vae_channels=48, vae_width=160, vae_decoder_width=256, und_width=5120,
+                  und_depth=48, und_heads=40, und_kv_heads=8, und_hidden=13824, gen_width=3584,
+                  gen_depth=36, gen_heads=28, gen_kv_heads=7, gen_hidden=9728, gen_patch=2,
+                  router_width=2048, router_heads=16, max_tokens=128, size=512,
+                  t_sampling="logit-normal", shift=1.0),
     "mos_s": dict(vae_channels=48, vae_width=160, vae_decoder_width=256, und_width=4096,
                   und_depth=32, und_heads=32, und_kv_heads=8, und_hidden=14336, gen_width=3072,
                   gen_depth=28, gen_heads=24, gen_kv_heads=8, gen_hidden=8192, gen_patch=2,
                   router_width=2048, router_heads=16, max_tokens=128, size=512,
-                  t_sampling="logit-normal", shift=1.0),  # the paper's MoS-S, its first phase
+                  t_sampling="logit-normal", shift=1.0),
 }
 
 
@@ -137,8 +150,8 @@ class MoS(nn.Module):
                                      c.gen_heads, c.gen_kv_heads, c.gen_hidden, c.gen_patch,
                                      c.registers)
         self.router = Router(c.und_width, c.gen_width, c.router_width, c.router_heads, c.und_depth,
-                             c.gen_depth, self.generation.axes, c.router_depth, c.router_inputs,
-                             c.tokenwise)
+                             c.gen_depth, rope_axes(c.router_width // c.router_heads),
+                             c.router_depth, c.router_inputs, c.tokenwise)
         self.vae.requires_grad_(False)
         self.understanding.requires_grad_(False)
 

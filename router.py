@@ -86,8 +86,8 @@ class Router(nn.Module):
         if width % heads:
             raise ValueError(f"the router's width {width} must be a multiple of its {heads} heads")
         if width // heads != sum(axes):
-            raise ValueError(f"the router's heads are {width // heads} wide, those of the "
-                             f"generation tower {sum(axes)}; their rotary axes must agree")
+            raise ValueError(f"the router's heads are {width // heads} wide, their rotary axes "
+                             f"{sum(axes)} in all; expected the same")
         self.layers, self.inputs, self.axes = layers, tuple(inputs), axes
         # MoS App. A: each modality has its own projection and its own norm.
         self.context = nn.Linear(context_width, width)

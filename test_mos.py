@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 import mos
 from conftest import make_model
 from kernels import apply_rope, mix_states, rope_table
-from mos import MoS, guide, make_schedule, mode_density, sample_t, shift_time
+from mos import (PRESETS, MoS, MoSConfig, guide, make_schedule, mode_density, sample_t,
+                 shift_time)
 from router import routing_weights, select
+from towers import Tokenizer
 
 PROMPTS = ["a red circle", "a photo of two stars on the gray background",
            "a blue square left of the green star"]
@@ -200,7 +202,7 @@ def test_impossible_settings_are_refused():
                            ("epsilon .*1.5", dict(epsilon=1.5)), ("schedule", dict(schedule="no")),
                            ("inputs.*sound", dict(router_inputs=("prompt", "sound"))),
                            ("hold .*prompt", dict(router_inputs=("latent",))),
-                           ("router.*head", dict(router_width=64))):
+                           ("heads .*router", dict(router_width=48))):
         with pytest.raises(ValueError, match=match):
             make_model(**changes)
 
@@ -522,3 +524,16 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         make_model(1).save_pretrained(tmp_path)
     assert contents(tmp_path) == old
+
+
+@pytest.mark.parametrize("preset, blocks, router", (
+    ("ablation_1b", 973_078_528, None), ("mos_s", 2_818_572_288, 105.1),
+    ("mos_l", 4_921_491_456, 110.0)))
+def test_sizes(preset, blocks, router):
+    """The paper's sizes: the matrices of the generation tower's blocks, and the router in all."""
+    with torch.device("meta"):
+        model = MoS(MoSConfig(**PRESETS[preset]), Tokenizer(()))
+    assert sum(p.numel() for p in model.generation.blocks.parameters() if p.ndim > 1) == blocks
+    if router:
+        total = sum(p.numel() for p in model.router.parameters())
+        assert total / 1e6 == pytest.approx(router, abs=0.05)

@@ -110,7 +110,7 @@ RECIPES = {  # (stage, kind of machine): what its None settings become
     ("image", "cpu"): dict(steps=6000, batch=32, lr=3e-3, warmup=200, ema=0.998, scenes=4_000,
                            eval_every=1500, save_every=500),
 }
-LARGE = ("mos_s",)
+LARGE = ("ablation_1b", "mos_s", "mos_l")
 PAPER = dict(lr=1e-4, final_lr=0.15, warmup=4000, batch=2048, micro_batch=32, ema=0.9999,
              steps=400_000, eval_every=10_000, save_every=1000, latents="step", length_step=32,
              compile=False)  # MoS App. A, for large presets
