@@ -194,16 +194,17 @@ class RMSNorm(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # From the packed projection to queries and keys: a norm for each head, then the rotary embedding
 
-def rope_table(positions, axes, theta=1e4):
+def rope_table(positions, axes, theta=1e4, slow=None):
     """Angles of an axial rotary embedding (Su et al.): each axis rotates its share of a head.
 
-    positions: (L, A), axes: A even channel counts that sum to the head width.
-    Returns cos and sin, each (L, Dh/2) in fp32.
+    positions: (L, A), axes: A even channel counts that sum to the head width, slow: changes the
+    frequencies, in radians a position. Returns cos and sin, each (L, Dh/2) in fp32.
     """
     angles = []
     for axis, channels in enumerate(axes):
         index = torch.arange(0, channels, 2, device=positions.device, dtype=torch.float32)
-        angles.append(positions[:, axis, None].float() * theta ** (-index / channels))
+        rate = theta ** (-index / channels)
+        angles.append(positions[:, axis, None].float() * (slow(rate) if slow else rate))
     angles = torch.cat(angles, -1)                                                # (L, Dh/2)
     return angles.cos(), angles.sin()
 

@@ -7,10 +7,13 @@ and then frozen.
 
 import difflib
 import json
+import math
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 
 from common import initialise, start, wide
 from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
@@ -70,20 +73,25 @@ class Tokenizer:
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm, causal grouped-query attention with RoPE, SwiGLU: the Llama block."""
+    """Pre-norm, causal grouped-query attention with RoPE, SwiGLU: the Llama block.
 
-    def __init__(self, width, heads, kv_heads, hidden):
+    Qwen2 adds a bias to queries, keys and values, Qwen3 norms of queries and keys.
+    """
+
+    def __init__(self, width, heads, kv_heads, hidden, head_width, bias, qk_norm, eps):
         super().__init__()
-        self.heads, self.head_width = heads, width // heads
-        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.heads, self.head_width, self.eps = heads, head_width, eps
+        self.norm1, self.norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=bias)
+        self.q_norm, self.k_norm = (RMSNorm(head_width, eps) if qk_norm else None for _ in range(2))
+        self.out = nn.Linear(heads * head_width, width, bias=False)
         self.ffn = SwiGLU(width, hidden)
 
     def forward(self, x, rope):
         """x: (B, S, Du). Returns x's successor."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))  # (B, S, H+2Hk, Dh)
-        q, k, v = queries_keys(qkv, rope, self.heads)                       # k: (B, S, Hk, Dh)
+        norms = (self.q_norm.weight, self.k_norm.weight, None) if self.q_norm else (None,) * 3
+        q, k, v = queries_keys(qkv, rope, self.heads, norms, eps=self.eps)  # k: (B, S, Hk, Dh)
         # Causality makes a mask needless: padding stands to the right of every real token.
         a = attention(q, k, v, causal=True)                                 # (B, S, Du)
         x, y = self.norm2(self.out(a), x)                                   # (B, S, Du) each
@@ -91,24 +99,28 @@ class DecoderBlock(nn.Module):
 
 
 class Understanding(nn.Module):
-    """The tower U of MoS sec. 3.1, at the size of the small world.
+    """The tower U of MoS sec. 3.1: the small world's, or a Llama, Qwen2 or Qwen3 from a folder.
 
     vocabulary: number of words, width: Du, depth: M, tied: the output layer is the embedding,
-    patch: side of an image token in pixels.
+    patch: side of an image token in pixels, 0: no pictures. head_width: None: width / heads.
+    theta, slow: of the rotary embedding, see `rope_table`. bias, qk_norm: see DecoderBlock.
     """
 
-    def __init__(self, vocabulary, width, depth, heads, kv_heads, hidden, tied=False, patch=16):
+    def __init__(self, vocabulary, width, depth, heads, kv_heads, hidden, tied=False, patch=16,
+                 head_width=None, theta=1e4, slow=None, bias=False, qk_norm=False, eps=1e-6):
         super().__init__()
-        if width % heads or heads % kv_heads:
+        if heads % kv_heads or not head_width and width % heads:
             raise ValueError(f"the understanding tower's width {width} must be a multiple of its "
                              f"{heads} heads, and those of its {kv_heads} key-value heads")
-        self.patch, self.axes = patch, (width // heads,)
+        head_width = head_width or width // heads
+        self.patch, self.axes, self.theta, self.slow = patch, (head_width,), theta, slow
         self.embedding = nn.Embedding(vocabulary, width)
         self.vision = nn.Sequential(nn.Linear(3 * patch * patch, width), nn.GELU(),
-                                    nn.Linear(width, width))
-        self.blocks = nn.ModuleList(DecoderBlock(width, heads, kv_heads, hidden)
-                                    for _ in range(depth))
-        self.norm = RMSNorm(width)
+                                    nn.Linear(width, width)) if patch else None
+        self.blocks = nn.ModuleList(
+            DecoderBlock(width, heads, kv_heads, hidden, head_width, bias, qk_norm, eps)
+            for _ in range(depth))
+        self.norm = RMSNorm(width, eps)
         # NOTE (ours): not tied. Words that may follow the same words ("left", "right") would get
         # nearly the same embedding, and the states that MoS routes would hardly tell them apart.
         self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
@@ -146,7 +158,8 @@ class Understanding(nn.Module):
         x: input embeddings (B, S, Du). The embedding itself is not among them, and the last state
         is not normalised.
         """
-        rope = rope_table(torch.arange(x.shape[1], device=x.device)[:, None], self.axes)
+        places = torch.arange(x.shape[1], device=x.device)[:, None]         # (S, 1)
+        rope = rope_table(places, self.axes, self.theta, self.slow)
         states = []
         for block in self.blocks:
             x = block(x, rope)
@@ -173,3 +186,121 @@ class Understanding(nn.Module):
         loss = (each.sum(1) / lengths).mean()  # a mean of samples: the same however a batch is cut
         return loss, {"token_accuracy": right.sum() / lengths.sum(),
                       "text_accuracy": (right | (target == -100)).all(1).float().mean()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Towers from folders in Hugging Face's layout
+
+FAMILIES = {"llama": {}, "qwen2": dict(bias=True), "qwen3": dict(qk_norm=True)}
+PREFIXES = ("language_model.model.", "model.language_model.", "model.")  # of the tower's tensors
+OTHERS = ("vision_model.", "vision_tower.", "model.vision_tower.", "mlp1.",
+          "multi_modal_projector.", "model.multi_modal_projector.")  # of what reads pictures
+NAMES = {"embed_tokens": "embedding", "norm": "norm", "input_layernorm": "norm1",
+         "post_attention_layernorm": "norm2", "self_attn.o_proj": "out",
+         "self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm", "mlp.down_proj": "ffn.down"}
+PACKED = {"self_attn.q_proj": ("qkv", 0), "self_attn.k_proj": ("qkv", 1),
+          "self_attn.v_proj": ("qkv", 2), "mlp.gate_proj": ("ffn.gate_up", 0),
+          "mlp.up_proj": ("ffn.gate_up", 1)}  # parts of one matrix of ours, in this order
+
+
+def slow_down(factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, **_):
+    """Llama 3's change of rotary frequencies: the slow ones are divided by the factor.
+
+    Those that turn more than high_freq_factor times in the original length stay, those that turn
+    less than low_freq_factor times are divided, those between partly so.
+    """
+    def slow(rate):
+        turns = original_max_position_embeddings * rate / (2 * math.pi)
+        stay = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+        return rate * (stay + (1 - stay) / factor)
+    return slow
+
+
+def read_family(folder):
+    """Arguments of Understanding from a folder's config.json.
+
+    Raises FileNotFoundError, or ValueError for what this decoder is not.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no config.json in {folder}: expected a model's folder in "
+                                "Hugging Face's layout")
+    c = json.loads(path.read_text())
+    c = c.get("text_config") or c.get("llm_config") or c
+    family, rope = c.get("model_type"), c.get("rope_parameters") or {
+        "rope_theta": c.get("rope_theta", 1e4), **(c.get("rope_scaling") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    for wrong, what in ((family not in FAMILIES, f"model_type {family!r}"),
+                        (kind not in ("default", "llama3"), f"rope_type {kind!r}"),
+                        (c.get("use_sliding_window"), "a sliding window"),
+                        (c.get("mlp_bias"), "biases in its feed-forward networks"),
+                        (family != "qwen2" and c.get("attention_bias"), "a bias in its output")):
+        if wrong:
+            raise ValueError(f"{path} has {what}; expected one of {', '.join(FAMILIES)} as they "
+                             "are published")
+    return dict(vocabulary=c["vocab_size"], width=c["hidden_size"], depth=c["num_hidden_layers"],
+                heads=c["num_attention_heads"], kv_heads=c["num_key_value_heads"],
+                hidden=c["intermediate_size"], head_width=c.get("head_dim"), patch=0,
+                tied=bool(c.get("tie_word_embeddings")), theta=rope["rope_theta"],
+                slow=slow_down(**rope) if kind == "llama3" else None, eps=c["rms_norm_eps"],
+                **FAMILIES[family])
+
+
+def locate(name, tower):
+    """Our name for a folder's tensor and its place, maybe rows of ours; None if it is not the
+    tower's. Raises KeyError or AttributeError where the tower has no such tensor.
+    """
+    prefix = next((p for p in PREFIXES if name.startswith(p)), None)
+    if name.endswith("lm_head.weight"):
+        return ("head.weight", tower.head.weight) if tower.head else None
+    if not prefix or name.startswith(OTHERS):
+        return None
+    path, kind = name.removeprefix(prefix).rsplit(".", 1)
+    _, number, path = path.split(".", 2) if path.startswith("layers.") else ("", "", path)
+    own, part = PACKED.get(path) or (NAMES[path], None)
+    own = f"blocks.{number}.{own}.{kind}" if number else f"{own}.{kind}"
+    tensor = tower.get_parameter(own)
+    if part is None:
+        return own, tensor
+    if "gate_up" in own:
+        return own, tensor.chunk(2)[part]
+    block = tower.blocks[int(number)]
+    queries = block.heads * block.head_width
+    keys = (len(tensor) - queries) // 2
+    return own, tensor.split([queries, keys, keys])[part]
+
+
+@torch.no_grad()
+def load_tower(folder, device="cpu", dtype=torch.bfloat16):
+    """The understanding tower of a folder in Hugging Face's layout, read a tensor at a time.
+
+    Raises FileNotFoundError, or ValueError that names a tensor that is missing, unexpected or of
+    another shape.
+    """
+    folder = Path(folder)
+    with torch.device("meta"):
+        tower = Understanding(**read_family(folder))
+    tower.to(dtype).to_empty(device=device).requires_grad_(False)
+    lacking = {name: p.numel() for name, p in tower.named_parameters()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no safetensors files in {folder}")
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                try:
+                    found = locate(name, tower)
+                except (KeyError, AttributeError):
+                    raise ValueError(f"{path}: tensor {name} is not part of this tower") from None
+                if found:
+                    own, place = found
+                    values = file.get_tensor(name)
+                    if values.shape != place.shape:
+                        raise ValueError(f"{path}: tensor {name} has shape {tuple(values.shape)}, "
+                                         f"config.json asks for {tuple(place.shape)}")
+                    place.copy_(values)
+                    lacking[own] -= values.numel()
+    for name, number in lacking.items():
+        if number:
+            raise ValueError(f"{folder}: {name} is missing, or a part of it")
+    return tower.eval()
