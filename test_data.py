@@ -492,14 +492,14 @@ def test_latents_three_ways(world, light, tmp_path, monkeypatch, capsys):
 
 def test_states_three_ways(world, light, tmp_path, monkeypatch):
     """Prompts' states of each step, of a producer and from disk give the same losses."""
-    step, _ = go(world, tmp_path / "step", steps=4)
-    produced, _ = go(world, tmp_path / "produced", steps=4, states="producer")
+    step, _ = go(world, tmp_path / "step", steps=2)
+    produced, _ = go(world, tmp_path / "produced", steps=2, states="producer")
     assert produced == step
     folder = tmp_path / "states"
-    disk, _ = go(world, tmp_path / "disk", steps=4, states=str(folder))
+    disk, _ = go(world, tmp_path / "disk", steps=2, states=str(folder))
     assert disk == pytest.approx(step, rel=1e-4)
     monkeypatch.setattr(MoS, "understand", lambda *_: pytest.fail("ran the tower"))
-    again, _ = go(world, tmp_path / "again", steps=4, states=str(folder))
+    again, _ = go(world, tmp_path / "again", steps=2, states=str(folder))
     assert again == disk
     shutil.copytree(world / "init", tmp_path / "init")
     path = tmp_path / "init" / "understanding.safetensors"

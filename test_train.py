@@ -294,6 +294,7 @@ def test_two_processes(flags, trained, precise, tmp_path):
         near(precise, tmp_path, stage, 1e-10)
 
 
+@pytest.mark.slow
 def test_four_processes(trained, precise, tmp_path):
     """Two copies of two shards, too; they go on bit-identically, and one process reads them."""
     flags = dict(stage="image", init=trained, save_every=10, **LONG)
@@ -403,9 +404,7 @@ def flip(path):
     (flip, "safetensors is not what was written"),
     (lambda path: path.write_bytes(path.read_bytes()[:-9]), "safetensors is not what was written"),
     (lambda path: path.unlink(), "No such file"),
-    (lambda path: (path.parent / "manifest.json").write_text("{"), "manifest.json: "),
-    (lambda path: (path.parent / "manifest.json").write_text("[]"), "manifest.json: "),
-    (lambda path: (path.parent / "manifest.json").unlink(), "No such file")))
+    (lambda path: (path.parent / "manifest.json").write_text("[]"), "manifest.json: ")))
 def test_damaged_state(harm, told, light, tmp_path, capsys):
     """A damaged state is passed over and said so; training from the one before ends the same."""
     assert go("vae", tmp_path, save_every=2)
@@ -491,7 +490,8 @@ def test_export(light, trained, tmp_path, monkeypatch):
     assert MoS.from_pretrained(tmp_path).generate(["a red circle"])
 
 
-@pytest.mark.parametrize("table, rows", (("scale-trap", 12), ("data-weights", 2)))
+@pytest.mark.parametrize("table, rows", (
+    ("scale-trap", 12), pytest.param("data-weights", 2, marks=pytest.mark.slow)))
 def test_ablations(table, rows, light, trained, monkeypatch, capsys):
     """Each table of ablate.py has its rows, with numbers."""
     monkeypatch.setitem(train.RECIPES, ("image", "cpu"), dict(

@@ -319,7 +319,7 @@ def load_wan(folder, device="cpu", dtype=torch.float32):
                 if own not in lacking:
                     raise ValueError(f"{path}: tensor {name} is not part of this VAE")
                 place = lacking.pop(own)
-                if values.ndim > place.ndim:  # (out, in, time, h, w), or a norm's (C, 1, 1, 1)
+                if values.ndim > place.ndim:  # an axis for time: the third, in norms the last
                     values = values[..., 0] if "gamma" in own else values[:, :, -1]
                 if values.shape != place.shape:
                     raise ValueError(f"{path}: tensor {name} has, without time, the shape "
