@@ -527,7 +527,7 @@ def test_dead_producer(world, light, tmp_path, monkeypatch):
         go(world, tmp_path / "out", steps=2, states="producer")
 
 
-@pytest.mark.parametrize("beside", ("", "=1,{}/a=1"))
+@pytest.mark.parametrize("beside", (pytest.param("", marks=pytest.mark.slow), "=1,{}/a=1"))
 def test_latents_of_the_small_world(beside, world, light, tmp_path):
     """The small world can be stored, too, alone or beside pictures."""
     changes, losses = dict(data="shapes" + beside.format(world), scenes=10, steps=3), []
@@ -618,7 +618,7 @@ def spoil(world, folder, number):
     return str(folder)
 
 
-@pytest.mark.parametrize("where", ("step", "memory", "disk"))
+@pytest.mark.parametrize("where", ("step", "disk", pytest.param("memory", marks=pytest.mark.slow)))
 def test_broken_body_in_training(where, world, light, tmp_path):
     """It is counted and replaced, on disk left out; past --max-broken the run stops with the list.
     """

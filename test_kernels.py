@@ -316,7 +316,7 @@ def test_twins_match_float64(name, kind, monkeypatch):
 
 
 @device
-@pytest.mark.parametrize("name", SMALL | LARGE if GPU else SMALL)
+@pytest.mark.parametrize("name", SMALL | LARGE if GPU else ("add", "heads, context", "ffn"))
 def test_same_input_same_bits(name, fused):
     """Twice forward, twice backward through one graph: equal bits, and inputs stay as they are."""
     inputs, call, _ = make((SMALL | LARGE)[name], Draw(KIND))
@@ -524,7 +524,7 @@ def test_kernels_compile(arch):
 @device
 def test_model(fused, monkeypatch):
     """Loss and gradients of a small MoS are those of the twins, on a GPU under bf16 autocast."""
-    model, results, B = make_model().to(DEVICE), [], 3
+    model, results, B = make_model(gen_depth=2, und_depth=2).to(DEVICE), [], 3
     z0, z1 = torch.randn(2, B, model.config.vae_channels, 4, 6, device=DEVICE)
     tokens = model.tokenizer.batch(["a red circle", "two stars", "a star left of the blue square"])
     arguments = z0, tokens.to(DEVICE), torch.rand(B).to(DEVICE), z1
