@@ -486,10 +486,11 @@ def test_latents_three_ways(world, light, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("opened a picture"))
     monkeypatch.setattr(data, "find", lambda *_: pytest.fail("looked at the sources"))
     monkeypatch.setattr(type(make_model().vae), "encode", lambda *_: pytest.fail("encoded"))
-    again, _ = go(world, tmp_path / "again", latents=str(folder), **{**changes, "workers": 1})
+    again, _ = go(world, tmp_path / "again", latents=str(folder), **changes)
     assert again == disk
 
 
+@pytest.mark.slow
 def test_states_three_ways(world, light, tmp_path, monkeypatch):
     """Prompts' states of each step, of a producer and from disk give the same losses."""
     step, _ = go(world, tmp_path / "step", steps=2)

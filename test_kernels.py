@@ -373,6 +373,7 @@ def test_compiled(name, fused):
 
 
 @device
+@pytest.mark.slow
 def test_operators(fused, monkeypatch):
     """What compilers are told of the operators, schemas and shapes of outputs, is true."""
     seen = {name: {} for name in OPERATORS}

@@ -152,8 +152,10 @@ def light(monkeypatch):
 def trained(tmp_path_factory):
     """All three stages with everything real, but a tenth of the validation's pictures."""
     folder, judge = tmp_path_factory.mktemp("trained"), evaluate.score_judge
+    ask = evaluate.score_understanding
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "score_judge", lambda number, **rest: judge(number // 10, **rest))
+        patch.setattr(evaluate, "score_understanding", lambda model, n: ask(model, n // 10))
         assert all(go(stage, folder) for stage in train.STAGES)
     return folder
 
@@ -285,12 +287,15 @@ def test_estimate():
         estimate.estimate(config, "hsdp", 8, 3)
 
 
-@pytest.mark.parametrize("flags", (
-    dict(parallel="ddp"), dict(parallel="fsdp", micro_batch=1, recompute="")))
+FSDP = dict(parallel="fsdp", micro_batch=1, recompute="")
+
+
+@pytest.mark.parametrize("flags", (dict(parallel="ddp"), dict(FSDP, stage="image"),
+                                   pytest.param(FSDP, marks=pytest.mark.slow)))
 def test_two_processes(flags, trained, precise, tmp_path):
     """Two processes, whole models or shards, accumulating or not, do what one does."""
     launch(tmp_path, 2, "1", init=trained, **LONG, **flags)
-    for stage in train.STAGES:
+    for stage in [flags["stage"]] if "stage" in flags else train.STAGES:
         near(precise, tmp_path, stage, 1e-10)
 
 
