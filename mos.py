@@ -102,28 +102,23 @@ class MoSConfig:
             raise ValueError(f"epsilon must lie in [0, 1], got {self.epsilon}")
 
 
+# The paper's sizes share Wan 2.2's VAE, the first training phase, and more.
+SHARED = dict(vae_channels=48, vae_width=160, vae_decoder_width=256, und_kv_heads=8,
+              gen_hidden=8192, gen_kv_heads=8, gen_patch=2, max_tokens=128, size=512,
+              t_sampling="logit-normal", shift=1.0)
 PRESETS = {
     "tiny": {},
     "laptop": dict(gen_width=192, gen_depth=6, gen_heads=6, gen_kv_heads=3, gen_hidden=512,
                    gen_patch=2, router_width=64, router_heads=2),
-    # The paper's sizes, as far as they can be inferred: the ablations', MoS-S, MoS-L (its depth is
-    # a guess), each in the first phase, with Wan 2.2's VAE and the towers Llama-3.2-3B, PLM-8B and
-    # InternVL3-14B.
-    "ablation_1b": dict(vae_channels=48, vae_width=160, vae_decoder_width=256, und_width=3072,
-                        und_depth=28, und_heads=24, und_kv_heads=8, und_hidden=8192, gen_width=2048,
-                        gen_depth=16, gen_heads=32, gen_kv_heads=8, gen_hidden=8192, gen_patch=2,
-                        router_width=1024, router_heads=8, max_tokens=128, size=512,
-                        t_sampling="logit-normal", shift=1.0),
-    "mos_l": dict(vae_channels=48, vae_width=160, vae_decoder_width=256, und_width=5120,
-                  und_depth=48, und_heads=40, und_kv_heads=8, und_hidden=13824, gen_width=3584,
-                  gen_depth=36, gen_heads=28, gen_kv_heads=7, gen_hidden=9728, gen_patch=2,
-                  router_width=2048, router_heads=16, max_tokens=128, size=512,
-                  t_sampling="logit-normal", shift=1.0),
-    "mos_s": dict(vae_channels=48, vae_width=160, vae_decoder_width=256, und_width=4096,
-                  und_depth=32, und_heads=32, und_kv_heads=8, und_hidden=14336, gen_width=3072,
-                  gen_depth=28, gen_heads=24, gen_kv_heads=8, gen_hidden=8192, gen_patch=2,
-                  router_width=2048, router_heads=16, max_tokens=128, size=512,
-                  t_sampling="logit-normal", shift=1.0),
+    # NOTE (ours): inferred. Understanding towers: Llama-3.2-3B, PLM-8B, InternVL3-14B.
+    "ablation_1b": dict(SHARED, und_width=3072, und_depth=28, und_heads=24, und_hidden=8192,
+                        gen_width=2048, gen_depth=16, gen_heads=32, router_width=1024,
+                        router_heads=8),
+    "mos_s": dict(SHARED, und_width=4096, und_depth=32, und_heads=32, und_hidden=14336,
+                  gen_width=3072, gen_depth=28, gen_heads=24, router_width=2048, router_heads=16),
+    "mos_l": dict(SHARED, und_width=5120, und_depth=48, und_heads=40, und_hidden=13824,
+                  gen_width=3584, gen_depth=36, gen_heads=28, gen_kv_heads=7, gen_hidden=9728,
+                  router_width=2048, router_heads=16),
 }
 
 

@@ -486,21 +486,21 @@ def test_latents_three_ways(world, light, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("opened a picture"))
     monkeypatch.setattr(data, "find", lambda *_: pytest.fail("looked at the sources"))
     monkeypatch.setattr(type(make_model().vae), "encode", lambda *_: pytest.fail("encoded"))
-    again, _ = go(world, tmp_path / "again", latents=str(folder), **changes)
+    again, _ = go(world, tmp_path / "again", latents=str(folder), **{**changes, "workers": 1})
     assert again == disk
 
 
 @pytest.mark.slow
 def test_states_three_ways(world, light, tmp_path, monkeypatch):
     """Prompts' states of each step, of a producer and from disk give the same losses."""
-    step, _ = go(world, tmp_path / "step", steps=2)
-    produced, _ = go(world, tmp_path / "produced", steps=2, states="producer")
+    step, _ = go(world, tmp_path / "step", steps=4)
+    produced, _ = go(world, tmp_path / "produced", steps=4, states="producer")
     assert produced == step
     folder = tmp_path / "states"
-    disk, _ = go(world, tmp_path / "disk", steps=2, states=str(folder))
+    disk, _ = go(world, tmp_path / "disk", steps=4, states=str(folder))
     assert disk == pytest.approx(step, rel=1e-4)
     monkeypatch.setattr(MoS, "understand", lambda *_: pytest.fail("ran the tower"))
-    again, _ = go(world, tmp_path / "again", steps=2, states=str(folder))
+    again, _ = go(world, tmp_path / "again", steps=4, states=str(folder))
     assert again == disk
     shutil.copytree(world / "init", tmp_path / "init")
     path = tmp_path / "init" / "understanding.safetensors"

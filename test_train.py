@@ -409,7 +409,11 @@ def flip(path):
     (flip, "safetensors is not what was written"),
     (lambda path: path.write_bytes(path.read_bytes()[:-9]), "safetensors is not what was written"),
     (lambda path: path.unlink(), "No such file"),
-    (lambda path: (path.parent / "manifest.json").write_text("[]"), "manifest.json: ")))
+    (lambda path: (path.parent / "manifest.json").write_text("[]"), "manifest.json: "),
+    pytest.param(lambda path: (path.parent / "manifest.json").write_text("{"), "manifest.json: ",
+                 marks=pytest.mark.slow),
+    pytest.param(lambda path: (path.parent / "manifest.json").unlink(), "No such file",
+                 marks=pytest.mark.slow)))
 def test_damaged_state(harm, told, light, tmp_path, capsys):
     """A damaged state is passed over and said so; training from the one before ends the same."""
     assert go("vae", tmp_path, save_every=2)
