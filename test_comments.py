@@ -22,9 +22,10 @@ import data
 import kernels
 import shapes
 import train
+import vision
 from conftest import ROOT, make_model
 
-FILES = "mos.py router.py dit.py towers.py kernels.py vae.py shapes.py data.py".split()
+FILES = "mos.py router.py dit.py towers.py kernels.py vae.py shapes.py data.py vision.py".split()
 UNREACHED = set()  # "file.py: commented source text" that no run on the CPU can reach
 ONE = r"\([^()]*,[^()]*\)"
 COMMENT = re.compile(rf"# ({ONE}(?:,(?: or)? {ONE})*)( each)?")
@@ -193,6 +194,13 @@ def run_everything(watch, folder):
                   else a for a in inputs]
         y = watch(letters, function.apply, *inputs)
         watch(letters, y.sum().backward)
+    watch({"vision.py": dict(B=2, p=16, Du=44)}, vision.Patches(16, 44), images)
+    letters = {"vision.py": dict(B=2, P=12, Du=44, Dv=24, Dh=8, n=4),
+               "vision.py EncoderBlock": dict(H=3)}
+    for encoder in (vision.PerceptionEncoder(24, 1, 3, 40, 44, True, 56),
+                    vision.PerceptionEncoder(24, 1, 3, 40, 44, False, 56),
+                    vision.InternVision(24, 1, 3, 40, 44, 56)):
+        watch(letters, encoder, torch.rand(2, 3, 84, 112))
 
 
 def test_shape_comments(tmp_path):

@@ -1,0 +1,385 @@
+"""Image encoders: parity with transformers (InternVL) and with a written reference (PLM)."""
+
+import cmath
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from conftest import ROOT
+from vision import InternVision, Patches, PerceptionEncoder, read_vision
+
+WIDTH, HEADS, HIDDEN, OUT, SIDE = 32, 2, 48, 40, 4  # small encoders: two blocks, a 4x4 grid
+INTERN = dict(model_type="internvl_vision", hidden_size=WIDTH, num_hidden_layers=2,
+              num_attention_heads=HEADS, intermediate_size=HIDDEN, attention_bias=True,
+              image_size=[14 * SIDE] * 2, patch_size=[14, 14])
+QWEN2 = dict(model_type="qwen2", vocab_size=61, hidden_size=OUT, num_hidden_layers=1,
+             num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+SMALL = dict(img_size=[14 * SIDE] * 2, embed_dim=WIDTH, depth=2, num_heads=HEADS, mlp_ratio=1.5,
+             global_pool="", use_post_transformer_norm=False, init_values=0.1)
+
+
+def plm(size, model_args=(), kind="lang", **changes):
+    """A PLM's config.json."""
+    vision = dict(model_type="timm_wrapper", architecture=f"vit_pe_{kind}_{size}_patch14_448",
+                  model_args=dict(model_args))
+    return dict(model_type="perception_lm", vision_config=vision, text_config=dict(hidden_size=OUT),
+                projector_pooling_ratio=2, vision_use_cls_token=size == "large") | changes
+
+
+def internvl(top=(), **changes):
+    """An InternVL's config.json."""
+    return dict(model_type="internvl", vision_config=INTERN | changes, text_config=QWEN2,
+                downsample_ratio=0.5, vision_feature_layer=-1) | dict(top)
+
+
+@torch.no_grad()
+def load(encoder, tensors):
+    """Fill every value of an encoder once from a folder's tensors."""
+    lacking = {name: p.numel() for name, p in encoder.named_parameters()}
+    for name, values in tensors.items():
+        if own := encoder.own_name(name):
+            own, part = own if isinstance(own, tuple) else (own, None)
+            place = encoder.get_parameter(own)
+            place = place if part is None else place.chunk(3)[part]
+            assert values.shape == place.shape, name
+            place.copy_(values)
+            lacking[own] -= values.numel()
+    assert not any(lacking.values()), lacking
+    return encoder
+
+
+@torch.no_grad()
+def watch_blocks(blocks, run, *arguments):
+    """The outputs of all blocks during a call, and its own."""
+    states = []
+    hooks = [block.register_forward_hook(lambda *a: states.append(a[2])) for block in blocks]
+    result = run(*arguments)
+    for hook in hooks:
+        hook.remove()
+    return states, result
+
+
+# ------------------------------------------------------------------------------------------------
+# The small world
+
+@pytest.mark.parametrize("dtype, autocast", ((torch.float32, False), (torch.bfloat16, False),
+                                             (torch.float32, True)))
+def test_patches(dtype, autocast):
+    """Bit by bit the formula with which the tower in weights/ was trained, under its names."""
+    tensors = load_file(ROOT / "weights" / "understanding.safetensors")
+    tensors = {name.removeprefix("understanding.vision."): p.to(dtype)
+               for name, p in tensors.items() if ".vision." in name}
+    width, patch = len(tensors["2.bias"]), 16
+    encoder = Patches(patch, width).to(dtype)
+    encoder.load_state_dict(tensors)
+    images = (2 * torch.rand(2, 3, 64, 96) - 1).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = encoder(images)
+        x = F.pixel_unshuffle(images, patch).permute(0, 2, 3, 1)
+        x = F.gelu(F.linear(x, tensors["0.weight"], tensors["0.bias"]))
+        x = F.linear(x, tensors["2.weight"], tensors["2.bias"])
+        rate = 100.0 ** (-torch.arange(width // 4) / (width // 4))
+        for i in range(4):
+            for j in range(6):
+                waves = [(i * rate).cos(), (i * rate).sin(), (j * rate).cos(), (j * rate).sin()]
+                expected = x[:, i, j] + torch.cat(waves).to(dtype)
+                assert torch.equal(found[:, 6 * i + j], expected)
+    assert found.shape == (2, 24, width) and found.dtype == expected.dtype
+
+
+# ------------------------------------------------------------------------------------------------
+# PLM: transformers needs timm for it, so here is what it computes, one picture at a time
+
+def timm_tensors(cls, seed=0):
+    """Random values under the names of a small PLM's folder, in fp64."""
+    shapes = {"vision_tower.timm_model.pos_embed": (1, cls + SIDE ** 2, WIDTH),
+              "vision_tower.timm_model.patch_embed.proj.weight": (WIDTH, 3, 14, 14),
+              "vision_tower.timm_model.norm_pre": WIDTH,
+              "multi_modal_projector.linear_1": (OUT, WIDTH),
+              "multi_modal_projector.linear_2": (OUT, OUT), "language_model.norm.weight": (OUT,)}
+    if cls:
+        shapes["vision_tower.timm_model.cls_token"] = (1, 1, WIDTH)
+    for i in range(2):
+        shapes |= {f"vision_tower.timm_model.blocks.{i}.{name}": shape for name, shape in (
+            ("norm1", WIDTH), ("norm2", WIDTH), ("gamma_1", (WIDTH,)), ("gamma_2", (WIDTH,)),
+            ("attn.qkv", (3 * WIDTH, WIDTH)), ("attn.proj", (WIDTH, WIDTH)),
+            ("mlp.fc1", (HIDDEN, WIDTH)), ("mlp.fc2", (WIDTH, HIDDEN)))}
+    torch.manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, int):  # a norm
+            tensors[f"{name}.weight"] = 1 + 0.2 * torch.randn(shape)
+            tensors[f"{name}.bias"] = 0.2 * torch.randn(shape)
+        elif len(shape) == 2:
+            tensors[f"{name}.weight"] = torch.randn(shape) * 2 / shape[1] ** 0.5
+            tensors[f"{name}.bias"] = 0.2 * torch.randn(shape[0])
+        else:
+            tensors[name] = torch.randn(shape) * (0.05 if len(shape) == 4 else 0.5)
+    return {f"model.{name}": p.double() for name, p in tensors.items()}
+
+
+def normalised(x, t, name):
+    """LayerNorm with eps 1e-5."""
+    x = x - x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = (x * x).sum(-1, keepdim=True) / x.shape[-1]
+    return x / (variance + 1e-5).sqrt() * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+
+def through(x, t, name):
+    """A linear layer."""
+    return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def between(grid, y, x):
+    """Bilinear value of a grid (n, n, width) at fractional indices, which stop at its borders."""
+    n = len(grid)
+    y, x = min(max(y, 0), n - 1), min(max(x, 0), n - 1)
+    top, left = min(int(y), n - 2), min(int(x), n - 2)
+    a, b = y - top, x - left
+    return ((1 - a) * ((1 - b) * grid[top, left] + b * grid[top, left + 1])
+            + a * ((1 - b) * grid[top + 1, left] + b * grid[top + 1, left + 1]))
+
+
+def perceive(t, image, cls):
+    """States after every block and the image tokens of one picture (3, H, W)."""
+    t = {name.removeprefix("model."): p for name, p in t.items()}
+    vit, rows, columns = "vision_tower.timm_model.", image.shape[1] // 14, image.shape[2] // 14
+    places, tokens, turns = t[vit + "pos_embed"][0], [], []
+    if cls:
+        tokens, turns = [t[vit + "cls_token"][0, 0] + places[0]], [[1] * (WIDTH // HEADS // 2)]
+    grid = places[cls:].reshape(SIDE, SIDE, WIDTH)
+    quarter = WIDTH // HEADS // 4
+    for row in range(rows):
+        for column in range(columns):
+            patch = image[:, 14 * row:14 * row + 14, 14 * column:14 * column + 14]
+            token = (t[vit + "patch_embed.proj.weight"] * patch).sum((1, 2, 3))
+            place = between(grid, (row + 0.5) * SIDE / rows - 0.5,
+                            (column + 0.5) * SIDE / columns - 0.5)
+            tokens.append(token + place)
+            turns.append([cmath.exp(1j * (n + cls) * 10000 ** (-i / quarter))
+                          for n in (column, row) for i in range(quarter)])
+    turns = torch.tensor(turns, dtype=torch.complex128)
+    x, states = normalised(torch.stack(tokens), t, vit + "norm_pre"), []
+    for i in range(2):
+        block = f"{vit}blocks.{i}."
+        q, k, v = through(normalised(x, t, block + "norm1"), t, block + "attn.qkv").split(WIDTH, 1)
+        heads = []
+        for q, k, v in zip(*(a.split(WIDTH // HEADS, 1) for a in (q, k, v))):
+            q, k = (torch.complex(a[:, 0::2], a[:, 1::2]) * turns for a in (q, k))
+            scores = torch.stack([(one * k.conj()).real.sum(1) for one in q])
+            heads.append((scores / math.sqrt(WIDTH // HEADS)).softmax(1) @ v)
+        x = x + t[block + "gamma_1"] * through(torch.cat(heads, 1), t, block + "attn.proj")
+        hidden = gelu(through(normalised(x, t, block + "norm2"), t, block + "mlp.fc1"))
+        x = x + t[block + "gamma_2"] * through(hidden, t, block + "mlp.fc2")
+        states.append(x)
+    x = gelu(through(x[cls:], t, "multi_modal_projector.linear_1"))
+    x = through(x, t, "multi_modal_projector.linear_2").reshape(rows, columns, OUT)
+    return states, torch.stack([(x[i, j] + x[i, j + 1] + x[i + 1, j] + x[i + 1, j + 1]) / 4
+                                for i in range(0, rows, 2) for j in range(0, columns, 2)])
+
+
+@pytest.mark.parametrize("size", ((56, 56), (56, 84), (84, 28)))
+@pytest.mark.parametrize("kind", ("large", "gigantic"))
+def test_perception(kind, size):
+    """Every block and the tokens are the reference's, in the grid of training and in others."""
+    cls = kind == "large"
+    tensors = timm_tensors(cls)
+    encoder = load(read_vision(plm(kind, SMALL)).double(), tensors)
+    images = 2 * torch.rand(2, 3, *size, dtype=torch.float64) - 1
+    states, found = watch_blocks(encoder.blocks, encoder, images)
+    for b, image in enumerate(images):
+        expected, tokens = perceive(tensors, image, cls)
+        for state, one in zip(states, expected, strict=True):
+            torch.testing.assert_close(state[b], one, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found[b], tokens, rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------
+# InternVL
+
+@pytest.fixture(scope="module")
+def theirs():
+    """transformers' InternVL, every weight of it random."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.InternVLModel(transformers.InternVLConfig(
+        vision_config={k: v for k, v in INTERN.items() if k != "model_type"},
+        text_config=QWEN2)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("size", ((56, 56), (84, 84), (28, 84)))
+def test_intern(theirs, size):
+    """Every block and, of squares, the tokens are transformers', from its own config.json."""
+    encoder = load(read_vision(theirs.config.to_dict()), theirs.state_dict())
+    images = 2 * torch.rand(2, 3, *size) - 1
+    mean, deviation = (torch.tensor(a)[:, None, None]
+                       for a in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pixels = ((images + 1) / 2 - mean) / deviation
+    square = size[0] == size[1]  # transformers' projector takes no others
+    run = theirs.get_image_features if square else theirs.vision_tower
+    expected, output = watch_blocks(theirs.vision_tower.encoder.layer, run, pixels)
+    states, found = watch_blocks(encoder.blocks, encoder, images)
+    for state, one in zip(states, expected, strict=True):
+        torch.testing.assert_close(state, one, rtol=1e-5, atol=1e-5)
+    assert found.shape == (2, size[0] * size[1] // 784, OUT)
+    assert encoder.norm.eps == theirs.multi_modal_projector.layer_norm.eps
+    if square:
+        torch.testing.assert_close(found, output.pooler_output, rtol=1e-5, atol=1e-5)
+
+
+def test_pixel_shuffle():
+    """A token is four neighbours: the upper half of a picture has its first tokens, and so on."""
+    encoder = InternVision(WIDTH, 0, HEADS, HIDDEN, OUT, 56)
+    with torch.no_grad():
+        encoder.positions.zero_()
+    images = torch.rand(1, 3, 56, 56)
+    whole = encoder(images)
+    torch.testing.assert_close(encoder(images[:, :, :28]), whole[:, :2])
+    torch.testing.assert_close(encoder(images[..., :28]), whole[:, ::2])
+
+
+# ------------------------------------------------------------------------------------------------
+# Names, configurations, sizes
+
+def original(tensors):
+    """transformers' tensors of an InternVL as OpenGVLab's folders have them."""
+    out, rows = {}, {}
+    for name, p in tensors.items():
+        for theirs, own in (("embeddings.cls_token", "embeddings.class_embedding"),
+                            ("position_embeddings", "position_embedding"),
+                            ("patch_embeddings.projection", "patch_embedding"),
+                            ("vision_tower", "vision_model"), ("encoder.layer.", "encoder.layers."),
+                            ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+                            ("lambda_", "ls"), ("attention.projection_layer", "attn.proj"),
+                            ("multi_modal_projector.layer_norm", "mlp1.0"),
+                            ("multi_modal_projector.linear_1", "mlp1.1"),
+                            ("multi_modal_projector.linear_2", "mlp1.3")):
+            name = name.replace(theirs, own)
+        for i, part in enumerate("qkv"):
+            if f"attention.{part}_proj" in name:
+                rows.setdefault(name.replace(f"attention.{part}_proj", "attn.qkv"), {})[i] = p
+                break
+        else:
+            out[name] = p
+    return out | {name: torch.cat([parts[i] for i in range(3)]) for name, parts in rows.items()}
+
+
+def test_spellings(theirs):
+    """Both spellings of InternVL's names, with `model.` in front or not, fill the same encoder."""
+    tensors = theirs.state_dict()
+    expected = load(read_vision(internvl()), tensors).state_dict()
+    assert "vision_model.encoder.layers.1.attn.qkv.bias" in original(tensors)
+    for spelt in (original(tensors), {f"model.{name}": p for name, p in tensors.items()}):
+        found = load(read_vision(internvl()), spelt).state_dict()
+        assert all(torch.equal(expected[name], p) for name, p in found.items())
+
+
+@pytest.mark.parametrize("config, name", [
+    (config, name) for config, names in (
+        (internvl(), ("vision_tower.layernorm.weight", "mlp1.2.weight", "mlp1.0",
+                      "vision_tower.encoder.layer.2.mlp.fc1.weight", "vision_model.norm.weight",
+                      "vision_tower.encoder.layer.0.attention.q_norm.weight",
+                      "vision_tower.timm_model.blocks.0.norm1.weight")),
+        (plm("gigantic", SMALL), ("model.vision_tower.timm_model.cls_token", "mlp1.0.weight",
+                                  "model.vision_tower.timm_model.norm.weight",
+                                  "model.vision_tower.timm_model.patch_embed.proj.bias",
+                                  "vision_tower.timm_model.blocks.0.gamma_1.weight")))
+    for name in names])
+def test_unknown_names(config, name):
+    """A tensor among an encoder's that it does not have is an error; one of the text is nothing."""
+    encoder = read_vision(config)
+    with pytest.raises(KeyError):
+        encoder.own_name(name)
+    for other in ("lm_head.weight", "model.language_model.norm.weight", "model.norm.weight",
+                  "language_model.model.layers.0.mlp.up_proj.weight"):
+        assert encoder.own_name(other) is None
+
+
+@pytest.mark.parametrize("config, blame", (
+    (plm("base"), "'vit_pe_lang_base_patch14_448'; expected PLM's"),
+    (dict(vision_config=dict(model_type="siglip_vision_model"), text_config=QWEN2), "'siglip_vis"),
+    (plm("large", kind="core"), "use_post_transformer_norm True; expected False"),
+    (plm("large", projector_pooling_ratio=1), "projector_pooling_ratio 1; expected 2"),
+    (plm("large", vision_use_cls_token=False), "vision_use_cls_token False; expected True"),
+    (plm("gigantic", SMALL | dict(num_heads=3)), "32 must be a multiple of four times its 3"),
+    (internvl(norm_type="rms_norm"), "norm_type 'rms_norm'; expected 'layer_norm'"),
+    (internvl(use_qk_norm=True), "use_qk_norm True"),
+    (internvl(attention_bias=False), "attention_bias False; expected True"),
+    (internvl(use_mean_pooling=False), "use_mean_pooling False"),
+    (internvl(dict(ps_version="v1")), "ps_version 'v1'; expected 'v2'"),
+    (internvl(dict(downsample_ratio=0.25)), "downsample_ratio 0.25")))
+def test_other_encoders(config, blame):
+    """What these encoders are not is refused by name."""
+    with pytest.raises(ValueError, match=blame):
+        read_vision(config)
+
+
+def test_no_encoder():
+    """A folder of a language model has none."""
+    assert read_vision(dict(model_type="llama", hidden_size=OUT)) is None
+
+
+OPENGVLAB = dict(model_type="intern_vit_6b", hidden_size=1024, num_hidden_layers=24,
+                 num_attention_heads=16, intermediate_size=4096, qkv_bias=True, image_size=448,
+                 qk_normalization=False, patch_size=14, norm_type="layer_norm", layer_norm_eps=1e-6)
+CORE = dict(depth=23, embed_dim=1024, img_size=[448, 448], ref_feat_shape=[32, 32],
+            global_pool="", init_values=0.1, use_post_transformer_norm=False)
+
+
+@pytest.mark.parametrize("config, kind, encoder, projector", (
+    (plm("gigantic"), PerceptionEncoder, 1_740_922_624, 63_120),
+    (plm("large"), PerceptionEncoder, 291_415_040, 42_640),
+    (plm("large", CORE, kind="core"), PerceptionEncoder, 291_415_040, 42_640),
+    (dict(vision_config=OPENGVLAB, llm_config=QWEN2, ps_version="v2", select_layer=-1),
+     InternVision, 304_012_288, 173_712)))
+def test_published_sizes(config, kind, encoder, projector):
+    """Full-size encoders have the parameters that their dimensions ask for, and 14 a block."""
+    with torch.device("meta"):
+        model = read_vision(config)
+    assert type(model) is kind and all(p.is_meta for p in model.parameters())
+    intern, cls = kind is InternVision, encoder < 1e9
+    W, N, F = (1024, 23 + intern, 4096) if cls else (1536, 47, 8960)
+    block = 4 * W * W + 2 * W * F + F + 11 * W
+    around = 3 * 14 * 14 * W + (32 * 32 + 2 * cls) * W + (W if intern else 2 * W)
+    own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks"))
+    assert own == N * block and own + around == encoder
+    V = 4 * W if intern else W
+    assert V * OUT + OUT + OUT * OUT + OUT + 2 * V * intern == projector
+    assert sum(p.numel() for p in model.parameters()) == encoder + projector
+    assert len(list(model.blocks.parameters())) == 14 * N
+
+
+@pytest.mark.parametrize("config", (plm("large", SMALL | dict(img_size=[448, 448], depth=1)),
+                                    plm("gigantic", SMALL | dict(img_size=448, depth=1)),
+                                    internvl(image_size=448, num_hidden_layers=1)))
+def test_tile(config):
+    """A tile of 448 pixels is 256 tokens; a frozen encoder in bf16 takes pictures in fp32."""
+    encoder = read_vision(config).bfloat16()
+    with torch.no_grad():
+        assert encoder(torch.rand(1, 3, 448, 448)).shape == (1, 256, OUT)
+        assert encoder(torch.rand(1, 3, 56, 84)).dtype == torch.bfloat16
+    for size in ((42, 56), (56, 60)):
+        with pytest.raises(ValueError, match=f"multiple of 28 pixels on each side, got {size[0]}x"):
+            encoder(torch.rand(1, 3, *size))
+
+
+@pytest.mark.parametrize("config", (plm("large", SMALL), internvl()))
+def test_first_values(config):
+    """Norms are 1, biases 0, LayerScales 0.1, all else small and random; every value has one."""
+    for name, p in read_vision(config).named_parameters():
+        if p.ndim == 1:
+            assert (p == (0.0 if name.endswith("bias") else 0.1 if "scale" in name else 1.0)).all()
+        else:
+            assert 0.5 < p.std() / (0.01 if name.endswith(("out.weight", "down.weight"))
+                                    else 0.02) < 1.5, name
