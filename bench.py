@@ -3,13 +3,15 @@
     python bench.py kernels    # norms, QK-norm + RoPE, SwiGLU, state mixing, feed-forward network
     python bench.py tower      # a denoising iteration of MoS-S at 1024x1024, as sample.py runs it
     python bench.py train      # training steps of --preset mos_s, or of a small one
+    python bench.py latency    # from prompt to picture, stage by stage, and other models
+    python bench.py loading    # reading a tower of 16 GB from its folder
 
 Everything is bf16 on random data (zeros are faster than data); `train` has fp32 weights under
 autocast. `kernels` prints device time: the sum over a call's kernels as the profiler sees them, the
 median of CALLS calls, which go through SETS sets of inputs in turn so that no cache serves them.
 (Compiled backward passes do not always survive capture in a CUDA graph, so nothing is captured.)
-What a call costs the host is another column. `tower` times a graph's replay by device events,
-`train` whole steps by the clock.
+What a call costs the host is another column. `tower` and `latency` time a graph's replay by
+device events, `train` whole steps by the clock.
 
 "-": does not apply or is not installed; "failed": stderr says why, the run goes on; "?": the
 rival's results differ from ours by more than 2 %.
@@ -18,38 +20,36 @@ Letters as in `mos.py`, and for the feed-forward network T tokens, D its width, 
 """
 
 import gc
-import json
 import math
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
-from torch.autograd import DeviceType, grad
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import grad
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from common import CommandLine, autocast, replacing, replayed, run
+from common import CommandLine, autocast, randomise, replacing, run
 from estimate import Products, estimate, forward_flops
-from mos import PRESETS, Context, MoS, MoSConfig
-from towers import Tokenizer
-from train import LARGE, TrainConfig, World, complete, prepare, revision
+from latency import bench_latency, bench_loading
+from mos import PRESETS, Context
+from timing import (DEVICE, DTYPE, SETS, call_time, ceilings, device_time, header, large_model,
+                    normal, replay_time, save, show_profile)
+from train import LARGE, TrainConfig, World, complete, prepare
 
 try:
     from liger_kernel import ops as liger
 except ImportError:
     liger = None
 
-DEVICE, DTYPE, EPS = "cuda", torch.bfloat16, 1e-6
-SETS, CALLS = 3, 10
+EPS = 1e-6
 RIVALS = ("torch.compile", "eager", "Liger", "built-in")
 
 
@@ -64,11 +64,6 @@ class Case(NamedTuple):
     rivals: dict    # {name: the same by other means}; Liger last: it writes into its gradients
     passes: dict    # {pass: (values that must move, our operator,
     #                         inputs and gradients of the twin's outputs -> its arguments)}
-
-
-def normal(*shape):
-    """Standard normal values."""
-    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
 def leaf(*shape):
@@ -232,41 +227,6 @@ CASES = (partial(norm_case, 36864, 2560), partial(norm_case, 98304, 3072),
 # ------------------------------------------------------------------------------------------------
 # Measuring
 
-def device_time(prepare, calls=CALLS):
-    """Microseconds on the device of a call's kernels, the median of many calls.
-
-    prepare: i -> the i-th call, ready to run; what `prepare` itself does is not timed.
-    """
-    for i in range(SETS):  # compiles
-        prepare(i)()
-    ready = [prepare(i) for i in range(calls)]
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
-        for call in ready:
-            call()
-        torch.cuda.synchronize()
-    kernels_seen = sorted((e.time_range.start, e.time_range.elapsed_us()) for e in record.events()
-                          if e.device_type == DeviceType.CUDA and not e.is_user_annotation
-                          and not e.name.endswith(" Sync"))  # waiting for the device, not work
-    if not kernels_seen:
-        raise RuntimeError("the profiler saw no kernels")
-    times, each = [t for _, t in kernels_seen], len(kernels_seen) // calls
-    if len(times) != each * calls:  # the calls differ in their kernels and cannot be told apart
-        return sum(times) / calls
-    return median(sum(times[i * each:(i + 1) * each]) for i in range(calls))
-
-
-def call_time(call, calls=50):
-    """Microseconds until a call is back on the host, its kernels still waiting or at work."""
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return median(times) * 1e6
-
-
 def rival_call(function, which, inputs, gradients):
     """A pass of a differentiable function, ready to run; for "backward" its graph is built here."""
     wanted = [x for x in inputs if x.requires_grad]
@@ -345,65 +305,13 @@ def measure(make_case, copy, gemm):
         yield row
 
 
-def ceilings():
-    """What this GPU can do: copies in bytes/s, read plus written, and products in FLOP/s."""
-    sources, target = [normal(2**29) for _ in range(SETS)], normal(2**29)
-    copy = device_time(lambda i: partial(target.copy_, sources[i % SETS]), 30)
-    factors = [normal(8192, 8192) for _ in range(SETS)]
-    product = device_time(lambda i: partial(torch.mm, factors[i % SETS], factors[0]), 60)
-    return 2e6 * target.nbytes / copy, 2e6 * 8192**3 / product
-
-
 # ------------------------------------------------------------------------------------------------
 # Whole towers, with random weights
-
-def large_model(dtype, preset="mos_s"):
-    """Router and generation tower of a large preset; its other parts stay without memory."""
-    with torch.device("meta"):
-        model = MoS(MoSConfig(**PRESETS[preset]), Tokenizer(()))
-    fill(model.router.to(dtype), model.generation.to(dtype))
-    return model
-
-
-@torch.no_grad()
-def fill(*modules):
-    """Give modules memory and random values."""
-    for module in modules:
-        for p in module.to_empty(device=DEVICE).parameters():
-            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.02)
-
 
 def alone(products):
     """Microseconds of all calls of `Products`, each timed alone."""
     return sum(number * device_time(lambda i: kept[i % len(kept)])
                for number, kept in products.calls.values())
-
-
-def show_profile(call, rows=16):
-    """Print which kernels a call spends its time in: share, milliseconds, launches, name."""
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
-        call()
-        torch.cuda.synchronize()
-    found = [(e.self_device_time_total, e.count, e.key) for e in record.key_averages()
-             if e.self_device_time_total]
-    total = sum(spent for spent, *_ in found)
-    print(f"profile: {total / 1e3:.2f} ms in kernels")
-    for spent, count, name in sorted(found, reverse=True)[:rows]:
-        print(f"{spent / total:7.1%} {spent / 1e3:8.3f} {count:5} {name[:80]}")
-
-
-def replay_time(function, *inputs, calls=20):
-    """Microseconds of a CUDA graph's replay: the median of many, by device events."""
-    replay = replayed(function, *inputs)
-    times = []
-    for _ in range(calls + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        replay(*inputs)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * begin.elapsed_time(end))
-    return median(times[3:])
 
 
 @torch.no_grad()
@@ -531,7 +439,7 @@ def bench_large(preset, result):
           f"{'computed':>9}")
     for case in TRAIN_CASES:
         if case.encode:
-            fill(model.understanding.bfloat16(), model.vae)
+            randomise(DEVICE, model.understanding.bfloat16(), model.vae)
             model.vae.set_statistics(torch.zeros(model.config.vae_channels),
                                      torch.ones(model.config.vae_channels))
         row = result[case.name] = case.measure(model, optimizer, gemm)
@@ -575,22 +483,6 @@ def bench_train(folder, preset):
 
 # ------------------------------------------------------------------------------------------------
 # Showing
-
-def header():
-    """Print and return what was measured with."""
-    result = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__,
-                  triton=kernels.triton.__version__, revision=revision(),
-                  liger=version("liger_kernel") if liger else "absent")
-    print("{gpu}, torch {torch}, triton {triton}, Liger {liger}, revision {revision}, bf16"
-          .format(**result))
-    return result
-
-
-def save(result, path):
-    """Write a result as JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
-
 
 def cell(row, name):
     """The time of a rival and how many times as long as ours it is."""
@@ -661,7 +553,8 @@ def bench_kernels(folder):
     print(f"\n{time.time() - start:.0f} s; kernels.json and kernels.png are in {folder}")
 
 
-COMMANDS = {"kernels": bench_kernels, "tower": bench_tower, "train": bench_train}
+COMMANDS = {"kernels": bench_kernels, "tower": bench_tower, "train": bench_train,
+            "latency": bench_latency, "loading": bench_loading}
 
 
 def main():

@@ -88,6 +88,14 @@ def initialise(tower, seed=None):
         place(p, values)
 
 
+@torch.no_grad()
+def randomise(device, *modules):
+    """Give modules memory and random values, of no use but to see what they cost."""
+    for module in modules:
+        for p in module.to_empty(device=device).parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.02)
+
+
 def start(name, p, depth):
     """First values of a parameter in a tower of so many blocks: norms 1, biases 0, the rest random.
 

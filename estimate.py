@@ -17,8 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from mos import Context, MoS
-from towers import Tokenizer
+from mos import Context, unfilled
 
 RATE = 480e12  # FLOP/s of a training step: `bench.py train` measured 486 and 495 on H100s
 
@@ -111,9 +110,7 @@ def forward(model, batch, tokens, size, weights, recompute):
 
 def forward_flops(config, tokens, size):
     """FLOP of router and generation tower for one picture of latent size (height, width)."""
-    with torch.device("meta"):
-        model = MoS(config, Tokenizer(()))
-    return forward(model, 1, tokens, size, torch.float32, False)[1]
+    return forward(unfilled(config), 1, tokens, size, torch.float32, False)[1]
 
 
 def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=128,
@@ -123,8 +120,7 @@ def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=1
     Where the backward pass begins, activations are all there and gradients are not; where it ends
     it is the other way round: the larger of the two counts. Stored latents come on top.
     """
-    with torch.device("meta"):
-        model = MoS(config, Tokenizer(()))
+    model = unfilled(config)
     parts = torch.nn.ModuleList([model.router, model.generation])
     trained, blocks = count(parts), model.generation.blocks
     tower = count(model.understanding, torch.bfloat16)

@@ -12,7 +12,7 @@ Time: t = 0 is data, t = 1 is noise; z_t = (1 - t) z0 + t z1 and v = z1 - z0.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -22,15 +22,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from common import autocast, place, replacing, replayed, setting, whole, wide
+from common import autocast, move, replacing, replayed, setting, whole, wide
 from dit import Generation, rope_axes
+from folders import FolderTokenizer, copy_tensors, fill_tower, fill_vae, read_tower, read_vae
 from kernels import cast, keys_behind, mix_project, mix_states, rms_norm
 from router import INPUTS, Router, routing_weights, select
-from towers import Tokenizer, Understanding
+from towers import Bytes, Tokenizer, Understanding
 from vae import VAE
+from vision import Patches
 
 SCHEDULES = ("uniform", "linear-quadratic")
 
@@ -41,9 +43,15 @@ class MoSConfig:
 
     Raises ValueError for a value of the wrong type or out of range.
     """
+    vae_folder: str = setting("", "folder of Wan 2.2's VAE, which then decides its widths")
     vae_channels: int = setting(32, "C, latent channels")
     vae_width: int = setting(20, "channels of the encoder's first stage")
     vae_decoder_width: int = setting(24, "channels of the decoder's last stage")
+    und_folder: str = setting("", "folder of a language model in Hugging Face's layout, which is "
+                                  "then the understanding tower")
+    und_chat: bool = setting(False, "prompts are a user's message in that folder's chat template")
+    und_images: bool = setting(True, "the tower reads pictures, too")
+    und_vocabulary: int = setting(0, "tokens it knows; 0: those of its tokenizer")
     und_width: int = setting(160, "Du, width of the understanding tower")
     und_depth: int = setting(8, "M, its blocks")
     und_heads: int = setting(5, "its heads")
@@ -82,7 +90,7 @@ class MoSConfig:
             value, kinds = getattr(self, f.name), (int, float) if f.type is float else f.type
             if not isinstance(value, kinds) or isinstance(value, bool) != (f.type is bool):
                 raise ValueError(f"{f.name} must be of type {f.type.__name__}, got {value!r}")
-            if f.type is int and f.name not in ("k", "registers") and value < 1:
+            if f.type is int and f.name not in ("k", "registers", "und_vocabulary") and value < 1:
                 raise ValueError(f"{f.name} must be at least 1, got {value}")
         check_size(self.size)
         check_sampling(self.sampling_steps, self.guidance, self.rescale, self.schedule)
@@ -102,21 +110,26 @@ class MoSConfig:
             raise ValueError(f"epsilon must lie in [0, 1], got {self.epsilon}")
 
 
-# The paper's sizes share Wan 2.2's VAE, the first training phase, and more.
-SHARED = dict(vae_channels=48, vae_width=160, vae_decoder_width=256, und_kv_heads=8,
-              gen_hidden=8192, gen_kv_heads=8, gen_patch=2, max_tokens=128, size=512,
-              t_sampling="logit-normal", shift=1.0)
+# The paper's sizes share Wan 2.2's VAE, the first training phase, and more. Folders are where we
+# look for published weights: give others by flag.
+SHARED = dict(vae_folder="parts/Wan2.2-TI2V-5B-Diffusers/vae", vae_channels=48, vae_width=160,
+              vae_decoder_width=256, und_images=False, und_kv_heads=8, gen_hidden=8192,
+              gen_kv_heads=8, gen_patch=2, max_tokens=128, size=512, t_sampling="logit-normal",
+              shift=1.0, guidance=5.0)
 PRESETS = {
     "tiny": {},
     "laptop": dict(gen_width=192, gen_depth=6, gen_heads=6, gen_kv_heads=3, gen_hidden=512,
                    gen_patch=2, router_width=64, router_heads=2),
     # NOTE (ours): inferred. Understanding towers: Llama-3.2-3B, PLM-8B, InternVL3-14B.
-    "ablation_1b": dict(SHARED, und_width=3072, und_depth=28, und_heads=24, und_hidden=8192,
+    "ablation_1b": dict(SHARED, und_folder="parts/Llama-3.2-3B", und_vocabulary=128_256,
+                        und_width=3072, und_depth=28, und_heads=24, und_hidden=8192, und_tied=True,
                         gen_width=2048, gen_depth=16, gen_heads=32, router_width=1024,
                         router_heads=8),
-    "mos_s": dict(SHARED, und_width=4096, und_depth=32, und_heads=32, und_hidden=14336,
+    "mos_s": dict(SHARED, und_folder="parts/Perception-LM-8B", und_vocabulary=128_256,
+                  und_width=4096, und_depth=32, und_heads=32, und_hidden=14336,
                   gen_width=3072, gen_depth=28, gen_heads=24, router_width=2048, router_heads=16),
-    "mos_l": dict(SHARED, und_width=5120, und_depth=48, und_heads=40, und_hidden=13824,
+    "mos_l": dict(SHARED, und_folder="parts/InternVL3-14B", und_vocabulary=151_674,
+                  und_width=5120, und_depth=48, und_heads=40, und_hidden=13824,
                   gen_width=3584, gen_depth=36, gen_heads=28, gen_kv_heads=7, gen_hidden=9728,
                   router_width=2048, router_heads=16),
 }
@@ -132,15 +145,22 @@ class Context(NamedTuple):
 
 
 class MoS(nn.Module):
-    """The three learned parts of MoS and the VAE. `forward` is the velocity G(z_t, t, R(...))."""
+    """The three learned parts of MoS and the VAE. `forward` is the velocity G(z_t, t, R(...)).
+
+    Raises ValueError where a folder holds another tower or VAE than the configuration says.
+    """
 
     def __init__(self, config, tokenizer):
         super().__init__()
         c = self.config = config
         self.tokenizer = tokenizer
-        self.vae = VAE(c.vae_channels, c.vae_width, c.vae_decoder_width)
-        self.understanding = Understanding(len(tokenizer), c.und_width, c.und_depth, c.und_heads,
-                                           c.und_kv_heads, c.und_hidden, c.und_tied)
+        self.vae = read_vae(c.vae_folder) if c.vae_folder else \
+            VAE(c.vae_channels, c.vae_width, c.vae_decoder_width)
+        self.understanding = read_tower(c.und_folder, c.und_images) if c.und_folder else \
+            Understanding(c.und_vocabulary or len(tokenizer), c.und_width, c.und_depth, c.und_heads,
+                          c.und_kv_heads, c.und_hidden, c.und_tied,
+                          Patches(16, c.und_width) if c.und_images else None)
+        self.check_folders()
         self.generation = Generation(c.vae_channels, c.und_width, c.gen_width, c.gen_depth,
                                      c.gen_heads, c.gen_kv_heads, c.gen_hidden, c.gen_patch,
                                      c.registers)
@@ -149,6 +169,18 @@ class MoS(nn.Module):
                              c.router_depth, c.router_inputs, c.tokenwise)
         self.vae.requires_grad_(False)
         self.understanding.requires_grad_(False)
+
+    def check_folders(self):
+        """Raise ValueError where a folder's config.json and the configuration differ."""
+        c, U = self.config, self.understanding
+        for folder, found, expected in (
+                (c.und_folder, dict(und_width=U.norm.weight.shape[0], und_depth=len(U.blocks)),
+                 dict(und_width=c.und_width, und_depth=c.und_depth)),
+                (c.vae_folder, dict(vae_channels=len(self.vae.latents_mean)),
+                 dict(vae_channels=c.vae_channels))):
+            if found != expected:
+                raise ValueError(f"{folder} has {found}, but the configuration {expected}: give "
+                                 "another folder, or other settings")
 
     # --- the model -----------------------------------------------------------------------------
 
@@ -165,13 +197,16 @@ class MoS(nn.Module):
     def project(self, context):
         """Apply Proj to all states at once: at sampling, they are mixed anew at every step.
 
-        Proj is linear, so mixing after it is exact. Raises RuntimeError where a gradient is due:
-        in training M projections cost more than N.
+        Proj is linear, so mixing after it is exact. It is done where the tower is; only what comes
+        out goes to the generation tower's device. Raises RuntimeError where a gradient is due: in
+        training M projections cost more than N.
         """
         if torch.is_grad_enabled():
             raise RuntimeError("project() is for sampling: call it under torch.no_grad()")
-        states = F.linear(context.states, self.generation.proj.weight)  # (B, S, M, Dg)
-        return context._replace(states=states, projected=True)
+        proj = self.generation.proj.weight
+        states = F.linear(context.states, proj.to(context.states))    # (B, S, M, Dg)
+        return context._replace(inputs=context.inputs.to(proj), states=states.to(proj),
+                                mask=move(context.mask, proj.device), projected=True)
 
     def route(self, x, places, t, context):
         """The weights of all states for each token and block: (B, S, M, N). MoS eq. (3).
@@ -222,14 +257,48 @@ class MoS(nn.Module):
         return (wide(v) - (z1 - z0)).square().mean((1, 2, 3))        # MoS eq. (1)
 
     @torch.no_grad()
+    def read(self, prompts, negative=None):
+        """What the tower says about prompts and, where given, as many negative ones: a Context.
+
+        Raises ValueError for prompts that are empty or too long.
+        """
+        if isinstance(prompts, str) or not prompts or not all(p.strip() for p in prompts):
+            raise ValueError("prompts must be a list of texts, none of them empty")
+        texts = [*prompts, *[negative] * (0 if negative is None else len(prompts))]
+        rows = [self.tokenizer.encode(text) for text in texts]
+        longest, text = max(zip(map(len, rows), texts))
+        if longest > self.config.max_tokens:
+            raise ValueError(f"prompt of {longest} tokens is too long, at most "
+                             f"{self.config.max_tokens} are read: {text!r}")
+        device = self.understanding.embedding.weight.device
+        with autocast(device):
+            context = self.understand(self.tokenizer.batch(texts).to(device))
+        runs = [(len(list(same)), length) for length, same in groupby(map(len, rows))]
+        # Without a mask attention is faster; but each run is one more call in every block.
+        return context._replace(runs=runs if len(runs) <= 2 else None)
+
+    @torch.no_grad()
+    def rewrite(self, prompt, temperature=0.0, seed=0):
+        """A detailed caption of what the prompt asks for, by the understanding tower. MoS sec. 4.4.
+
+        As long as the tower may read later, at most. temperature: 0 takes the likeliest words.
+        """
+        U, limit = self.understanding, self.config.max_tokens - len(self.tokenizer.encode(""))
+        tokens = torch.tensor([self.tokenizer.request(prompt)], device=U.embedding.weight.device)
+        with autocast(tokens.device):
+            ids = U.write(tokens, limit, self.tokenizer.stops, temperature, seed)
+            return self.tokenizer.decode(ids)
+
+    @torch.no_grad()
     def generate(self, prompts, steps=None, guidance=None, rescale=None, schedule=None, seed=0,
-                 size=None, negative="", progress=None):
+                 size=None, negative="", progress=None, context=None):
         """Pictures of prompts, a list of PIL images. MoS Algorithm 2.
 
         seed: of the first picture; picture i uses seed + i, whatever the batch around it. Or one
         seed for each picture.
         size: side in pixels or (height, width), multiples of 32. negative: what guidance moves
-        away from. progress: wraps the iterable of steps, for example tqdm.
+        away from. progress: wraps the iterable of steps, for example tqdm. context: what `read`
+        says about the prompts, and about the negative one with guidance, where that is known.
         Settings left out are the config's. Raises ValueError for what cannot be drawn.
         """
         c = self.config
@@ -239,30 +308,18 @@ class MoS(nn.Module):
         schedule = c.schedule if schedule is None else schedule
         height, width = check_size(c.size if size is None else size)
         check_sampling(steps, guidance, rescale, schedule)
-        if isinstance(prompts, str) or not prompts or not all(p.strip() for p in prompts):
-            raise ValueError("prompts must be a list of texts, none of them empty")
+        both = guidance != 1  # the unguided branch is needed
+        context = context or self.read(prompts, negative if both else None)
         seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
         if len(seeds) != len(prompts):
             raise ValueError(f"got {len(seeds)} seeds for {len(prompts)} prompts")
-        device = self.generation.registers.device
-        B, f = len(prompts), self.vae.factor
-        both = guidance != 1  # the unguided branch is needed
-        tokens = self.tokenizer.batch([*prompts, *[negative] * (B if both else 0)])
-        if tokens.shape[1] > c.max_tokens:
-            longest = max([*prompts, negative], key=lambda text: len(Tokenizer.split(text)))
-            raise ValueError(f"prompt of {len(self.tokenizer.encode(longest))} tokens is too long, "
-                             f"at most {c.max_tokens} are read: {longest!r}")
+        device, f = self.generation.registers.device, self.vae.factor
         noise = [torch.randn(c.vae_channels, height // f, width // f,
                              generator=torch.Generator().manual_seed(s)) for s in seeds]
         z = torch.stack(noise).to(device)                             # (B, C, h, w)
         sigmas = torch.tensor(make_schedule(steps, schedule, c.shift), device=device)
-        lengths = (tokens != Tokenizer.PAD).sum(1).tolist()
-        runs = [(len(list(same)), length) for length, same in groupby(lengths)]
         with autocast(device):
-            context = self.project(self.understand(tokens.to(device)))
-            if len(runs) <= 2:  # no mask, then; but each run is one more call in every block
-                context = context._replace(runs=runs)
-
+            context = self.project(context)
             step = replayed(partial(self.step, context, guidance, rescale), z, *sigmas[:2])
             for now, then in (progress or iter)(list(zip(sigmas, sigmas[1:]))):
                 z = step(z, now, then)                                # (B, C, h, w)
@@ -289,9 +346,13 @@ class MoS(nn.Module):
     def save_pretrained(self, folder, parts=tuple(PARTS), write=True):
         """Write config.json, vocab.json and a bf16 safetensors file for each part.
 
+        What the configuration names a folder for stays there.
+
         Where parameters are sharded every process must call it, and all but one not `write`.
         """
-        folder, tensors = Path(folder), {part: {} for part in parts}
+        c, folder = self.config, Path(folder)
+        elsewhere = {"understanding": c.und_folder, "vae": c.vae_folder}
+        tensors = {part: {} for part in parts if not elsewhere.get(part)}
         for part, own in tensors.items():
             for module in self.PARTS[part]:
                 for name, p in getattr(self, module).named_parameters():
@@ -310,49 +371,60 @@ class MoS(nn.Module):
                 except SafetensorError as e:
                     raise OSError(f"cannot write {part}.safetensors to {folder}: {e}") from None
         with replacing(folder / "config.json") as path:
-            path.write_text(json.dumps(asdict(self.config), indent=1))
-        with replacing(folder / "vocab.json") as path:
-            self.tokenizer.save(path)
+            path.write_text(json.dumps(asdict(c), indent=1))
+        if not c.und_folder:
+            with replacing(folder / "vocab.json") as path:
+                self.tokenizer.save(path)
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu"):
+    def from_pretrained(cls, folder, device="cpu", tower_device=None, parts=tuple(PARTS),
+                        vae_dtype=torch.float32, **changes):
         """The model of a folder that `save_pretrained` wrote, ready to sample.
 
         Everything is stored in bf16; on a GPU towers and router stay so, all else becomes fp32.
+        tower_device: of the understanding tower, the others' if None. parts: what to load; the
+        rest has no memory until `load` is called. changes: of the configuration.
         Raises FileNotFoundError or ValueError that names what is missing, broken or misshaped.
         """
-        folder = Path(folder)
-        model = cls(read_config(folder), read_vocabulary(folder))
-        for part in cls.PARTS:
-            model.load_part(folder, part)
-        if torch.device(device).type == "cuda":
-            for module in (model.understanding, model.router, model.generation):
-                module.bfloat16()
-        return model.to(device).eval()
+        config = replace(read_config(folder), **changes)
+        with torch.device("meta"):
+            model = cls(config, read_tokenizer(config, folder))
+        model.load(folder, parts, device, tower_device, vae_dtype)
+        return model
 
-    @torch.no_grad()
+    def load(self, folder, parts, device, tower_device=None, vae_dtype=torch.float32):
+        """Give parts of a model that was built on the meta device memory and a folder's values."""
+        for part in parts:
+            tower = part == "understanding"
+            on = torch.device(tower_device or device if tower else device)
+            half = on.type == "cuda" or tower and self.config.und_folder
+            dtype = vae_dtype if part == "vae" else torch.bfloat16 if half else torch.float32
+            for name in self.PARTS[part]:
+                getattr(self, name).to(dtype).to_empty(device=on)
+            self.load_part(folder, part)
+        self.eval()
+
     def load_part(self, folder, part):
-        """Load one of PARTS from a folder, a tensor at a time.
+        """Load one of PARTS from a folder, or from the one that the configuration names for it.
 
         Raises FileNotFoundError, or ValueError for a damaged file and for names or shapes that
         differ from the configuration's.
         """
-        path = require(Path(folder) / f"{part}.safetensors")
-        own = {name: p for module in self.PARTS[part] for name, p in
-               getattr(self, module).state_dict(prefix=module + ".").items()}
-        try:
-            with safe_open(path, "pt") as file:
-                for name in sorted(own.keys() ^ file.keys()):
-                    raise ValueError(f"{path}: tensor {name} is " + (
-                        "missing" if name in own else "not part of this model"))
-                for name, p in own.items():
-                    values = file.get_tensor(name)
-                    if p.shape != values.shape:
-                        raise ValueError(f"{path}: tensor {name} has shape {tuple(values.shape)}, "
-                                         f"config.json asks for {tuple(p.shape)}")
-                    place(p, values)
-        except SafetensorError as e:
-            raise ValueError(f"{path} is damaged ({e}); copy or train it again") from None
+        c = self.config
+        if part == "understanding" and c.und_folder:
+            fill_tower(self.understanding, c.und_folder)
+        elif part == "vae" and c.vae_folder:
+            fill_vae(self.vae, c.vae_folder)
+        else:
+            copy_tensors({name: p for module in self.PARTS[part] for name, p in
+                          getattr(self, module).state_dict(prefix=module + ".").items()},
+                         [require(Path(folder) / f"{part}.safetensors")])
+
+
+def unfilled(config):
+    """A model without memory, and without a look at the folders that the configuration names."""
+    with torch.device("meta"):
+        return MoS(replace(config, und_folder="", vae_folder=""), Bytes())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -455,8 +527,15 @@ def read_config(folder):
     return MoSConfig(**values)
 
 
+def read_tokenizer(config, folder):
+    """The tokenizer of the configuration's tower, or else the checkpoint's own."""
+    if config.und_folder:
+        return FolderTokenizer(config.und_folder, config.und_chat)
+    return read_vocabulary(folder)
+
+
 def read_vocabulary(folder):
-    """The Tokenizer of a folder. Raises ValueError for broken JSON."""
+    """The Tokenizer of a folder. Raises FileNotFoundError, or ValueError for broken JSON."""
     path = require(Path(folder) / "vocab.json")
     try:
         return Tokenizer.load(path)

@@ -2,16 +2,19 @@
 
     python sample.py --prompt "a red circle above a blue square"
     python sample.py --prompt "three stars" "a white ring" --num 4 --out grid.png
+    python sample.py --prompt "two rings" --rewrite --temperature 1
+    python sample.py --prompt "a fox" --preset mos_s --random-weights --size 1024
 """
 
+import math
 import os
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from common import CommandLine, pick_device, replacing, run, tqdm_or_none
-from mos import SCHEDULES, MoS, check_sampling, check_size
+from common import CommandLine, pick_device, randomise, replacing, run, tqdm_or_none
+from mos import PRESETS, SCHEDULES, MoS, MoSConfig, check_sampling, check_size, unfilled
 
 
 def parse_size(text):
@@ -57,11 +60,39 @@ def progress(steps):
     return tqdm_or_none(iterable=steps, desc="denoising", unit="step") or steps
 
 
-def main():
-    """The command."""
+def random_model(preset, device, vae_dtype):
+    """A preset at its full size, random all over: what it draws is noise, what it costs is real."""
+    model = unfilled(MoSConfig(**PRESETS[preset]))
+    for name in ("understanding", "router", "generation", "vae"):
+        kind = vae_dtype if name == "vae" else \
+            torch.bfloat16 if device.type == "cuda" else torch.float32
+        randomise(device, getattr(model, name).to(kind))
+    ones = torch.ones(model.config.vae_channels, device=device)
+    model.vae.set_statistics(0 * ones, ones)
+    return model.eval()
+
+
+def open_model(args, device):
+    """The model that the flags ask for; with --drop-tower only the part that reads prompts."""
+    vae_dtype = getattr(torch, args.vae_dtype)
+    if args.random_weights:
+        return random_model(args.preset, device, vae_dtype)
+    changes = {name: getattr(args, name) for name in ("und_folder", "vae_folder")
+               if getattr(args, name) is not None}
+    parts = ("understanding",) if args.drop_tower else tuple(MoS.PARTS)
+    return MoS.from_pretrained(args.checkpoint, device, args.tower_device, parts, vae_dtype,
+                               **changes)
+
+
+def parse(arguments=None):
+    """The flags. Raises ValueError for those that make no picture."""
     parser = CommandLine(__doc__.split("\n\n")[0])
-    parser.add_argument("--prompt", nargs="+", required=True, help="one text or several")
+    parser.add_argument("--prompt", nargs="+", default=[], help="one text or several")
     parser.add_argument("--negative", default="", help="what guidance moves away from")
+    parser.add_argument("--rewrite", action="store_true", help="let the understanding tower write "
+                        "a detailed caption of each prompt first, show it and draw that")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the rewriting; 0 takes "
+                        "the likeliest words")
     parser.add_argument("--num", type=int, default=1, help="pictures for each prompt")
     parser.add_argument("--steps", type=int, help="denoising steps; this and the next four default "
                         "to the checkpoint's own settings")
@@ -73,33 +104,74 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="file to write")
     parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "weights",
                         help="folder of a trained model")
-    args = parser.parse_args()
+    parser.add_argument("--und-folder", help="folder of its understanding tower, if that is a "
+                        "published model; this and the next default to the checkpoint's own words")
+    parser.add_argument("--vae-folder", help="folder of its VAE, if that is Wan 2.2's")
+    parser.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="bfloat16 is faster and smaller")
+    parser.add_argument("--tower-device", help="where the understanding tower works, for example "
+                        "cpu; default: where the rest does")
+    parser.add_argument("--drop-tower", action="store_true", help="load the rest only after the "
+                        "prompts are read and the understanding tower is gone: both need not fit")
+    parser.add_argument("--preset", choices=PRESETS, default="mos_s", help="for --random-weights")
+    parser.add_argument("--random-weights", action="store_true", help="draw noise with an "
+                        "untrained model, to see what a preset costs")
+    args = parser.parse_args(arguments)
+    if args.random_weights:
+        args.prompt = args.prompt or ["a text"]
+    if not args.prompt:
+        raise ValueError("--prompt is missing: say what to draw")
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature must not be negative, got {args.temperature}")
     if abs(args.seed) >= 2 ** 62:
         raise ValueError(f"--seed is too large: {args.seed}")
+    try:
+        torch.device(args.tower_device or "cpu")
+    except RuntimeError:
+        raise ValueError(f"--tower-device must be a device such as cpu or cuda, got "
+                         f"{args.tower_device!r}") from None
     check_writable(args.out)
-    size = parse_size(args.size) if args.size else None
-    model = MoS.from_pretrained(args.checkpoint, pick_device())
+    args.size = parse_size(args.size) if args.size else None
+    return args
+
+
+def main():
+    """The command."""
+    args, device = parse(), pick_device()
+    model = open_model(args, device)
     c = model.config
     settings = {name: default if given is None else given for name, given, default in (
         ("steps", args.steps, c.sampling_steps), ("guidance", args.guidance, c.guidance),
         ("rescale", args.rescale, c.rescale), ("schedule", args.schedule, c.schedule))}
     check_sampling(**settings)
-    prompts = [p for p in args.prompt for _ in range(args.num)]
-    images = model.generate(prompts, **settings, seed=args.seed, size=size, negative=args.negative,
+    texts = args.prompt
+    if args.rewrite:
+        texts = [model.rewrite(prompt, args.temperature, args.seed) for prompt in args.prompt]
+        for prompt, text in zip(args.prompt, texts):
+            print(f"{prompt!r} became {text!r}")
+    prompts = [text for text in texts for _ in range(args.num)]
+    context = model.read(prompts, args.negative if settings["guidance"] != 1 else None)
+    if args.drop_tower and not args.random_weights:
+        model.understanding.to("meta")
+        model.load(args.checkpoint, ("vae", "mos"), device, None, getattr(torch, args.vae_dtype))
+    images = model.generate(prompts, **settings, seed=args.seed, size=args.size, context=context,
                             progress=progress)
     rows = [images[i:i + args.num] for i in range(0, len(images), args.num)]
     picture = images[0] if len(images) == 1 else label_grid(rows, args.prompt)
     info = PngImagePlugin.PngInfo()
-    told = dict(prompt=" | ".join(args.prompt), negative=args.negative, seed=args.seed, **settings,
-                size="x".join(map(str, size or (c.size, c.size))), checkpoint=args.checkpoint.name,
-                torch=torch.__version__)
+    told = dict(prompt=" | ".join(texts), negative=args.negative, seed=args.seed, **settings,
+                size="x".join(map(str, args.size or (c.size, c.size))),
+                checkpoint=f"random {args.preset}" if args.random_weights else
+                args.checkpoint.name, torch=torch.__version__)
     for key, value in told.items():
         info.add_text(key, str(value))
     with replacing(args.out) as path:
         picture.save(path, "PNG", pnginfo=info)
     print(f"wrote {args.out}")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -242,6 +242,7 @@ class ImageStage(Stage):
 
     def start(self, step):
         self.costs, self.ahead, c = {}, deque(), self.c
+        self.empty = torch.tensor(self.model.tokenizer.encode(""), device=self.world.device)
         self.prepare()
         if c.states == "producer":
             self.states = Producer(self.model, c.init, c.tower_device or self.world.device)
@@ -338,8 +339,8 @@ class ImageStage(Stage):
         z1 = torch.randn(c.batch, *z0.shape[1:], **source)
         explore = torch.rand(c.batch, tokens.shape[1], m.und_depth + 1, m.gen_depth, **source)
         empty = (torch.rand(c.batch, **source) < c.prompt_dropout)[mine, None]
-        blank = tokens.clone()
-        blank[:, 1:] = Tokenizer.PAD  # <bos> stays
+        blank = torch.full_like(tokens, Tokenizer.PAD)
+        blank[:, :len(self.empty)] = self.empty
         # Copies: a slice would keep what the other processes need in memory.
         return torch.where(empty, blank, tokens), t[mine], z1[mine].clone(), explore[mine].clone()
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import autocast, checksum, move, replacing
+from folders import weights_of
 from latents import read_lines
 from mos import MoS
 from towers import Tokenizer
@@ -28,10 +29,10 @@ SHARD = 256  # prompts in a file
 WAIT = 5  # seconds between looks at a producer that does not answer
 
 
-def load_tower(config, words, folder, device):
+def load_tower(config, tokenizer, folder, device):
     """What reads prompts (B, S), wherever they lie: embeddings and states, in host memory."""
     with torch.device("meta"):
-        model = MoS(config, Tokenizer(words))
+        model = MoS(config, tokenizer)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where kernels are launched
         model.understanding.bfloat16()
@@ -43,6 +44,13 @@ def load_tower(config, words, folder, device):
             context = model.understand(tokens.to(device))
         return context.inputs.cpu(), context.states.cpu()
     return read
+
+
+def fingerprint(config, init):
+    """What tells a tower from others: our file's checksum, or names and sizes of a folder's."""
+    if not config.und_folder:
+        return checksum(init / "understanding.safetensors")
+    return [[path.name, path.stat().st_size] for path in weights_of(config.und_folder)]
 
 
 def produce(questions, answers, *tower):
@@ -66,7 +74,7 @@ class Producer:
         fresh = multiprocessing.get_context("spawn")
         self.questions, self.answers = fresh.Queue(), fresh.Queue()
         self.process = fresh.Process(target=produce, daemon=True, args=(
-            self.questions, self.answers, model.config, model.tokenizer.words[3:], folder,
+            self.questions, self.answers, model.config, model.tokenizer, folder,
             torch.device(device)))
         self.process.start()
 
@@ -96,12 +104,13 @@ class Cache:
 
     def __init__(self, folder, model, texts, init, world):
         self.folder, self.questions = Path(folder), deque()
-        texts = sorted({"", *texts}, key=lambda text: (len(Tokenizer.split(text)), text))
-        made = {"tower": checksum(Path(init) / "understanding.safetensors"),
+        rows = {text: model.tokenizer.encode(text) for text in {"", *texts}}
+        texts = sorted(rows, key=lambda text: (len(rows[text]), text))
+        made = {"tower": fingerprint(model.config, Path(init)),
                 "state_norm": model.config.state_norm,
                 "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
         self.check(made)
-        self.rows = {tuple(model.tokenizer.encode(text)): i for i, text in enumerate(texts)}
+        self.rows = {tuple(rows[text]): i for i, text in enumerate(texts)}
         parts = [texts[i:i + SHARD] for i in range(0, len(texts), SHARD)]
         missing = [i for i in range(len(parts)) if not self.path(i).is_file()]
         world.wait()
@@ -112,7 +121,7 @@ class Cache:
         world.wait()
         mine = missing[world.rank::world.size]
         if mine:  # by a tower of its own: the model's may be sharded
-            read = load_tower(model.config, model.tokenizer.words[3:], init, world.device)
+            read = load_tower(model.config, model.tokenizer, init, world.device)
         for i in mine:
             self.write(i, *read(model.tokenizer.batch(parts[i])))
         world.wait()

@@ -175,7 +175,11 @@ def run_everything(watch, folder):
     watch(known, lambda: model.generate(prompts, steps=1, size=(192, 320)))
     watch(two, lambda: model.vae.decode(model.vae.encode(images)))
     watch(two, model.vae.loss, images, torch.randn(2, 6, 4, 5), 1.0)
-    watch(two, model.understanding.loss, tokens, tokens, images)
+    U = model.understanding
+    watch(two, U.loss, tokens, tokens.clamp_min(0), images)
+    watch(known | {"towers.py": tower | dict(B=1)}, lambda: list(U.write(tokens[:1], 2, ())))
+    U.image_token = 1
+    watch(two, U.embed, torch.ones(2, 20, dtype=torch.int64), images)
     scenes = shapes.pack([shapes.draw_scene(random.Random(i), "dense") for i in range(2)])
     watch({"shapes.py": dict(B=2, H=96, W=112)},
           lambda: shapes.judge(shapes.render(scenes, 96, 112)))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from towers import load_tower
+from folders import load_tower
+from towers import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 SMALL = dict(vocab_size=61, hidden_size=48, num_hidden_layers=3, num_attention_heads=6,
@@ -44,20 +45,43 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("length", (100, 37, 1))
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_parity(kind, tmp_path):
-    """The states after every block and the logits are transformers'."""
+def test_parity(kind, length, tmp_path):
+    """The states after every block and the logits are transformers', right padding or not."""
     model = make(kind, tmp_path)
     tower = load_tower(tmp_path, dtype=torch.float32)
-    tokens = torch.randint(61, (2, 100), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(61, (3, length), generator=torch.Generator().manual_seed(1))
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[1, (length + 1) // 2:] = False
     with torch.no_grad():
-        theirs = model(tokens, output_hidden_states=True)
-        states = tower(tower.embed(tokens))
+        theirs = model(tokens, attention_mask=real.long(), output_hidden_states=True)
+        states = tower(tower.embed(tokens.where(real, Tokenizer.PAD)))
     for m, expected in enumerate(theirs.hidden_states[1:-1]):
-        torch.testing.assert_close(states[:, :, m], expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(tower.norm(states[:, :, -1]), theirs.hidden_states[-1], rtol=1e-5,
-                               atol=1e-5)
-    torch.testing.assert_close(tower.logits(states), theirs.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(states[:, :, m][real], expected[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tower.norm(states[:, :, -1])[real], theirs.hidden_states[-1][real],
+                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tower.logits(states)[real], theirs.logits[real], rtol=1e-4,
+                               atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ("llama, tied, llama3 frequencies", "qwen2", "qwen3"))
+def test_writing(kind, tmp_path):
+    """Greedy texts are transformers', and those of a tower that reads everything anew each time."""
+    model = make(kind, tmp_path)
+    tower = load_tower(tmp_path, dtype=torch.float32)
+    tokens = torch.randint(61, (1, 9), generator=torch.Generator().manual_seed(1))
+    ids = list(tower.write(tokens, 40, ()))
+    model.generation_config.eos_token_id = None
+    theirs = model.generate(tokens, max_new_tokens=40, do_sample=False)
+    assert ids == theirs[0, 9:].tolist() and len(set(ids)) > 3
+    text = tokens
+    for _ in range(40):
+        scores = tower.logits(tower(tower.embed(text)))[:, -1]
+        text = torch.cat((text, scores.argmax(-1, keepdim=True)), 1)
+    assert ids == text[0, 9:].tolist()
+    stop = ids[5]
+    assert list(tower.write(tokens, 40, (stop,))) == ids[:ids.index(stop)]
 
 
 def test_bf16(folder):
@@ -70,7 +94,9 @@ def test_bf16(folder):
 @pytest.mark.parametrize("damage, blame", (
     (lambda t: t.pop("model.norm.weight"), "norm.weight is missing"),
     (lambda t: t.pop("lm_head.weight"), "head.weight is missing"),
-    (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"), "blocks.1.qkv.bias is missing, or"),
+    (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"),
+     r"1.self_attn.q_proj.bias, .*1.self_attn.v_proj.bias have together shape \(64,\), .*\(80,\)"),
+    (lambda t: t.pop("model.layers.0.mlp.up_proj.weight"), r"has shape \(80, 48\), "),
     (lambda t: t.update({"model.layers.1.more.weight": torch.ones(1)}), "more.weight is not part"),
     (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.ones(1)}), "is not part of"),
     (lambda t: t.update({"model.norm.weight": torch.ones(1)}), r"shape \(1,\), .*for \(48,\)")))
@@ -120,5 +146,40 @@ def test_no_folder(folder):
     with pytest.raises(FileNotFoundError, match="no safetensors files in"):
         load_tower(folder)
     shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError, match="no config.json in .*Hugging Face's layout"):
+    with pytest.raises(FileNotFoundError, match="no config.json in .*Hugging Face's or"):
         load_tower(folder)
+
+
+def test_pictures(tmp_path):
+    """Picture and text through InternVL: the states after every block, and the words it writes."""
+    vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                  image_size=[56, 56], patch_size=[14, 14], layer_norm_eps=1e-6,
+                  attention_bias=True)
+    text = dict(model_type="qwen2", **SMALL)
+    torch.manual_seed(0)
+    model = transformers.InternVLForConditionalGeneration(transformers.InternVLConfig(
+        vision_config=vision, text_config=text, image_token_id=60, image_seq_length=4)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(tmp_path)
+    tower = load_tower(tmp_path, dtype=torch.float32)
+    tokens = torch.randint(60, (2, 11), generator=torch.Generator().manual_seed(1))
+    tokens[:, 2:6] = 60
+    images = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(2))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in
+                 ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        theirs = model(input_ids=tokens, pixel_values=(images - mean) / std,
+                       output_hidden_states=True)
+        states = tower(tower.embed(tokens, 2 * images - 1))
+    for m, expected in enumerate(theirs.hidden_states[1:-1]):
+        torch.testing.assert_close(states[:, :, m], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tower.logits(states), theirs.logits, rtol=1e-4, atol=1e-4)
+    model.generation_config.eos_token_id = None
+    written = model.generate(input_ids=tokens[:1], pixel_values=(images[:1] - mean) / std,
+                             max_new_tokens=8, do_sample=False)
+    assert list(tower.write(tokens[:1], 8, (), images=2 * images[:1] - 1)) == \
+        written[0, -8:].tolist()
+    with pytest.raises(ValueError, match=r"4 image tokens each, the texts places for \[4, 0\]"):
+        tower.embed(tokens.where(torch.tensor([[True], [False]]), 1), images)

@@ -1,19 +1,16 @@
 """The understanding tower: a decoder-only language model that also reads pictures.
 
 It reads the context once and hands out the states after every one of its blocks; MoS routes them.
-Image tokens stand in front of the text. The tiny tower here is trained by next-token prediction
-and then frozen.
+The small world's tower is trained by next-token prediction and then frozen; a Llama, Qwen2 or
+Qwen3 is the same decoder with other widths (`folders.py` reads them).
 """
 
 import difflib
 import json
-import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 
 from common import initialise, start, wide
 from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
@@ -22,8 +19,10 @@ from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
 class Tokenizer:
     """Word-level: lower-case words between blanks; , ? ! : ; are words, full stops are dropped."""
 
-    PAD, BOS, EOS = 0, 1, 2
-    SPECIAL = ("<pad>", "<bos>", "<eos>")
+    PAD = -1  # no token at all: in other towers' vocabularies 0 is a word
+    BOS, EOS = 1, 2
+    SPECIAL = ("<pad>", "<bos>", "<eos>")  # the first one is never used
+    stops = (EOS,)  # what ends a text that the tower writes
 
     def __init__(self, words):
         self.words = list(self.SPECIAL) + sorted(set(words) - set(self.SPECIAL))
@@ -59,6 +58,14 @@ class Tokenizer:
                 raise ValueError(f"{text!r} has {len(row)} tokens, more than the {length} allowed")
         return torch.tensor([row + [self.PAD] * (length - len(row)) for row in rows])
 
+    def request(self, prompt):
+        """Token ids that ask the tower for a detailed caption of what the prompt wants to see."""
+        return self.encode(f"in detail : {prompt}")
+
+    def decode(self, ids):
+        """The text of token ids."""
+        return " ".join(self.words[i] for i in ids)
+
     def save(self, path):
         """Write the words, without the special ones, as a JSON list."""
         path.write_text(json.dumps(self.words[3:]))
@@ -70,6 +77,20 @@ class Tokenizer:
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError("expected a list of words")
         return cls(words)
+
+
+class Bytes(Tokenizer):
+    """The bytes of a text as tokens: for towers with random weights, which know no words."""
+
+    def __init__(self):
+        super().__init__(map(str, range(256)))
+
+    def encode(self, text):
+        return [self.BOS, *(len(self.SPECIAL) + byte for byte in text.encode())]
+
+    def decode(self, ids):
+        known = bytes(i - len(self.SPECIAL) for i in ids if 0 <= i - len(self.SPECIAL) < 256)
+        return known.decode(errors="replace")
 
 
 class DecoderBlock(nn.Module):
@@ -87,13 +108,22 @@ class DecoderBlock(nn.Module):
         self.out = nn.Linear(heads * head_width, width, bias=False)
         self.ffn = SwiGLU(width, hidden)
 
-    def forward(self, x, rope):
-        """x: (B, S, Du). Returns x's successor."""
+    def forward(self, x, rope, past=None):
+        """x: (B, S, Du). Returns x's successor.
+
+        past: a list that takes the keys and values of x. Where it holds some already, they stand
+        before x, which then must be one token.
+        """
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))  # (B, S, H+2Hk, Dh)
         norms = (self.q_norm.weight, self.k_norm.weight, None) if self.q_norm else (None,) * 3
         q, k, v = queries_keys(qkv, rope, self.heads, norms, eps=self.eps)  # k: (B, S, Hk, Dh)
+        first = not past
+        if not first:
+            k, v = (torch.cat(pair, 1) for pair in zip(past, (k, v)))
+        if past is not None:
+            past[:] = k, v
         # Causality makes a mask needless: padding stands to the right of every real token.
-        a = attention(q, k, v, causal=True)                                 # (B, S, Du)
+        a = attention(q, k, v, causal=first)                                # (B, S, Du)
         x, y = self.norm2(self.out(a), x)                                   # (B, S, Du) each
         return x + self.ffn(y)
 
@@ -101,22 +131,23 @@ class DecoderBlock(nn.Module):
 class Understanding(nn.Module):
     """The tower U of MoS sec. 3.1: the small world's, or a Llama, Qwen2 or Qwen3 from a folder.
 
-    vocabulary: number of words, width: Du, depth: M, tied: the output layer is the embedding,
-    patch: side of an image token in pixels, 0: no pictures. head_width: None: width / heads.
-    theta, slow: of the rotary embedding, see `rope_table`. bias, qk_norm: see DecoderBlock.
+    vocabulary: number of words, width: Du, depth: M, tied: the output layer is the embedding.
+    vision: a module from pictures to image tokens (`vision.py`), image_token: the id whose places
+    they take; None: they stand before the text. head_width: None: width / heads. theta, slow: of
+    the rotary embedding, see `rope_table`. bias, qk_norm: see DecoderBlock.
     """
 
-    def __init__(self, vocabulary, width, depth, heads, kv_heads, hidden, tied=False, patch=16,
-                 head_width=None, theta=1e4, slow=None, bias=False, qk_norm=False, eps=1e-6):
+    def __init__(self, vocabulary, width, depth, heads, kv_heads, hidden, tied=False, vision=None,
+                 image_token=None, head_width=None, theta=1e4, slow=None, bias=False,
+                 qk_norm=False, eps=1e-6):
         super().__init__()
         if heads % kv_heads or not head_width and width % heads:
             raise ValueError(f"the understanding tower's width {width} must be a multiple of its "
                              f"{heads} heads, and those of its {kv_heads} key-value heads")
         head_width = head_width or width // heads
-        self.patch, self.axes, self.theta, self.slow = patch, (head_width,), theta, slow
+        self.axes, self.theta, self.slow = (head_width,), theta, slow
         self.embedding = nn.Embedding(vocabulary, width)
-        self.vision = nn.Sequential(nn.Linear(3 * patch * patch, width), nn.GELU(),
-                                    nn.Linear(width, width)) if patch else None
+        self.vision, self.image_token = vision, image_token
         self.blocks = nn.ModuleList(
             DecoderBlock(width, heads, kv_heads, hidden, head_width, bias, qk_norm, eps)
             for _ in range(depth))
@@ -133,36 +164,34 @@ class Understanding(nn.Module):
             p.normal_(0, 0.1)  # far apart, and so they stay
 
     def embed(self, tokens, images=None):
-        """Input embeddings (B, S, Du): pictures (B, 3, H, W) in [-1, 1] first, then the text."""
-        text = self.embedding(tokens)                                       # (B, S, Du)
+        """Input embeddings (B, S, Du), pictures (B, 3, H, W) in [-1, 1] among them.
+
+        Raises ValueError where the text has not one place for each image token.
+        """
+        text = self.embedding(tokens.clamp_min(0))                          # (B, S, Du)
         if images is None:
             return text
-        patches = F.pixel_unshuffle(images, self.patch)                     # (B, 3*p*p, h, w)
-        vision = self.vision(patches.permute(0, 2, 3, 1))                   # (B, h, w, Du)
-        vision = vision + self._places(*patches.shape[2:], text)
-        return torch.cat((vision.flatten(1, 2), text), 1)                   # (B, h*w + S, Du)
+        vision = self.vision(images.type_as(self.embedding.weight))         # (B, P, Du)
+        if self.image_token is None:
+            return torch.cat((vision, text), 1)                             # (B, P+S, Du)
+        places = tokens == self.image_token                                 # (B, S)
+        if (places.sum(1) != vision.shape[1]).any():
+            raise ValueError(f"the pictures have {vision.shape[1]} image tokens each, the texts "
+                             f"places for {places.sum(1).tolist()}")
+        return text.masked_scatter(places[..., None], vision.type_as(text))  # (B, S, Du)
 
-    def _places(self, height, width, like):
-        """Sinusoids of row and column, half of the channels each: (h, w, Du). NOTE (ours)."""
-        quarter = like.shape[-1] // 4
-        rate = 100.0 ** (-torch.arange(quarter, device=like.device) / quarter)
-        waves = [torch.cat((a.cos(), a.sin()), -1) for a in
-                 (torch.arange(n, device=like.device)[:, None] * rate for n in (height, width))]
-        rows = waves[0][:, None].expand(-1, width, -1)                      # (h, w, Du/2)
-        columns = waves[1][None].expand(height, -1, -1)                     # (h, w, Du/2)
-        return torch.cat((rows, columns), -1).type_as(like)                 # (h, w, Du)
-
-    def forward(self, x):
+    def forward(self, x, cache=None):
         """States after each block, on the raw residual stream: (B, S, M, Du). MoS eq. (2).
 
         x: input embeddings (B, S, Du). The embedding itself is not among them, and the last state
-        is not normalised.
+        is not normalised. cache: a list for each block, see DecoderBlock.
         """
-        places = torch.arange(x.shape[1], device=x.device)[:, None]         # (S, 1)
+        before = cache[0][0].shape[1] if cache and cache[0] else 0
+        places = torch.arange(before, before + x.shape[1], device=x.device)[:, None]  # (S, 1)
         rope = rope_table(places, self.axes, self.theta, self.slow)
         states = []
-        for block in self.blocks:
-            x = block(x, rope)
+        for m, block in enumerate(self.blocks):
+            x = block(x, rope, cache[m] if cache else None)
             states.append(x)
         return torch.stack(states, 2)                                       # (B, S, M, Du)
 
@@ -187,120 +216,19 @@ class Understanding(nn.Module):
         return loss, {"token_accuracy": right.sum() / lengths.sum(),
                       "text_accuracy": (right | (target == -100)).all(1).float().mean()}
 
+    @torch.no_grad()
+    def write(self, tokens, limit, stops, temperature=0.0, seed=0, images=None):
+        """Go on with one text (1, S): yield token ids until one of `stops`, or `limit` of them.
 
-# ------------------------------------------------------------------------------------------------
-# Towers from folders in Hugging Face's layout
-
-FAMILIES = {"llama": {}, "qwen2": dict(bias=True), "qwen3": dict(qk_norm=True)}
-PREFIXES = ("language_model.model.", "model.language_model.", "model.")  # of the tower's tensors
-OTHERS = ("vision_model.", "vision_tower.", "model.vision_tower.", "mlp1.",
-          "multi_modal_projector.", "model.multi_modal_projector.")  # of what reads pictures
-NAMES = {"embed_tokens": "embedding", "norm": "norm", "input_layernorm": "norm1",
-         "post_attention_layernorm": "norm2", "self_attn.o_proj": "out",
-         "self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm", "mlp.down_proj": "ffn.down"}
-PACKED = {"self_attn.q_proj": ("qkv", 0), "self_attn.k_proj": ("qkv", 1),
-          "self_attn.v_proj": ("qkv", 2), "mlp.gate_proj": ("ffn.gate_up", 0),
-          "mlp.up_proj": ("ffn.gate_up", 1)}  # parts of one matrix of ours, in this order
-
-
-def slow_down(factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, **_):
-    """Llama 3's change of rotary frequencies: the slow ones are divided by the factor.
-
-    Those that turn more than high_freq_factor times in the original length stay, those that turn
-    less than low_freq_factor times are divided, those between partly so.
-    """
-    def slow(rate):
-        turns = original_max_position_embeddings * rate / (2 * math.pi)
-        stay = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-        return rate * (stay + (1 - stay) / factor)
-    return slow
-
-
-def read_family(folder):
-    """Arguments of Understanding from a folder's config.json.
-
-    Raises FileNotFoundError, or ValueError for what this decoder is not.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}: expected a model's folder in "
-                                "Hugging Face's layout")
-    c = json.loads(path.read_text())
-    c = c.get("text_config") or c.get("llm_config") or c
-    family, rope = c.get("model_type"), c.get("rope_parameters") or {
-        "rope_theta": c.get("rope_theta", 1e4), **(c.get("rope_scaling") or {})}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    for wrong, what in ((family not in FAMILIES, f"model_type {family!r}"),
-                        (kind not in ("default", "llama3"), f"rope_type {kind!r}"),
-                        (c.get("use_sliding_window"), "a sliding window"),
-                        (c.get("mlp_bias"), "biases in its feed-forward networks"),
-                        (family != "qwen2" and c.get("attention_bias"), "a bias in its output")):
-        if wrong:
-            raise ValueError(f"{path} has {what}; expected one of {', '.join(FAMILIES)} as they "
-                             "are published")
-    return dict(vocabulary=c["vocab_size"], width=c["hidden_size"], depth=c["num_hidden_layers"],
-                heads=c["num_attention_heads"], kv_heads=c["num_key_value_heads"],
-                hidden=c["intermediate_size"], head_width=c.get("head_dim"), patch=0,
-                tied=bool(c.get("tie_word_embeddings")), theta=rope["rope_theta"],
-                slow=slow_down(**rope) if kind == "llama3" else None, eps=c["rms_norm_eps"],
-                **FAMILIES[family])
-
-
-def locate(name, tower):
-    """Our name for a folder's tensor and its place, maybe rows of ours; None if it is not the
-    tower's. Raises KeyError or AttributeError where the tower has no such tensor.
-    """
-    prefix = next((p for p in PREFIXES if name.startswith(p)), None)
-    if name.endswith("lm_head.weight"):
-        return ("head.weight", tower.head.weight) if tower.head else None
-    if not prefix or name.startswith(OTHERS):
-        return None
-    path, kind = name.removeprefix(prefix).rsplit(".", 1)
-    _, number, path = path.split(".", 2) if path.startswith("layers.") else ("", "", path)
-    own, part = PACKED.get(path) or (NAMES[path], None)
-    own = f"blocks.{number}.{own}.{kind}" if number else f"{own}.{kind}"
-    tensor = tower.get_parameter(own)
-    if part is None:
-        return own, tensor
-    if "gate_up" in own:
-        return own, tensor.chunk(2)[part]
-    block = tower.blocks[int(number)]
-    queries = block.heads * block.head_width
-    keys = (len(tensor) - queries) // 2
-    return own, tensor.split([queries, keys, keys])[part]
-
-
-@torch.no_grad()
-def load_tower(folder, device="cpu", dtype=torch.bfloat16):
-    """The understanding tower of a folder in Hugging Face's layout, read a tensor at a time.
-
-    Raises FileNotFoundError, or ValueError that names a tensor that is missing, unexpected or of
-    another shape.
-    """
-    folder = Path(folder)
-    with torch.device("meta"):
-        tower = Understanding(**read_family(folder))
-    tower.to(dtype).to_empty(device=device).requires_grad_(False)
-    lacking = {name: p.numel() for name, p in tower.named_parameters()}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no safetensors files in {folder}")
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                try:
-                    found = locate(name, tower)
-                except (KeyError, AttributeError):
-                    raise ValueError(f"{path}: tensor {name} is not part of this tower") from None
-                if found:
-                    own, place = found
-                    values = file.get_tensor(name)
-                    if values.shape != place.shape:
-                        raise ValueError(f"{path}: tensor {name} has shape {tuple(values.shape)}, "
-                                         f"config.json asks for {tuple(place.shape)}")
-                    place.copy_(values)
-                    lacking[own] -= values.numel()
-    for name, number in lacking.items():
-        if number:
-            raise ValueError(f"{folder}: {name} is missing, or a part of it")
-    return tower.eval()
+        temperature: 0 takes the likeliest token, 1 draws from the tower's own distribution.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        x, cache = self.embed(tokens, images), [[] for _ in self.blocks]
+        for _ in range(limit):
+            scores = self.logits(self(x, cache)[:, -1:])[0, 0].cpu()        # (V,)
+            token = scores.argmax() if temperature == 0 else torch.multinomial(
+                (scores / temperature).softmax(0), 1, generator=generator)
+            if token.item() in stops:
+                return
+            yield token.item()
+            x = self.embed(token.view(1, 1).to(tokens.device))              # (1, 1, Du)

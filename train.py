@@ -35,7 +35,7 @@ from common import (CommandLine, autocast, held, initialise, pick_device, replac
                     tqdm_or_none, whole)
 from data import build_tokenizer, open_sources
 from kernels import fused
-from mos import PRESETS, MoS, MoSConfig, read_config, read_vocabulary
+from mos import PRESETS, MoS, MoSConfig, read_config, read_tokenizer
 from stages import KINDS
 
 PART = {"vae": "vae", "understand": "understanding", "image": "mos"}  # the file a stage writes
@@ -664,20 +664,21 @@ def goes_on(c):
 def build(c, overrides, dataset):
     """The model of a stage by its settings, with what earlier stages decided; no memory yet."""
     values = model_values(c, overrides)
-    if c.stage == "image":
-        kinds = ("vae_", "und_") + (("gen_", "router_", "registers", "tokenwise", "state_norm",
-                                     "k", "renormalize")
-                                    if goes_on(c) else ())
+    if c.stage == "image":  # parts that have been trained stay as they were
+        kinds = tuple(kind for kind in ("vae_", "und_") if not values.get(f"{kind}folder"))
+        kinds += ("gen_", "router_", "registers", "tokenwise", "state_norm", "k",
+                  "renormalize") if goes_on(c) else ()
         frozen = {name: value for name, value in asdict(read_config(c.init)).items()
-                  if name.startswith(kinds)}  # these parts are as they were trained
+                  if name.startswith(kinds)} if kinds else {}
         for name in frozen.keys() & overrides.keys():
             if overrides[name] != frozen[name]:
                 raise ValueError(f"{name} is {frozen[name]} in {c.init} and cannot become "
                                  f"{overrides[name]} in stage image")
         values |= frozen
-    words = read_vocabulary(c.init) if c.stage == "image" else build_tokenizer(dataset)
+    config = MoSConfig(**values)
+    words = read_tokenizer(config, c.init) if c.stage == "image" else build_tokenizer(dataset)
     with torch.device("meta"):
-        return MoS(MoSConfig(**values), words)
+        return MoS(config, words)
 
 
 def prepare(c, overrides, world):

@@ -1,0 +1,334 @@
+"""From prompt to picture: what each stage of a large model costs, beside other models.
+
+Random weights, bf16, a prompt of 128 tokens. The denoising step is a CUDA graph's replay, as
+`MoS.generate` runs it, with guidance and without; the rest is timed by the clock, launches
+included. The rivals are diffusers' and transformers' own implementations, eager, with random
+weights of the published sizes.
+"""
+
+import gc
+import sys
+import time
+from functools import partial
+
+import torch
+from safetensors.torch import save_file
+
+from common import autocast, randomise
+from folders import load_tower
+from mos import PRESETS, MoSConfig, unfilled
+from timing import DEVICE, DTYPE, event_time, header, replay_time, save
+from vae import VAE
+
+TOKENS, STEPS, SIZES = 128, 50, (512, 1024, 2048)
+GIB = 2**30
+# Milliseconds on an A100, MoS Fig. 7 (MoS-S, 1024x1024): the least and most of each bar's labels.
+PAPER = "paper, MoS-S 1024, A100: encode 94, router 7-8, tower 121 a step, decode 16"
+
+
+class Peak:
+    """GiB that a block of code has needed, what lay on the GPU before apart."""
+
+    def __enter__(self):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_):
+        self.gib = (torch.cuda.max_memory_allocated() - self.before) / GIB
+
+
+def weights(*modules):
+    """GiB of modules' parameters."""
+    return sum(p.nbytes for module in modules for p in module.parameters()) / GIB
+
+
+def attempt(measure, *arguments):
+    """What `measure` returns; None, and the reason on stderr, where that is not to be had."""
+    try:
+        return measure(*arguments)
+    except Exception as e:  # the others may still work
+        print(f"{arguments}: {type(e).__name__}: {f'{e} '.splitlines()[0]}", file=sys.stderr,
+              flush=True)
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------
+# MoS
+
+def build(preset):
+    """A large preset with random weights; the VAE is fp32."""
+    model = unfilled(MoSConfig(**PRESETS[preset]))
+    randomise(DEVICE, *(part.to(DTYPE) for part in (model.understanding, model.router,
+                                                    model.generation)), model.vae)
+    ones = torch.ones(model.config.vae_channels)
+    model.vae.set_statistics(0 * ones, ones)
+    return model.eval()
+
+
+@torch.no_grad()
+def stages(model, size, guidance, out):
+    """Milliseconds and GiB of each stage of a picture, and seconds from prompt to PNG."""
+    c, text = model.config, "x" * (TOKENS - 1)
+    row = dict(size=size, guidance=guidance)
+    z = torch.randn(1, c.vae_channels, size // 16, size // 16, device=DEVICE)
+    with Peak() as peak:
+        row["encode"] = event_time(lambda: model.read([text]))
+    row["encode GiB"] = weights(model.understanding) + peak.gib
+    with Peak() as peak, autocast(torch.device(DEVICE)):
+        context = model.project(model.read([text], "" if guidance != 1 else None))
+        step = partial(model.step, context, guidance, 0.7)
+        inputs = z, *torch.tensor([0.6, 0.5], device=DEVICE)
+        row["step"] = replay_time(step, *inputs) / 1e3
+        logits = torch.randn(len(context.states), TOKENS, c.und_depth, c.gen_depth, device=DEVICE)
+        model.router.forward = lambda *_: logits
+        row["router"] = row["step"] - replay_time(step, *inputs) / 1e3
+        del model.router.forward
+    row["step GiB"] = weights(model.router, model.generation) + peak.gib
+    with Peak() as peak:
+        row["decode"] = event_time(lambda: model.vae.decode(z))
+    row["decode GiB"] = weights(model.vae) + peak.gib
+
+    def whole():
+        image, = model.generate([text], STEPS, guidance, size=size)
+        image.save(out, compress_level=1)
+
+    row["total"] = event_time(whole, 2) / 1e3
+    return row
+
+
+def show(row):
+    """Print a line of the table."""
+    print(f"{row['preset']:8}{row['size']:6}{row['guidance']:6.1f}{row['encode']:9.1f}"
+          f"{row['router']:8.2f}{row['step'] - row['router']:8.2f}"
+          f"{row['router'] / row['step']:7.1%}{row['decode']:9.1f}{row['total']:8.2f}"
+          f"{row['encode GiB']:8.1f}{row['step GiB']:7.1f}{row['decode GiB']:7.1f}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Other towers and VAEs
+
+def by_transformers():
+    """transformers' Llama-3.1-8B: milliseconds to all hidden states of 128 tokens."""
+    from transformers import LlamaConfig, LlamaModel
+    with torch.device("meta"):
+        model = LlamaModel(LlamaConfig(
+            vocab_size=128_256, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=8, intermediate_size=14_336, rms_norm_eps=1e-5)).to(DTYPE)
+        rotary = type(model.rotary_emb)
+    randomise(DEVICE, model.eval())
+    model.rotary_emb = rotary(model.config, device=DEVICE)
+    tokens = torch.ones(1, TOKENS, dtype=torch.long, device=DEVICE)
+    return event_time(lambda: model(tokens, output_hidden_states=True, use_cache=False))
+
+
+VAES = (("fp32 with TF32", torch.float32, True), ("fp32, IEEE", torch.float32, False),
+        ("bf16", DTYPE, True))
+
+
+def vae_times():
+    """Milliseconds to encode and decode 1024x1024 with ours and diffusers', and how far ours in
+    each precision is from IEEE fp32: {precision: (encode, decode, theirs, theirs, dB)}.
+    """
+    ours, theirs, found, pictures = VAE(), None, {}, {}
+    randomise(DEVICE, ours)
+    for name, p in ours.named_parameters():  # pictures with some contrast
+        p.data.mul_(2.0 if p.ndim > 3 else 1.0)
+    ours.set_statistics(torch.zeros(48), torch.ones(48))
+    x = 2 * torch.rand(1, 3, 1024, 1024, device=DEVICE) - 1
+    z = torch.randn(1, 48, 64, 64, device=DEVICE)
+    theirs = attempt(their_vae)
+    for name, dtype, allowed in VAES:
+        torch.backends.cudnn.allow_tf32 = allowed
+        ours.to(dtype)
+        times = [event_time(lambda: ours.encode(x)), event_time(lambda: ours.decode(z))]
+        pictures[name] = ours.decode(z).double()
+        if theirs:
+            theirs.to(dtype)
+            clip, latents = x[:, :, None].to(dtype), z[:, :, None].to(dtype)
+            times += [event_time(lambda: theirs.encode(clip)),
+                      event_time(lambda: theirs.decode(latents))]
+        found[name] = times
+    torch.backends.cudnn.allow_tf32 = True
+    best = pictures["fp32, IEEE"]
+    for name, picture in pictures.items():
+        error = (picture - best).square().mean()
+        found[name].append((10 * torch.log10(4 / error)).item())
+    return found
+
+
+def their_vae():
+    """diffusers' AutoencoderKLWan in Wan 2.2's size."""
+    from diffusers import AutoencoderKLWan
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(
+            base_dim=160, decoder_base_dim=256, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
+            temperal_downsample=[False, True, True], is_residual=True, patch_size=2,
+            in_channels=12, out_channels=12, scale_factor_spatial=16, latents_mean=[0.0] * 48,
+            latents_std=[1.0] * 48)
+    randomise(DEVICE, vae.eval())
+    return vae
+
+
+# ------------------------------------------------------------------------------------------------
+# Other generation towers, at 1024x1024
+
+def qwen_image(make, batch=1):
+    """Qwen-Image, 20 B: two forward passes with guidance."""
+    from diffusers import QwenImageTransformer2DModel
+    model = make(QwenImageTransformer2DModel)
+    x, text, t = noise(batch, 4096, 64), noise(batch, TOKENS, 3584), noise(batch)
+    mask = torch.ones(batch, TOKENS, dtype=torch.bool, device=DEVICE)
+
+    def step():
+        for _ in range(2):
+            model(hidden_states=x, encoder_hidden_states=text, timestep=t,
+                  encoder_hidden_states_mask=mask, img_shapes=[[(1, 64, 64)]] * batch)
+    return model, step
+
+
+def flux(make):
+    """FLUX.1-dev, 12 B: its guidance is distilled, one forward pass."""
+    from diffusers import FluxTransformer2DModel
+    model = make(FluxTransformer2DModel, guidance_embeds=True)
+    x, text, pooled, t = noise(1, 4096, 64), noise(1, 512, 4096), noise(1, 768), noise(1)
+    places = torch.zeros(4096, 3, device=DEVICE), torch.zeros(512, 3, device=DEVICE)
+    return model, lambda: model(hidden_states=x, encoder_hidden_states=text, timestep=t, guidance=t,
+                                pooled_projections=pooled, img_ids=places[0], txt_ids=places[1])
+
+
+def sd3(make):
+    """Stable Diffusion 3.5 large, 8 B: a batch of two."""
+    from diffusers import SD3Transformer2DModel
+    model = make(SD3Transformer2DModel, num_layers=38, num_attention_heads=38,
+                 caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192,
+                 qk_norm="rms_norm")
+    x, text, pooled, t = (noise(2, 16, 128, 128), noise(2, 333, 4096), noise(2, 2048), noise(2))
+    return model, lambda: model(hidden_states=x, encoder_hidden_states=text,
+                                pooled_projections=pooled, timestep=t)
+
+
+def sana(make):
+    """SANA-1.5, 4.8 B, linear attention at 32x: a batch of two."""
+    from diffusers import SanaTransformer2DModel
+    model = make(SanaTransformer2DModel, num_attention_heads=70, num_layers=60,
+                 num_cross_attention_heads=20, cross_attention_dim=2240,
+                 qk_norm="rms_norm_across_heads")
+    x, text, t = noise(2, 32, 32, 32), noise(2, 300, 2304), noise(2)
+    return model, lambda: model(hidden_states=x, encoder_hidden_states=text, timestep=t)
+
+
+def lumina(make):
+    """Lumina-Image-2.0, 2.6 B: a batch of two."""
+    from diffusers import Lumina2Transformer2DModel
+    model = make(Lumina2Transformer2DModel, hidden_size=2304, num_layers=26, num_attention_heads=24,
+                 num_kv_heads=8, axes_dim_rope=(32, 32, 32), axes_lens=(300, 512, 512),
+                 cap_feat_dim=2304)
+    x, text, t = noise(2, 16, 128, 128), noise(2, 256, 2304), torch.rand(2, device=DEVICE)
+    mask = torch.ones(2, 256, dtype=torch.bool, device=DEVICE)
+    return model, lambda: model(hidden_states=x, timestep=t, encoder_hidden_states=text,
+                                encoder_attention_mask=mask)
+
+
+RIVALS = {"Qwen-Image": qwen_image, "FLUX.1-dev": flux, "SD3.5-large": sd3, "SANA-1.5": sana,
+          "Lumina-Image-2.0": lumina}
+
+
+def noise(*shape):
+    """Standard normal values."""
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
+
+
+def random_rival(kind, **settings):
+    """A model of diffusers with random weights, made where it shall be."""
+    with torch.device(DEVICE):
+        torch.set_default_dtype(DTYPE)
+        try:
+            model = kind(**settings)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+@torch.no_grad()
+def rival_step(name):
+    """Billions of parameters, milliseconds of a denoising step at 1024x1024 and GiB."""
+    with Peak() as peak:
+        model, step = RIVALS[name](random_rival)
+        count = sum(p.numel() for p in model.parameters()) / 1e9
+        return dict(parameters=count, step=event_time(step, 5)) | dict(
+            gib=torch.cuda.max_memory_allocated() / GIB - peak.before / GIB)
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands
+
+def bench_latency(folder):
+    """The command `latency`: a table of stages, then the rivals."""
+    result = header() | dict(rows=[], rivals={})
+    print(f"{TOKENS} tokens, {STEPS} steps, VAE fp32 with TF32; ms, total in s from prompt to PNG; "
+          f"GiB: weights of the stage's parts and what it needs\n{PAPER}\n"
+          f"{'preset':8}{'size':>6}{'guid.':>6}{'encode':>9}{'router':>8}{'tower':>8}{'share':>7}"
+          f"{'decode':>9}{'total s':>8}{'encode':>8}{'step':>7}{'decode':>7}")
+    for preset in ("mos_s", "mos_l"):
+        model = build(preset)
+        for size in SIZES:
+            for guidance in (5.0, 1.0):
+                row = attempt(stages, model, size, guidance, folder / "latency.png")
+                if row:
+                    result["rows"].append(row | dict(preset=preset))
+                    show(result["rows"][-1])
+        del model
+        save(result, folder / "latency.json")
+    print("\na step at 1024x1024, guidance included, eager")
+    for name in RIVALS:
+        row = result["rivals"][name] = attempt(rival_step, name)
+        if row:
+            print(f"{name:18}{row['parameters']:6.1f} B {row['step']:8.1f} ms "
+                  f"{row['gib']:6.1f} GiB", flush=True)
+    with torch.no_grad():
+        result["transformers"] = attempt(by_transformers)
+        print(f"\nLlama-3.1-8B, {TOKENS} tokens, by transformers: {result['transformers']} ms")
+        result["vae"] = attempt(vae_times) or {}
+    print(f"\nVAE at 1024x1024, ms{'encode':>11}{'decode':>11}{'diffusers':>11}{'decode':>11}  "
+          "to IEEE")
+    for name, (*times, decibel) in result["vae"].items():
+        print(f"{name:20}" + "".join(f"{t:11.1f}" for t in times) + f"{decibel:9.1f} dB")
+    save(result, folder / "latency.json")
+
+
+def bench_loading(folder):
+    """The command `loading`: a tower of Llama-3.1-8B's size, written, then read twice."""
+    result, home, width, hidden = header(), folder / "tower", 4096, 14_336
+    home.mkdir(exist_ok=True)
+    shapes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (1024, width),
+              "self_attn.v_proj": (1024, width), "self_attn.o_proj": (width, width),
+              "mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width),
+              "mlp.down_proj": (width, hidden), "input_layernorm": (width,),
+              "post_attention_layernorm": (width,)}
+    values = {name: torch.ones(shape, dtype=DTYPE) for name, shape in shapes.items()}
+    for i in range(32):
+        save_file({f"model.layers.{i}.{name}.weight": v for name, v in values.items()},
+                  home / f"model-{i:05}.safetensors")
+    words = torch.ones(128_256, width, dtype=DTYPE)
+    save_file({"model.embed_tokens.weight": words, "lm_head.weight": words.clone(),
+               "model.norm.weight": words[0].clone()}, home / "model-words.safetensors")
+    save(dict(model_type="llama", vocab_size=128_256, hidden_size=width, num_hidden_layers=32,
+              num_attention_heads=32, num_key_value_heads=8, intermediate_size=hidden,
+              rms_norm_eps=1e-5, rope_theta=5e5), home / "config.json")
+    size = sum(path.stat().st_size for path in home.iterdir()) / 1e9
+    for which in ("first", "second"):
+        begin = time.time()
+        tower = load_tower(home, DEVICE)
+        torch.cuda.synchronize()
+        result[which] = time.time() - begin
+        print(f"{size:.1f} GB, {which} time: {result[which]:.1f} s", flush=True)
+        del tower
+    for path in home.iterdir():
+        path.unlink()
+    home.rmdir()
+    save(result, folder / "loading.json")
