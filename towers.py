@@ -159,9 +159,12 @@ class Understanding(nn.Module):
 
     def start(self, name, p):
         """Give the parameter of this name its first values."""
-        start(name, p, len(self.blocks))
-        if name == "embedding.weight":
+        if name.startswith("vision.") and hasattr(self.vision, "start"):
+            self.vision.start(name.removeprefix("vision."), p)
+        elif name == "embedding.weight":
             p.normal_(0, 0.1)  # far apart, and so they stay
+        else:
+            start(name, p, len(self.blocks))
 
     def embed(self, tokens, images=None):
         """Input embeddings (B, S, Du), pictures (B, 3, H, W) in [-1, 1] among them.
@@ -171,7 +174,7 @@ class Understanding(nn.Module):
         text = self.embedding(tokens.clamp_min(0))                          # (B, S, Du)
         if images is None:
             return text
-        vision = self.vision(images.type_as(self.embedding.weight))         # (B, P, Du)
+        vision = self.vision(images)                                        # (B, P, Du)
         if self.image_token is None:
             return torch.cat((vision, text), 1)                             # (B, P+S, Du)
         places = tokens == self.image_token                                 # (B, S)

@@ -29,6 +29,7 @@ class Patches(nn.Sequential):
 
     def forward(self, images):
         """Tokens (B, P, Du) of pictures (B, 3, H, W) in [-1, 1]."""
+        images = images.type_as(self[2].weight)
         patches = F.pixel_unshuffle(images, self.patch)                   # (B, 3*p*p, h, w)
         x = super().forward(patches.permute(0, 2, 3, 1))                  # (B, h, w, Du)
         x = x + self._places(*x.shape[1:3])
