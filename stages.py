@@ -7,6 +7,7 @@ processes and a resume change nothing.
 import itertools
 import time
 from collections import deque
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -242,7 +243,6 @@ class ImageStage(Stage):
 
     def start(self, step):
         self.costs, self.ahead, c = {}, deque(), self.c
-        self.empty = torch.tensor(self.model.tokenizer.encode(""), device=self.world.device)
         self.prepare()
         if c.states == "producer":
             self.states = Producer(self.model, c.init, c.tower_device or self.world.device)
@@ -330,6 +330,11 @@ class ImageStage(Stage):
                   f"in {time.time() - begin:.0f} s")
         self.dataset = Mixture(read_stored(folder, data.made), data.weights, data.scenes)
         self.lengths, self.broken = self.count_lengths(), {}
+
+    @cached_property
+    def empty(self):
+        """The empty prompt's tokens."""
+        return torch.tensor(self.model.tokenizer.encode(""), device=self.world.device)
 
     def draws(self, z0, tokens, generator):
         """Times, noise, exploration and prompt dropout of a global batch; this process's share."""
