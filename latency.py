@@ -7,9 +7,13 @@ weights of the published sizes.
 """
 
 import gc
+import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +28,13 @@ TOKENS, STEPS, SIZES = 128, 50, (512, 1024, 2048)
 GIB = 2**30
 # Milliseconds on an A100, MoS Fig. 7 (MoS-S, 1024x1024): the least and most of each bar's labels.
 PAPER = "paper, MoS-S 1024, A100: encode 94, router 7-8, tower 121 a step, decode 16"
+
+LLAMA = dict(model_type="llama", vocab_size=128_256, hidden_size=4096, num_hidden_layers=32,
+             num_attention_heads=32, num_key_value_heads=8, intermediate_size=14_336,
+             rms_norm_eps=1e-5, rope_theta=5e5)
+WAN = dict(z_dim=48, base_dim=160, decoder_base_dim=256, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
+           temperal_downsample=[False, True, True], is_residual=True, patch_size=2,
+           latents_mean=[0.0] * 48, latents_std=[1.0] * 48)
 
 
 class Peak:
@@ -60,11 +71,12 @@ def attempt(measure, *arguments):
 # ------------------------------------------------------------------------------------------------
 # MoS
 
-def build(preset):
-    """A large preset with random weights; the VAE is fp32."""
+def build(preset, *parts):
+    """Parts of a large preset with random weights, in bf16; the VAE is fp32."""
     model = unfilled(MoSConfig(**PRESETS[preset]))
-    randomise(DEVICE, *(part.to(DTYPE) for part in (model.understanding, model.router,
-                                                    model.generation)), model.vae)
+    for name in parts:
+        part = getattr(model, name)
+        randomise(DEVICE, part if name == "vae" else part.to(DTYPE))
     ones = torch.ones(model.config.vae_channels)
     model.vae.set_statistics(0 * ones, ones)
     return model.eval()
@@ -116,9 +128,7 @@ def by_transformers():
     """transformers' Llama-3.1-8B: milliseconds to all hidden states of 128 tokens."""
     from transformers import LlamaConfig, LlamaModel
     with torch.device("meta"):
-        model = LlamaModel(LlamaConfig(
-            vocab_size=128_256, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-            num_key_value_heads=8, intermediate_size=14_336, rms_norm_eps=1e-5)).to(DTYPE)
+        model = LlamaModel(LlamaConfig(**LLAMA)).to(DTYPE)
         rotary = type(model.rotary_emb)
     randomise(DEVICE, model.eval())
     model.rotary_emb = rotary(model.config, device=DEVICE)
@@ -165,11 +175,7 @@ def their_vae():
     """diffusers' AutoencoderKLWan in Wan 2.2's size."""
     from diffusers import AutoencoderKLWan
     with torch.device("meta"):
-        vae = AutoencoderKLWan(
-            base_dim=160, decoder_base_dim=256, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
-            temperal_downsample=[False, True, True], is_residual=True, patch_size=2,
-            in_channels=12, out_channels=12, scale_factor_spatial=16, latents_mean=[0.0] * 48,
-            latents_std=[1.0] * 48)
+        vae = AutoencoderKLWan(**WAN, in_channels=12, out_channels=12, scale_factor_spatial=16)
     randomise(DEVICE, vae.eval())
     return vae
 
@@ -275,7 +281,7 @@ def bench_latency(folder):
           f"{'preset':8}{'size':>6}{'guid.':>6}{'encode':>9}{'router':>8}{'tower':>8}{'share':>7}"
           f"{'decode':>9}{'total s':>8}{'encode':>8}{'step':>7}{'decode':>7}")
     for preset in ("mos_s", "mos_l"):
-        model = build(preset)
+        model = build(preset, "understanding", "router", "generation", "vae")
         for size in SIZES:
             for guidance in (5.0, 1.0):
                 row = attempt(stages, model, size, guidance, folder / "latency.png")
@@ -301,34 +307,64 @@ def bench_latency(folder):
     save(result, folder / "latency.json")
 
 
-def bench_loading(folder):
-    """The command `loading`: a tower of Llama-3.1-8B's size, written, then read twice."""
-    result, home, width, hidden = header(), folder / "tower", 4096, 14_336
-    home.mkdir(exist_ok=True)
-    shapes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (1024, width),
-              "self_attn.v_proj": (1024, width), "self_attn.o_proj": (width, width),
-              "mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width),
-              "mlp.down_proj": (width, hidden), "input_layernorm": (width,),
-              "post_attention_layernorm": (width,)}
-    values = {name: torch.ones(shape, dtype=DTYPE) for name, shape in shapes.items()}
-    for i in range(32):
+def write_tower(folder):
+    """A folder as that of Llama-3.1-8B, all weights the same."""
+    folder.mkdir(parents=True)
+    width, hidden = LLAMA["hidden_size"], LLAMA["intermediate_size"]
+    sizes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (1024, width),
+             "self_attn.v_proj": (1024, width), "self_attn.o_proj": (width, width),
+             "mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width),
+             "mlp.down_proj": (width, hidden), "input_layernorm": (width,),
+             "post_attention_layernorm": (width,)}
+    values = {name: torch.full(size, 0.01, dtype=DTYPE) for name, size in sizes.items()}
+    for i in range(LLAMA["num_hidden_layers"]):
         save_file({f"model.layers.{i}.{name}.weight": v for name, v in values.items()},
-                  home / f"model-{i:05}.safetensors")
-    words = torch.ones(128_256, width, dtype=DTYPE)
+                  folder / f"model-{i:05}.safetensors")
+    words = torch.full((LLAMA["vocab_size"], width), 0.01, dtype=DTYPE)
     save_file({"model.embed_tokens.weight": words, "lm_head.weight": words.clone(),
-               "model.norm.weight": words[0].clone()}, home / "model-words.safetensors")
-    save(dict(model_type="llama", vocab_size=128_256, hidden_size=width, num_hidden_layers=32,
-              num_attention_heads=32, num_key_value_heads=8, intermediate_size=hidden,
-              rms_norm_eps=1e-5, rope_theta=5e5), home / "config.json")
-    size = sum(path.stat().st_size for path in home.iterdir()) / 1e9
-    for which in ("first", "second"):
-        begin = time.time()
-        tower = load_tower(home, DEVICE)
-        torch.cuda.synchronize()
-        result[which] = time.time() - begin
-        print(f"{size:.1f} GB, {which} time: {result[which]:.1f} s", flush=True)
-        del tower
-    for path in home.iterdir():
-        path.unlink()
-    home.rmdir()
+               "model.norm.weight": words[0].clone()}, folder / "model-words.safetensors")
+    save(LLAMA | dict(eos_token_id=2), folder / "config.json")
+    save(dict(added_tokens=[], pre_tokenizer=dict(type="Whitespace"), model=dict(
+        type="WordLevel", vocab={"a": 0, "fox": 1, "?": 2}, unk_token="?")),
+        folder / "tokenizer.json")
+
+
+def write_checkpoint(folder):
+    """A checkpoint of MoS-S with random weights, its tower and VAE in folders of their own."""
+    write_tower(folder / "tower")
+    model = build("mos_s", "router", "generation", "vae")
+    (folder / "vae").mkdir()
+    save_file({name: p.cpu() for name, p in model.vae.named_parameters()},
+              folder / "vae" / "weights.safetensors")
+    save(WAN, folder / "vae" / "config.json")
+    model.config = replace(model.config, und_folder=str(folder / "tower"),
+                           vae_folder=str(folder / "vae"))
+    model.save_pretrained(folder, ("mos",))
+
+
+def bench_loading(folder):
+    """The command `loading`: a tower of 16 GB is read twice, then sample.py draws with it."""
+    result = header()
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        home = Path(home)
+        write_checkpoint(home)
+        size = sum(path.stat().st_size for path in (home / "tower").iterdir()) / 1e9
+        for which in ("first", "second"):
+            begin = time.time()
+            tower = load_tower(home / "tower", DEVICE)
+            torch.cuda.synchronize()
+            result[which] = time.time() - begin
+            print(f"{size:.1f} GB, {which} time: {result[which]:.1f} s", flush=True)
+            del tower
+        torch.cuda.empty_cache()
+        for flags in (["--drop-tower", "--vae-dtype", "bfloat16"], ["--drop-tower"], []):
+            command = [sys.executable, str(Path(__file__).parent / "sample.py"), "--prompt",
+                       "a fox", "--checkpoint", str(home), "--size", "1024", "--out",
+                       str(folder / "loading.png"), *flags]
+            begin = time.time()
+            done = subprocess.run(command, capture_output=True, text=True)
+            told = (done.stdout or done.stderr).splitlines()[-1]
+            result[" ".join(flags)] = told
+            print(f"sample.py --size 1024 {' '.join(flags)}: {told}, {time.time() - begin:.0f} s",
+                  flush=True)
     save(result, folder / "loading.json")
