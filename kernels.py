@@ -11,6 +11,7 @@ add to one sum, each writes a row of partial sums and no atomics are used: same 
 """
 
 import os
+from functools import wraps
 from types import SimpleNamespace
 
 import torch
@@ -39,12 +40,20 @@ def fused(x):
 def operator(fake):
     """Make a function the operator `mos::name`, which torch.compile calls instead of tracing it.
 
-    fake: the same signature; returns outputs of the right shape and type, uncomputed.
+    Called eagerly on a GPU it stays a function: an operator's way through the dispatcher costs the
+    host more time than the launch. fake: the same signature; returns outputs of the right shape and
+    type, uncomputed.
     """
     def wrap(function):
         op = torch.library.custom_op(f"mos::{function.__name__}", function, mutates_args=())
         op.register_fake(fake)
-        return op
+
+        @wraps(function)
+        def call(*arguments):
+            eager = arguments[0].is_cuda and not torch.compiler.is_compiling()
+            return (function if eager else op)(*arguments)
+        call.operator = op
+        return call
     return wrap
 
 
@@ -674,15 +683,17 @@ def attention(q, k, v, mask=None, runs=None, causal=False):
     keys are known to come first, give runs instead: pairs (samples, keys) of neighbouring samples
     that have the same number of them. Returns (B, L, H*Dh).
     """
+    def attend(q, k, v):
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)                                       # (B, L, H*Dh)
+
     q, k, v = (a.transpose(1, 2)
                for a in (q, k, v))  # (B, H, L, Dh), (B, Hk, L', Dh), (B, Hk, L', Dh)
-    runs = runs or [(q.shape[0], k.shape[2])]
-    sizes = [samples for samples, _ in runs]
-    parts = [F.scaled_dot_product_attention(q, k[:, :, :keys], v[:, :, :keys], mask,
-                                            is_causal=causal, enable_gqa=True
-                                            ).transpose(1, 2).flatten(2)
-             for q, k, v, (_, keys) in zip(*(a.split(sizes) for a in (q, k, v)), runs)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]                       # (B, L, H*Dh)
+    if not runs:
+        return attend(q, k, v)                                                    # (B, L, H*Dh)
+    parts = zip(*(a.split([samples for samples, _ in runs]) for a in (q, k, v)), runs)
+    return torch.cat([attend(q, k[:, :, :keys], v[:, :, :keys])
+                      for q, k, v, (_, keys) in parts])                           # (B, L, H*Dh)
 
 
 def keys_behind(before, mask, runs):

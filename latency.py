@@ -131,7 +131,7 @@ def by_transformers():
         model = LlamaModel(LlamaConfig(**LLAMA)).to(DTYPE)
         rotary = type(model.rotary_emb)
     randomise(DEVICE, model.eval())
-    model.rotary_emb = rotary(model.config, device=DEVICE)
+    model.rotary_emb = rotary(model.config).to(DEVICE)
     tokens = torch.ones(1, TOKENS, dtype=torch.long, device=DEVICE)
     return event_time(lambda: model(tokens, output_hidden_states=True, use_cache=False))
 

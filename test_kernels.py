@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.autograd import grad
-from torch.library import CustomOpDef, opcheck
+from torch.library import opcheck
 
 import kernels
 import mos
@@ -31,7 +31,7 @@ TYPES = {"fp32": (torch.float32, torch.float32), "fp16": (torch.float16, torch.f
          "bf16": (torch.bfloat16, torch.bfloat16),
          "mixed": (torch.bfloat16, torch.float32)}  # data and weights of norms, as under autocast
 ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative, in L2
-OPERATORS = {name: op for name, op in vars(kernels).items() if isinstance(op, CustomOpDef)}
+OPERATORS = {name: f.operator for name, f in vars(kernels).items() if hasattr(f, "operator")}
 
 
 # --- the operations in float64 -------------------------------------------------------------------
