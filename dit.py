@@ -82,6 +82,7 @@ class Generation(nn.Module):
         # MoS eq. (4): Proj. NOTE (ours): one for all blocks.
         self.proj = nn.Linear(context_width, width)
         self.registers = nn.Parameter(torch.empty(registers, width))
+        self.reference = nn.Parameter(torch.empty(width))  # what marks tokens of a reference
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, hidden) for _ in range(depth))
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, channels * patch * patch, bias=False)
@@ -98,12 +99,24 @@ class Generation(nn.Module):
         else:
             start(name, p, len(self.blocks))
 
-    def patchify(self, z):
-        """Latents (B, C, h, w) to tokens (B, T, Dg) and positions (image index, y, x): (T, 3)."""
+    def patchify(self, z, reference=None):
+        """Latents to tokens (B, T, Dg) and positions (image index, y, x): (T, 3). MoS Fig. 4.
+
+        z: (B, C, h, w), reference: clean latents of a reference picture, whose tokens stand behind.
+        """
+        x, places = self.tokens(z, 0)                                       # (B, T', Dg), (T', 3)
+        if reference is None:
+            return x, places
+        y, there = self.tokens(reference, 1)                                # (B, T', Dg), (T', 3)
+        y = y + self.reference.type_as(y)
+        return torch.cat((x, y), 1), torch.cat((places, there))                # (B, T, Dg), (T, 3)
+
+    def tokens(self, z, image):
+        """T' tokens and positions of the latents of one picture, which has this image index."""
         patches = F.pixel_unshuffle(z, self.patch)                            # (B, C*p*p, h/p, w/p)
         rows, columns = (torch.arange(n, device=z.device) for n in patches.shape[2:])
-        places = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)  # (T, 3)
-        return self.embed(patches.flatten(2).mT), places                       # (B, T, Dg), (T, 3)
+        places = torch.cartesian_prod(torch.full_like(rows[:1], image), rows, columns)  # (T', 3)
+        return self.embed(patches.flatten(2).mT), places                    # (B, T', Dg), (T', 3)
 
     def add_registers(self, x, places):
         """Put the R registers before the visual tokens. MoS App. A. Returns x and a rope table."""
@@ -112,7 +125,11 @@ class Generation(nn.Module):
         return x, rope_table(F.pad(places, (0, 0, R, 0)), self.axes)           # position 0: no turn
 
     def unpatchify(self, x, height, width):
-        """Drop the registers and read the velocity off: (B, R+T, Dg) to (B, C, height, width)."""
-        v = self.head(self.norm(x[:, len(self.registers):]))                   # (B, T, C*p*p)
-        v = v.mT.unflatten(2, (height // self.patch, width // self.patch))    # (B, C*p*p, h/p, w/p)
+        """Drop registers and reference, read the velocity off: x (B, R+T, Dg) to (B, C, h, w).
+
+        height, width: h and w.
+        """
+        first, grid = len(self.registers), (height // self.patch, width // self.patch)
+        x = x[:, first:first + grid[0] * grid[1]]                              # (B, T', Dg)
+        v = self.head(self.norm(x)).mT.unflatten(2, grid)                     # (B, C*p*p, h/p, w/p)
         return F.pixel_shuffle(v, self.patch)                                  # (B, C, h, w)

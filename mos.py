@@ -5,7 +5,8 @@
     C channels     R registers         H, Hk heads, key-value   Dr width of the router
     L sequence     E extra tokens      Dh width of a head
 
-In shapes of pictures H, W are pixels, in those of latents h, w are latent pixels.
+In shapes of pictures H, W are pixels, in those of latents h, w are latent pixels. In edits image
+tokens are among the S, and a reference picture's tokens among the T.
 
 Time: t = 0 is data, t = 1 is noise; z_t = (1 - t) z0 + t z1 and v = z1 - z0.
 """
@@ -35,6 +36,7 @@ from vae import VAE
 from vision import Patches
 
 SCHEDULES = ("uniform", "linear-quadratic")
+TOWERS = ("understanding", "generation")
 
 
 @dataclass
@@ -74,6 +76,7 @@ class MoSConfig:
     epsilon: float = setting(0.05, "share of random choices in training")
     renormalize: bool = setting(False, "let the chosen weights sum to 1")
     state_norm: str = setting("post", "pre: normalise each state before mixing; post: do not")
+    edit_inputs: tuple = setting(TOWERS, "the towers that see the picture that is edited")
     max_tokens: int = setting(48, "longest text in tokens, <bos> and <eos> included")
     size: int = setting(128, "side of the training pictures in pixels")
     t_sampling: str = setting("mode", "training times: logit-normal or mode")
@@ -81,11 +84,13 @@ class MoSConfig:
     sampling_steps: int = setting(50, "denoising steps")
     guidance: float = setting(3.0, "guidance scale")
     rescale: float = setting(0.7, "guidance rescale")
+    image_guidance: float = setting(1.0, "guidance scale of an edit's picture; 1: none")
     schedule: str = setting("uniform", "sampling schedule: uniform or linear-quadratic")
 
     def __post_init__(self):
-        if isinstance(self.router_inputs, list):
-            self.router_inputs = tuple(self.router_inputs)
+        for name in ("router_inputs", "edit_inputs"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
         for f in fields(self):
             value, kinds = getattr(self, f.name), (int, float) if f.type is float else f.type
             if not isinstance(value, kinds) or isinstance(value, bool) != (f.type is bool):
@@ -93,7 +98,11 @@ class MoSConfig:
             if f.type is int and f.name not in ("k", "registers", "und_vocabulary") and value < 1:
                 raise ValueError(f"{f.name} must be at least 1, got {value}")
         check_size(self.size)
-        check_sampling(self.sampling_steps, self.guidance, self.rescale, self.schedule)
+        check_sampling(self.sampling_steps, self.guidance, self.rescale, self.schedule,
+                       self.image_guidance)
+        if not self.edit_inputs or set(self.edit_inputs) - set(TOWERS):
+            raise ValueError(f"edit_inputs must be one or both of {', '.join(TOWERS)}, got "
+                             f"{' '.join(map(str, self.edit_inputs)) or 'none'}")
         if self.registers < 0:
             raise ValueError(f"registers must not be negative, got {self.registers}")
         if not 0 < self.shift < math.inf:
@@ -185,14 +194,23 @@ class MoS(nn.Module):
     # --- the model -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def understand(self, tokens):
-        """Read prompts (B, S) of token ids once. MoS eq. (2)."""
-        inputs = self.understanding.embed(tokens)                     # (B, S, Du)
+    def understand(self, tokens, images=None):
+        """Read prompts of token ids (B, S) once, pictures (B, 3, H, W) before them. MoS eq. (2).
+
+        Raises ValueError for pictures where the tower reads none.
+        """
+        if "understanding" not in self.config.edit_inputs:            # MoS App. B.5
+            images = None
+        if images is not None and self.understanding.vision is None:
+            raise ValueError("this understanding tower reads no pictures; edit with one that does, "
+                             "or train with edit_inputs generation")
+        inputs = self.understanding.embed(tokens, images)             # (B, S, Du)
         states = self.understanding(inputs)                           # (B, S, M, Du)  MoS eq. (2)
         if self.config.state_norm == "pre":
             states = rms_norm(states, states.new_ones(states.shape[-1]))
         (states,) = cast(states)  # once, instead of in every block
-        return Context(inputs, states, tokens != Tokenizer.PAD)
+        front = inputs.shape[1] - tokens.shape[1]  # image tokens
+        return Context(inputs, states, F.pad(tokens != Tokenizer.PAD, (front, 0), value=True))
 
     def project(self, context):
         """Apply Proj to all states at once: at sampling, they are mixed anew at every step.
@@ -223,15 +241,17 @@ class MoS(nn.Module):
             return mix_states(context.states, index, weight, proj.bias)            # (B, S, Dg)
         return mix_project(context.states, index, weight, proj.weight, proj.bias)  # (B, S, Dg)
 
-    def forward(self, z, t, context, uniform=None):
+    def forward(self, z, t, context, uniform=None, reference=None):
         """The velocity (B, C, h, w) of latents z (B, C, h, w) at times t (B,).
 
         uniform: (B, S, M + 1, N) in [0, 1) makes the routing epsilon-greedy; without it the
-        routing is deterministic.
+        routing is deterministic. reference: clean latents (B, C, h, w) of pictures to be edited.
         """
+        if "generation" not in self.config.edit_inputs:               # MoS App. B.5
+            reference = None
         G = self.generation
         epsilon = 0.0 if uniform is None else self.config.epsilon
-        x, places = G.patchify(z)                                     # (B, T, Dg), (T, 3)
+        x, places = G.patchify(z, reference)                          # (B, T, Dg), (T, 3)
         weights = self.route(x, places, t, context)                   # (B, S, M, N)  MoS eq. (3)
         index, weight = select(weights, self.config.k, epsilon, uniform,
                                self.config.renormalize)               # (B, S, K, N) each
@@ -245,35 +265,47 @@ class MoS(nn.Module):
 
     # --- rectified flow --------------------------------------------------------------------------
 
-    def loss(self, z0, tokens, t, z1, uniform=None, context=None):
+    def loss(self, z0, tokens, t, z1, uniform=None, context=None, images=None, reference=None):
         """Squared error of the velocity, a mean for each sample: (B,). MoS eq. (1).
 
         z0: latents (B, C, h, w), tokens: (B, S), t: (B,), z1: standard normal like z0, context:
-        what `understand` says about the tokens, where that is known already.
+        what `understand` says about the tokens, where that is known already. Edits have images
+        (B, 3, H, W), the pictures that are edited, and their latents as reference.
         """
         at = t[:, None, None, None]
         z = (1 - at) * z0 + at * z1                                   # MoS sec. 3.1
-        v = self(z, t, context or self.understand(tokens), uniform)   # (B, C, h, w)
+        context = context or self.understand(tokens, images)
+        v = self(z, t, context, uniform, reference)                   # (B, C, h, w)
         return (wide(v) - (z1 - z0)).square().mean((1, 2, 3))        # MoS eq. (1)
 
     @torch.no_grad()
-    def read(self, prompts, negative=None):
+    def read(self, prompts, negative=None, images=None):
         """What the tower says about prompts and, where given, as many negative ones: a Context.
 
-        Raises ValueError for prompts that are empty or too long.
+        images: pictures (B, 3, H, W) that stand before the prompts, and before the negative ones.
+        Raises ValueError for prompts that are empty or too long, or not as many as pictures.
         """
         if isinstance(prompts, str) or not prompts or not all(p.strip() for p in prompts):
             raise ValueError("prompts must be a list of texts, none of them empty")
+        if images is not None and len(images) != len(prompts):
+            raise ValueError(f"got {len(images)} pictures for {len(prompts)} prompts")
         texts = [*prompts, *[negative] * (0 if negative is None else len(prompts))]
+        return self._read(texts, images)
+
+    def _read(self, texts, images=None):
+        """The Context of any texts, and of pictures (B, 3, H, W) in turn."""
         rows = [self.tokenizer.encode(text) for text in texts]
         longest, text = max(zip(map(len, rows), texts))
         if longest > self.config.max_tokens:
             raise ValueError(f"prompt of {longest} tokens is too long, at most "
                              f"{self.config.max_tokens} are read: {text!r}")
         device = self.understanding.embedding.weight.device
+        if images is not None:
+            images = images.to(device).repeat(len(texts) // len(images), 1, 1, 1)
         with autocast(device):
-            context = self.understand(self.tokenizer.batch(texts).to(device))
-        runs = [(len(list(same)), length) for length, same in groupby(map(len, rows))]
+            context = self.understand(self.tokenizer.batch(texts).to(device), images)
+        front = context.mask.shape[1] - longest  # image tokens
+        runs = [(len(list(same)), front + length) for length, same in groupby(map(len, rows))]
         # Without a mask attention is faster; but each run is one more call in every block.
         return context._replace(runs=runs if len(runs) <= 2 else None)
 
@@ -301,42 +333,82 @@ class MoS(nn.Module):
         says about the prompts, and about the negative one with guidance, where that is known.
         Settings left out are the config's. Raises ValueError for what cannot be drawn.
         """
-        c = self.config
-        steps = c.sampling_steps if steps is None else steps
-        guidance = c.guidance if guidance is None else guidance
-        rescale = c.rescale if rescale is None else rescale
-        schedule = c.schedule if schedule is None else schedule
-        height, width = check_size(c.size if size is None else size)
-        check_sampling(steps, guidance, rescale, schedule)
-        both = guidance != 1  # the unguided branch is needed
+        settings = self.settings(steps=steps, guidance=guidance, rescale=rescale, schedule=schedule)
+        size = check_size(self.config.size if size is None else size)
+        both = settings["guidance"] != 1  # the unguided branch is needed
         context = context or self.read(prompts, negative if both else None)
-        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
-        if len(seeds) != len(prompts):
-            raise ValueError(f"got {len(seeds)} seeds for {len(prompts)} prompts")
-        device, f = self.generation.registers.device, self.vae.factor
-        noise = [torch.randn(c.vae_channels, height // f, width // f,
+        return self._draw(context, settings, seed, len(prompts), size, progress)
+
+    @torch.no_grad()
+    def edit(self, images, instructions, steps=None, guidance=None, rescale=None, schedule=None,
+             seed=0, negative="", image_guidance=None, progress=None):
+        """Pictures changed as instructions say, a list of PIL images. MoS sec. 3.4, Fig. 4.
+
+        images: PIL images of one size, sides multiples of 32, which is also that of what comes out;
+        nothing is pasted from them. Guidance moves away from the negative text with the picture;
+        image_guidance, where it is not 1, moves towards what the picture does beside no picture at
+        all. The rest: as for `generate`. Raises ValueError for what cannot be edited.
+        """
+        settings = self.settings(steps=steps, guidance=guidance, rescale=rescale, schedule=schedule,
+                                 image_guidance=image_guidance)
+        pixels = to_pixels(images)                                    # (B, 3, H, W)
+        three = settings["image_guidance"] != 1
+        both = three or settings["guidance"] != 1
+        context = self.read(instructions, negative if both else None, pixels)
+        with torch.autocast(self.vae.latents_mean.device.type, enabled=False):
+            z = wide(self.vae.encode(pixels.to(self.vae.latents_mean)))  # (B, C, h, w)
+        reference = torch.cat((z, z)) if both else z       # (2*B, C, h, w), or (B, C, h, w)
+        blank = self._read([negative] * len(images)) if three else None
+        return self._draw(context, settings, seed, len(images), pixels.shape[2:], progress,
+                          reference, blank)
+
+    def settings(self, **given):
+        """All settings of sampling: the config's where None is given. Raises ValueError."""
+        c = self.config
+        own = dict(steps=c.sampling_steps, guidance=c.guidance, rescale=c.rescale,
+                   schedule=c.schedule, image_guidance=c.image_guidance)
+        found = own | {name: value for name, value in given.items() if value is not None}
+        check_sampling(**found)
+        return found
+
+    def _draw(self, context, settings, seed, number, size, progress, reference=None, blank=None):
+        """So many pictures, from noise to PIL images; context, reference, blank: see `step`."""
+        seeds = range(seed, seed + number) if isinstance(seed, int) else seed
+        if len(seeds) != number:
+            raise ValueError(f"got {len(seeds)} seeds for {number} prompts")
+        c, device, (height, width) = self.config, self.generation.registers.device, size
+        noise = [torch.randn(c.vae_channels, height // self.vae.factor, width // self.vae.factor,
                              generator=torch.Generator().manual_seed(s)) for s in seeds]
         z = torch.stack(noise).to(device)                             # (B, C, h, w)
-        sigmas = torch.tensor(make_schedule(steps, schedule, c.shift), device=device)
+        times = make_schedule(settings["steps"], settings["schedule"], c.shift)
+        sigmas = torch.tensor(times, device=device)
         with autocast(device):
-            context = self.project(context)
-            step = replayed(partial(self.step, context, guidance, rescale), z, *sigmas[:2])
+            step = partial(self.step, self.project(context), settings["guidance"],
+                           settings["rescale"], reference=reference,
+                           blank=blank and self.project(blank),
+                           image_guidance=settings["image_guidance"])
+            step = replayed(step, z, *sigmas[:2])
             for now, then in (progress or iter)(list(zip(sigmas, sigmas[1:]))):
                 z = step(z, now, then)                                # (B, C, h, w)
         with torch.autocast(device.type, enabled=False):              # the VAE runs in fp32
-            pixels = (self.vae.decode(z) + 1) * 127.5                 # (B, 3, H, W)
-        pixels = pixels.round().byte().permute(0, 2, 3, 1).cpu()      # (B, H, W, 3)
+            pixels = wide(self.vae.decode(z.to(self.vae.latents_mean)))  # (B, 3, H, W)
+        pixels = ((pixels + 1) * 127.5).round().byte()                # (B, 3, H, W)
+        pixels = pixels.permute(0, 2, 3, 1).cpu()                     # (B, H, W, 3)
         return [Image.fromarray(p.numpy()) for p in pixels]
 
-    def step(self, context, guidance, rescale, z, now, then):
+    def step(self, context, guidance, rescale, z, now, then, reference=None, blank=None,
+             image_guidance=1.0):
         """One Euler step of latents z (B, C, h, w) from time `now` to `then`, both scalar tensors.
 
-        context: of B prompts, or of B prompts and B negative ones, where guidance is not 1.
+        context: of B prompts, with guidance also of B negative ones behind them. In edits each has
+        its reference latents; blank: with image guidance, the negative prompts without pictures.
         """
-        both = guidance != 1
+        both = len(context.inputs) > len(z)
         zz = torch.cat((z, z)) if both else z              # (2*B, C, h, w), or (B, C, h, w)
-        v = wide(self(zz, now.expand(len(zz)), context))
-        v = guide(*v.chunk(2), guidance, rescale) if both else v      # (B, C, h, w)
+        v = wide(self(zz, now.expand(len(zz)), context, reference=reference))
+        if both:
+            v_0 = None if blank is None else wide(self(z, now.expand(len(z)), blank))
+            v = guide(*v.chunk(2), guidance, rescale, v_0, image_guidance)  # (B, C, h, w)
         return z + (then - now) * v
 
     # --- folders ---------------------------------------------------------------------------------
@@ -471,13 +543,16 @@ def make_schedule(steps, schedule="uniform", shift=1.0):
     return [1 - x for x in past] + [0.0]
 
 
-def guide(v_c, v_u, guidance, rescale):
+def guide(v_c, v_u, guidance, rescale, v_0=None, image_guidance=1.0):
     """Classifier-free guidance on all channels (Ho & Salimans), rescaled (Lin et al. 2024).
 
-    v_c, v_u: conditional and unconditional velocity (B, C, h, w). rescale: 0 keeps plain guidance,
-    1 gives the guided velocity the conditional one's standard deviation.
+    v_c, v_u: velocities (B, C, h, w) with and without the text. rescale: 0 keeps plain guidance,
+    1 gives the guided velocity the standard deviation of v_c. v_0: without text and picture, for
+    v_0 + image_guidance (v_u - v_0) + guidance (v_c - v_u) of InstructPix2Pix (Brooks et al. 2023).
     """
     v = v_u + guidance * (v_c - v_u)
+    if v_0 is not None:
+        v = v + (image_guidance - 1) * (v_u - v_0)
     ratio = v_c.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True).clamp_min(1e-8)
     return (rescale * ratio + 1 - rescale) * v
 
@@ -494,14 +569,31 @@ def check_size(size):
     return height, width
 
 
-def check_sampling(steps, guidance, rescale, schedule):
+def to_pixels(images):
+    """PIL images of one size as a tensor (B, 3, H, W) in [-1, 1].
+
+    Raises ValueError where they differ in size, or a side is no multiple of 32.
+    """
+    sizes = sorted({image.size for image in images})
+    if len(sizes) != 1:
+        raise ValueError("pictures must be a list of one size, got " + (
+            ", ".join(f"{height}x{width}" for width, height in sizes) or "none"))
+    height, width = check_size(sizes[0][::-1])
+    flat = [torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+            for image in images]
+    pixels = torch.stack(flat).view(-1, height, width, 3)             # (B, H, W, 3)
+    return pixels.permute(0, 3, 1, 2) / 127.5 - 1                     # (B, 3, H, W)
+
+
+def check_sampling(steps, guidance, rescale, schedule, image_guidance=1.0):
     """Raise ValueError for settings that cannot give a picture."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number from 1, got {steps}")
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance must be a finite number, got {guidance}")
+    for name, scale in (("guidance", guidance), ("image_guidance", image_guidance)):
+        if not math.isfinite(scale):
+            raise ValueError(f"{name} must be a finite number, got {scale}")
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1], got {rescale}")
 

@@ -47,6 +47,10 @@ class Stage(nn.Module):
         """The parts that `forward` needs."""
         return [self.trained()]
 
+    def idle(self):
+        """Parameters of what is trained that the loss does not depend on."""
+        return []
+
     def flops(self, *inputs):
         """Forward FLOP of a micro-batch, of what is trained; 0: not counted."""
         return 0
@@ -227,6 +231,9 @@ class ImageStage(Stage):
 
     def used(self):
         return [self.model.understanding, self.trained()]
+
+    def idle(self):
+        return [self.model.generation.reference]  # of edits
 
     def read(self, batches, dataset=None, mine=None):
         """Latents instead of pictures: the VAE encodes what is not stored, in fp32."""

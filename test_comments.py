@@ -175,6 +175,10 @@ def run_everything(watch, folder):
     watch(known, lambda: model.generate(prompts, steps=1, size=(192, 320)))
     watch(two, lambda: model.vae.decode(model.vae.encode(images)))
     watch(two, model.vae.loss, images, torch.randn(2, 6, 4, 5), 1.0)
+    pictures = [Image.new("RGB", (96, 64)), Image.new("RGB", (96, 64), "red")]
+    edit = dict(S=34, T=12, h=4, w=6)  # 24 image tokens, 6 of the reference
+    edit = known | {file: known[file] | edit for file in ("mos.py", "dit.py", "router.py")}
+    watch(edit, lambda: model.edit(pictures, prompts, steps=1))
     U = model.understanding
     watch(two, U.loss, tokens, tokens.clamp_min(0), images)
     watch(known | {"towers.py": tower | dict(B=1)}, lambda: list(U.write(tokens[:1], 2, ())))

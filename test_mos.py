@@ -270,7 +270,7 @@ def test_the_loss(model):
     """z runs straight from z0 to z1; identity 3 in float64: the loss on z0 is t^2 that on v."""
     z0, tokens, t, z1, _ = (a.double() if a.is_floating_point() else a for a in draw(model))
     v, seen = torch.randn(z0.shape), []
-    model.forward = lambda z, t, context, uniform: seen.append(z) or v
+    model.forward = lambda z, *_: seen.append(z) or v
     loss, at = model.loss(z0, tokens, t, z1), t[:, None, None, None]
     assert loss.shape == (3,) and (loss > 0.1).all()
     close(seen[0], z0 + at * (z1 - z0))
@@ -300,7 +300,7 @@ def test_euler_is_exact_on_a_straight_line(schedule, steps):
     """The true constant velocity leads from noise to z0 in any number of steps of any schedule."""
     model, z0, times, v, ends = make_model(shift=3.0), torch.randn(3, 6, 4, 4), [], [], []
 
-    def forward(z, t, context):
+    def forward(z, t, context, reference):
         times.append(t[0].item())
         v.append((z[:3] - z0).repeat(2, 1, 1, 1))
         return v[0]
@@ -378,7 +378,7 @@ def test_frozen_and_trained_parts(model):
     before = {name: p.detach().clone() for name, p in model.state_dict().items()}
     for _ in range(2):
         optimizer.zero_grad()
-        model.loss(*draw(model)).mean().backward()
+        model.loss(*draw(model), reference=draw(model)[0]).mean().backward()
         for name, p in model.named_parameters():
             trained = name.startswith(("router", "generation"))
             assert p.requires_grad == trained == (p.grad is not None), name
@@ -442,7 +442,7 @@ def test_what_changes_a_picture(painter):
     for size, expected in ((None, (64, 64)), (32, (32, 32)), ((32, 96), (96, 32))):
         assert painter.generate(**call, size=size)[0].size == expected
     branches, forward = [], painter.forward
-    painter.forward = lambda z, *rest: branches.append(len(z)) or forward(z, *rest)
+    painter.forward = lambda z, *rest, **more: branches.append(len(z)) or forward(z, *rest, **more)
     one, nearly = (painter.generate(**{**call, "guidance": g}) for g in (1, 1 + 1e-7))
     assert branches == [1, 1, 2, 2] and same(one, nearly)  # guidance 1 is the conditional branch
 

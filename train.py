@@ -379,11 +379,13 @@ class Run:
         self.world = stage.world
         model.requires_grad_(False)
         self.module = stage.trained().requires_grad_(True).train()
+        for p in stage.idle():
+            p.requires_grad_(False)
         self.sharded = c.parallel in ("fsdp", "hsdp")
         if self.sharded:
             shard(stage, self.world.mesh(c))
         fill(stage, c)  # not before: no process ever holds the whole model
-        self.named = list(self.module.named_parameters())
+        self.named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         self.average = Average((p for _, p in self.named), c.ema)
         groups = decayed_groups(self.module, c.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95),
