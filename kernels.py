@@ -1,6 +1,6 @@
-"""The operations that towers and router share: each as a PyTorch twin, then as a Triton kernel.
+"""What towers, router and VAE do most: each operation as a PyTorch twin, then as a Triton kernel.
 
-These are the places where a transformer spends its memory traffic. The twin defines the result and
+These are the places where a network spends its memory traffic. The twin defines the result and
 runs wherever Triton has no GPU; on such a GPU the kernels below it take its place, unless the
 environment variable MOS_PLAIN=1 asks for the twins.
 
@@ -671,6 +671,54 @@ def mix_project(states, index, weight, proj, bias):
     if states.requires_grad:
         raise RuntimeError("mix_project() gives the states no gradient: freeze the tower first")
     return FusedMixProject.apply(states.contiguous(), index, weight, proj, bias)
+
+
+# ------------------------------------------------------------------------------------------------
+# RMSNorm over the channels of pictures, and SiLU: half of what the VAE does besides convolutions
+
+def channel_norm_twin(x, gamma):
+    """silu(x / |x| * sqrt(C) * gamma), |x| over the channels, in fp32; 0 stays 0.
+
+    x: (B, C, H, W) of any float type, gamma: (C, 1, 1). Returns x's shape and type.
+    """
+    y = F.normalize(wide(x), dim=1).type_as(x) * (gamma * gamma.shape[0] ** 0.5)
+    return F.silu(y).type_as(x)
+
+
+@triton.jit
+def channel_norm_kernel(x_ptr, g_ptr, y_ptr, rows, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program takes ROWS pixels, whose channels are neighbours in memory."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None]
+    inside, at = (row < rows) & (col < C), row * C + col
+    x = tl.load(x_ptr + at, inside, 0).to(tl.float32)
+    square = tl.maximum(tl.sum(x * x, 1, keep_dims=True), 1e-24)  # as in F.normalize
+    y = x * tl.rsqrt(square / C) * tl.load(g_ptr + col, col < C, 0).to(tl.float32)
+    tl.store(y_ptr + at, y * tl.sigmoid(y), inside)
+
+
+@operator(lambda x, gamma: torch.empty_like(x))
+def channel_norm_forward(x: Tensor, gamma: Tensor) -> Tensor:
+    """`channel_norm_twin` of a tensor with channels last in memory."""
+    rows, C, tile = norm_shape(x.movedim(1, 3))
+    y = torch.empty_like(x)
+    channel_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        x, gamma.contiguous(), y, rows, C, **tile, num_warps=4)
+    return y
+
+
+def channel_norm(x, gamma):
+    """`channel_norm_twin` by the path that suits x; the kernel is for sampling, without gradients.
+
+    Raises ValueError where gamma is not one value for each channel.
+    """
+    if gamma.shape != (x.shape[1], 1, 1):
+        raise ValueError(f"x {tuple(x.shape)} needs a gamma of shape {(x.shape[1], 1, 1)}, "
+                         f"got {tuple(gamma.shape)}")
+    trained = torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad)
+    if fused(x) and not trained and x.is_contiguous(memory_format=torch.channels_last):
+        return channel_norm_forward(x, gamma)
+    return channel_norm_twin(x, gamma)
 
 
 # ------------------------------------------------------------------------------------------------

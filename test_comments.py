@@ -22,6 +22,7 @@ import data
 import kernels
 import shapes
 import train
+import vae
 import vision
 from conftest import ROOT, make_model
 
@@ -174,6 +175,9 @@ def run_everything(watch, folder):
         watch(two, loss.mean().backward)
     watch(known, lambda: model.generate(prompts, steps=1, size=(192, 320)))
     watch(two, lambda: model.vae.decode(model.vae.encode(images)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae, "WHOLE", 1)
+        watch(two, lambda: model.vae.decode(model.vae.encode(images)))
     watch(two, model.vae.loss, images, torch.randn(2, 6, 4, 5), 1.0)
     pictures = [Image.new("RGB", (96, 64)), Image.new("RGB", (96, 64), "red")]
     edit = dict(S=34, T=12, h=4, w=6)  # 24 image tokens, 6 of the reference

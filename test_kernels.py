@@ -67,6 +67,13 @@ def mix64(states, index, weight, bias=None):
     return mixture if bias is None else mixture + bias
 
 
+def channel64(x, gamma):
+    """A pixel whose channels are all 0 stays 0."""
+    length = x.square().sum(1, keepdim=True).sqrt()
+    y = torch.where(length > 0, x / length, 0) * len(gamma) ** 0.5 * gamma
+    return y / (1 + (-y).exp())
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 class Case(NamedTuple):
@@ -164,6 +171,13 @@ def project_case(draw, B, S, M, K, D, Dg):
                 lambda x, i, w, *p: F.linear(mix64(x, i[..., 1], w[..., 1]), *p))
 
 
+def channel_case(draw, B, H, W, C):
+    """Channels last in memory unless strided; some pixels are 0. Without gradients."""
+    x, gamma = draw(B, H, W, C).detach().movedim(3, 1), draw.weight(C, 1, 1).detach()
+    x[:, :, 1:2, 1:2] = 0
+    return Case([x, gamma], kernels.channel_norm, channel64)
+
+
 SMALL = {
     "norm": (norm_case, 37, 200),
     "norm, 3-d": (norm_case, 5, 3, 123),
@@ -199,7 +213,17 @@ SMALL = {
     "mix, no token": (mix_case, 2, 0, 6, 2, 40),
     "project": (project_case, 2, 5, 6, 2, 123, 24),
     "project, one token": (project_case, 1, 1, 3, 3, 40, 24),
-    "project, no sample": (project_case, 0, 5, 6, 2, 40, 24)}
+    "project, no sample": (project_case, 0, 5, 6, 2, 40, 24),
+    "channels": (channel_case, 2, 9, 11, 40),
+    "channels, 20": (channel_case, 1, 13, 12, 20),
+    "channels, 24": (channel_case, 3, 2, 2, 24),
+    "channels, 96": (channel_case, 2, 5, 8, 96),
+    "channels, 320": (channel_case, 1, 4, 3, 320),
+    "channels, one": (channel_case, 2, 3, 3, 1),
+    "channels, one pixel": (channel_case, 1, 1, 1, 40),
+    "channels, wide": (channel_case, 1, 2, 2, 5000),
+    "channels, no sample": (channel_case, 0, 2, 2, 40),
+    "channels, small": (channel_case, 1, 3, 3, 40, dict(scale=1e-6))}
 LARGE = {  # on a GPU, and compiled without one
     "norm 2560": (norm_case, 4608, 2560),
     "norm 3072": (norm_case, 4608, 3072),
@@ -214,16 +238,21 @@ LARGE = {  # on a GPU, and compiled without one
     "ffn 2048, recompute": (ffn_case, 2, 300, 1024, dict(hidden=2048, recompute=True)),
     "mix 4096": (mix_case, 2, 300, 32, 2, 4096),
     "mix 3072, no bias": (mix_case, 2, 300, 28, 2, 3072, False),
-    "project 4096": (project_case, 2, 300, 32, 2, 4096, 2560)}
+    "project 4096": (project_case, 2, 300, 32, 2, 4096, 2560),
+    "channels 160": (channel_case, 2, 128, 96, 160),
+    "channels 512": (channel_case, 1, 128, 96, 512),
+    "channels 640": (channel_case, 2, 33, 31, 640),
+    "channels 1024": (channel_case, 2, 64, 64, 1024)}
 HUGE = {  # more than 2^31 values, on a GPU
     "norm": (norm_case, 700_000, 3072),
     "add": (norm_case, 700_000, 3072, dict(add=True)),
     "heads": (heads_case, 11_000, 64, 16, 4, 128),
     "heads, context": (heads_case, 5_500, 64, 16, 16, 128, 128),
     "ffn": (ffn_case, 1_050_000, 16, dict(hidden=1024)),
-    "project": (project_case, 8_200, 8, 32, 2, 1024, 16)}
+    "project": (project_case, 8_200, 8, 32, 2, 1024, 16),
+    "channels": (channel_case, 210_000, 4, 4, 640)}
 EACH = ("norm", "add", "chain", "heads", "heads, context", "heads, no norm", "ffn, 3-d",
-        "ffn, recompute", "mix", "project")
+        "ffn, recompute", "mix", "project", "channels")
 
 
 def make(case, draw):
@@ -356,7 +385,8 @@ def test_a_residual_in_fp32(fused):
     (lambda: kernels.rms_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8)), "of its shape"),
     (lambda: kernels.queries_keys(torch.ones(1, 3, 3, 8), torch.ones(2, 2, 4), 1), r"\(3, 4\)"),
     (lambda: kernels.queries_keys(torch.ones(1, 3, 3, 8), torch.ones(2, 3, 4), 1,
-                                  (torch.ones(8), None, None)), "or none")])
+                                  (torch.ones(8), None, None)), "or none"),
+    (lambda: kernels.channel_norm(torch.ones(2, 8, 3, 3), torch.ones(8)), r"\(8, 1, 1\), got")])
 def test_shapes_that_do_not_fit(call, blame):
     """A kernel would read beyond a tensor's end: refused before, with the sizes."""
     with pytest.raises(ValueError, match=blame):
@@ -417,6 +447,29 @@ def test_dispatch(name, monkeypatch):
             y = call(*inputs)
             y = y if isinstance(y, torch.Tensor) else y[0]
             assert ("Fused" in y.grad_fn.name()) == (device == "cuda" and not plain)
+
+
+def test_channel_norm_dispatch(fused, monkeypatch):
+    """The kernel where channels are last and no gradient is due; else the twin, which has one."""
+    calls, forward = [], kernels.channel_norm_forward
+    monkeypatch.setattr(kernels, "channel_norm_forward", lambda *a: calls.append(a) or forward(*a))
+    (x, gamma), call, reference = make(SMALL["channels"], Draw())
+
+    def kernel_taken(*inputs):
+        before = len(calls)
+        agree([call(*inputs).detach()], [reference(*(a.detach().double() for a in inputs))])
+        return len(calls) > before
+
+    leaves = x.clone().requires_grad_(), gamma.clone().requires_grad_()
+    assert kernel_taken(x, gamma) and torch.no_grad()(kernel_taken)(*leaves)
+    assert not kernel_taken(x.contiguous(), gamma) and not kernel_taken(x[:, :, :, ::2], gamma)
+    assert not kernel_taken(leaves[0], gamma) and not kernel_taken(x, leaves[1])
+    nonzero = [torch.randn_like(x).requires_grad_(), leaves[1]]
+    _, gradients, upstream = evaluate(call, nonzero)
+    wide = [a.detach().double().requires_grad_() for a in nonzero]
+    agree(gradients, evaluate(reference, wide, [d.double() for d in upstream])[1])
+    monkeypatch.setattr(kernels, "PLAIN", True)
+    assert not kernel_taken(x, gamma)
 
 
 def test_variable_and_missing_triton():

@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from common import initialise, wide
+from kernels import channel_norm
+
+TILE = 64  # side of a tile in latent pixels
+WHOLE = 72 * 72  # latent pixels that are not cut into tiles: 1024x1024, and its bucket
 
 
 class ChannelNorm(nn.Module):
@@ -29,18 +33,25 @@ class ChannelNorm(nn.Module):
         return F.normalize(wide(x), dim=1).type_as(x) * (self.gamma * self.gamma.shape[0] ** 0.5)
 
 
+class NormSiLU(ChannelNorm):
+    """The same norm with SiLU behind it: one pass over the memory at sampling."""
+
+    def forward(self, x):
+        return channel_norm(x, self.gamma)
+
+
 class ResidualBlock(nn.Module):
     """Twice norm, SiLU and 3x3 convolution, beside a shortcut: (B, C, H, W) to (B, C', H, W)."""
 
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1, self.conv1 = ChannelNorm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = ChannelNorm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.conv1 = NormSiLU(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = NormSiLU(cout), nn.Conv2d(cout, cout, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))                             # (B, C', H, W)
-        return self.conv2(F.silu(self.norm2(h))) + self.conv_shortcut(x)
+        h = self.conv1(self.norm1(x))                                     # (B, C', H, W)
+        return self.conv2(self.norm2(h)) + self.conv_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -53,9 +64,9 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
-        q, k, v = self.to_qkv(self.norm(x)).flatten(2).mT.chunk(3, -1)    # (B, H*W, C) each
-        out = F.scaled_dot_product_attention(q, k, v)                     # (B, H*W, C)
-        return x + self.proj(out.mT.unflatten(2, x.shape[2:]))            # (B, C, H, W)
+        qkv = self.to_qkv(self.norm(x)).flatten(2).mT[:, None]            # (B, 1, H*W, 3*C)
+        out = F.scaled_dot_product_attention(*qkv.chunk(3, -1))           # (B, 1, H*W, C)
+        return x + self.proj(out[:, 0].mT.unflatten(2, x.shape[2:]))      # (B, C, H, W)
 
 
 class MidBlock(nn.Module):
@@ -70,13 +81,27 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
+class DoublingConv(nn.Conv2d):
+    """A 3x3 convolution of x with every pixel repeated 2x2, in 2.25 times fewer products.
+
+    The copies of a pixel meet neighbouring taps of the kernel, so the pixel meets their sum: a
+    transposed convolution of kernel 4 and stride 2.
+    """
+
+    def forward(self, x):
+        k = F.pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))   # (C, C, 5, 5)
+        k = k[:, :, 1:] + k[:, :, :-1]                                    # (C, C, 4, 5)
+        k = k[..., 1:] + k[..., :-1]                                      # (C, C, 4, 4)
+        return F.conv_transpose2d(x, k, self.bias, 2, 1)                  # (B, C, 2H, 2W)
+
+
 class Resample(nn.Module):
     """Halve (stride-2 convolution) or double (nearest, then convolution) height and width."""
 
     def __init__(self, channels, up):
         super().__init__()
-        first = nn.Upsample(scale_factor=2) if up else nn.ZeroPad2d((0, 1, 0, 1))
-        conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
+        first = nn.Identity() if up else nn.ZeroPad2d((0, 1, 0, 1))
+        conv = DoublingConv(channels, channels, 3) if up else nn.Conv2d(channels, channels, 3, 2)
         self.resample = nn.Sequential(first, conv)
 
     def forward(self, x):
@@ -137,6 +162,38 @@ class UpBlock(nn.Module):
         return self.upsampler(h) + duplicate_up(x, **self.shortcut)       # (B, C', 2H, 2W)
 
 
+def spans(length, margin):
+    """Of each tile along a side: from where to where it is read, and what of that is kept."""
+    for start in range(0, length, TILE):
+        begin = max(0, start - margin)
+        yield (begin, start + TILE + margin), (start - begin, start - begin + TILE)
+
+
+def crop(x, rows, columns, cell):
+    """A part of x (B, C, H, W) between rows and columns of cells, which are so many pixels wide."""
+    (top, bottom), (left, right) = rows, columns
+    return x[:, :, cell * top:cell * bottom, cell * left:cell * right]
+
+
+def by_tiles(network, x, cell, out_cell, margin):
+    """network(x) for less memory: a large picture goes through it in tiles, and no seam shows.
+
+    cell, out_cell: side of a latent pixel in x and in the result. Each tile is read with `margin`
+    latent pixels around it, beyond which the network sees nothing: the values are the same.
+    """
+    h, w = (n // cell for n in x.shape[2:])
+    if h * w <= WHOLE:
+        return network(x)
+    rows = []
+    for rows_read, rows_kept in spans(h, margin):
+        row = []
+        for columns_read, columns_kept in spans(w, margin):
+            y = network(crop(x, rows_read, columns_read, cell))
+            row.append(crop(y, rows_kept, columns_kept, out_cell))
+        rows.append(torch.cat(row, 3))
+    return torch.cat(rows, 2)                                             # (B, C', H', W')
+
+
 class Encoder(nn.Module):
     """Patches (B, 12, H/2, W/2) to moments (B, channels, H/16, W/16)."""
 
@@ -149,14 +206,22 @@ class Encoder(nn.Module):
             DownBlock(widths[i], widths[i + 1], blocks, i < last, i < last and temporal[i])
             for i in range(last + 1))
         self.mid_block = MidBlock(widths[-1])
-        self.norm_out = ChannelNorm(widths[-1])
+        self.norm_out = NormSiLU(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        self.cell = 2 ** last
+        # Each stage has 2 convolutions a block, and sees half as far as the one that is coarser.
+        self.margin = 4 * blocks + 1
 
     def forward(self, x):
+        x = by_tiles(self.local, x, self.cell, 1, self.margin)            # (B, C', h, w)
+        return self.conv_out(self.norm_out(self.mid_block(x)))            # (B, 2*C, h, w)
+
+    def local(self, x):
+        """What comes before the attention over the whole picture: convolutions."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(x))))
+        return x
 
 
 class Decoder(nn.Module):
@@ -171,14 +236,19 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             UpBlock(widths[i], widths[i + 1], blocks + 1, i < last, i < last and temporal[-1 - i])
             for i in range(last + 1))
-        self.norm_out = ChannelNorm(widths[-1])
+        self.norm_out = NormSiLU(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 12, 3, padding=1)
+        self.cell, self.margin = 2 ** last, 4 * (blocks + 1) + 1          # as in the encoder
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
+        x = self.mid_block(self.conv_in(z))                               # (B, C', h, w)
+        return by_tiles(self.local, x, 1, self.cell, self.margin)         # (B, 12, 8*h, 8*w)
+
+    def local(self, x):
+        """What comes after the attention over the whole picture: convolutions."""
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 class VAE(nn.Module):
@@ -210,6 +280,23 @@ class VAE(nn.Module):
             bound = p[0].numel() ** -0.5
             p.uniform_(-bound, bound)
 
+    def _apply(self, function, recurse=True):
+        """What `to`, `bfloat16` and others call: the latents' statistics stay in fp32 at least."""
+        before = dict(self.named_buffers())
+        super()._apply(function, recurse)
+        for name, values in before.items():
+            after = getattr(self, name)
+            if wide(after) is not after:
+                setattr(self, name, values.to(after.device))
+        return self
+
+    def admit(self, x):
+        """x in the type of the networks, a pixel's channels side by side in memory.
+
+        In that order convolutions are fastest, and norms read what they need in one piece.
+        """
+        return x.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
+
     def posterior(self, x):
         """Mean and log-variance of the latent, unnormalised: (B, C, H/16, W/16) each.
 
@@ -219,12 +306,13 @@ class VAE(nn.Module):
             raise ValueError(f"pictures must be a multiple of {self.factor} pixels on each side, "
                              f"got {x.shape[-2]}x{x.shape[-1]}")
         # Wan's patches put the column offset before the row offset: transpose around the unshuffle.
-        x = F.pixel_unshuffle(x.mT, 2).mT                                 # (B, 12, H/2, W/2)
+        x = self.admit(F.pixel_unshuffle(x.mT, 2).mT)                     # (B, 12, H/2, W/2)
         return self.quant_conv(self.encoder(x)).chunk(2, 1)               # (B, C, H/16, W/16) each
 
     def encode(self, x):
         """The latent z0 = E(x) of MoS sec. 3.1, the posterior's normalised mean: (B, C, h, w).
 
+        The networks may be in bf16 (`vae.to(torch.bfloat16)`); pictures and latents are fp32.
         Raises ValueError where values leave [-1, 1].
         """
         low, high = x.aminmax()
@@ -234,11 +322,12 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """Pictures in [-1, 1] of normalised latents (B, C, h, w): (B, 3, 16h, 16w)."""
-        return self.reconstruct(z * self.latents_std + self.latents_mean).clamp(-1, 1)
+        z = z * self.latents_std + self.latents_mean
+        return wide(self.reconstruct(z)).clamp(-1, 1)                     # (B, 3, H, W)
 
     def reconstruct(self, z):
         """The decoder without normalisation and clamping: (B, C, h, w) to (B, 3, 16h, 16w)."""
-        x = self.decoder(self.post_quant_conv(z))                         # (B, 12, H/2, W/2)
+        x = self.decoder(self.post_quant_conv(self.admit(z)))             # (B, 12, H/2, W/2)
         return F.pixel_shuffle(x.mT, 2).mT                                # (B, 3, H, W)
 
     def loss(self, x, noise, kl_weight):
