@@ -310,7 +310,8 @@ def fill_vae(vae, folder):
         return values[:, :, -1] if values.ndim > 4 else values
     copy_tensors(dict(vae.named_parameters()), weights_of(folder), own_name, last_tap)
     c = read_json(folder)
-    vae.set_statistics(torch.tensor(c["latents_mean"]), torch.tensor(c["latents_std"]))
+    vae.set_statistics(*(torch.tensor(c[f"latents_{name}"], dtype=torch.float64)
+                         for name in ("mean", "std")))
 
 
 def load_wan(folder, device="cpu", dtype=torch.float32):

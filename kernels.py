@@ -733,7 +733,7 @@ def attention(q, k, v, mask=None, runs=None, causal=False):
     """
     def attend(q, k, v):
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-        return y.transpose(1, 2).flatten(2)                                       # (B, L, H*Dh)
+        return y.transpose(1, 2).flatten(2)
 
     q, k, v = (a.transpose(1, 2)
                for a in (q, k, v))  # (B, H, L, Dh), (B, Hk, L', Dh), (B, Hk, L', Dh)

@@ -173,7 +173,8 @@ def run_everything(watch, folder):
     for m in (tokenwise, model):
         loss = watch(two, m.loss, z, tokens, torch.rand(2), z.roll(1, 0), torch.rand(2, 10, 6, 7))
         watch(two, loss.mean().backward)
-    watch(known, lambda: model.generate(prompts, steps=1, size=(192, 320)))
+    for texts in (prompts, prompts[:1]):  # with a mask, and without
+        watch(known, lambda: model.generate(texts, steps=1, size=(192, 320)))
     watch(two, lambda: model.vae.decode(model.vae.encode(images)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vae, "WHOLE", 1)

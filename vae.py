@@ -5,15 +5,11 @@ convolution then sees two zero frames before it, so only its last temporal slice
 remains is a 2-D network. Module names follow diffusers' `AutoencoderKLWan`.
 """
 
-import json
 import math
-import re
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 
 from common import initialise, wide
 from kernels import channel_norm
@@ -350,71 +346,3 @@ class VAE(nn.Module):
         """Store the mean and standard deviation (C,) by which latents are normalised."""
         self.latents_mean.copy_(mean.view(-1, 1, 1))
         self.latents_std.copy_(std.view(-1, 1, 1))
-
-
-# ------------------------------------------------------------------------------------------------
-# Wan 2.2's own weights
-
-ORIGINAL = (  # the names of Wan's own files, as patterns, and diffusers' names, which are ours
-    (r"^conv1\.", "quant_conv."), (r"^conv2\.", "post_quant_conv."),
-    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
-    (r"^(encoder|decoder)\.head\.0\.", r"\1.norm_out."),
-    (r"^(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
-    (r"\.middle\.1\.", ".mid_block.attentions.0."),
-    (r"\.middle\.0\.", ".mid_block.resnets.0."), (r"\.middle\.2\.", ".mid_block.resnets.1."),
-    (r"\.downsamples\.(\d)\.downsamples\.\d\.(resample|time_conv)\b",
-     r".down_blocks.\1.downsampler.\2"),
-    (r"\.upsamples\.(\d)\.upsamples\.\d\.(resample|time_conv)\b", r".up_blocks.\1.upsampler.\2"),
-    (r"\.downsamples\.(\d)\.downsamples\.(\d)\.", r".down_blocks.\1.resnets.\2."),
-    (r"\.upsamples\.(\d)\.upsamples\.(\d)\.", r".up_blocks.\1.resnets.\2."),
-    (r"\.residual\.0\.", ".norm1."), (r"\.residual\.2\.", ".conv1."),
-    (r"\.residual\.3\.", ".norm2."), (r"\.residual\.6\.", ".conv2."),
-    (r"\.shortcut\.", ".conv_shortcut."))
-
-
-@torch.no_grad()
-def load_wan(folder, device="cpu", dtype=torch.float32):
-    """The VAE of an `AutoencoderKLWan` folder, as the network that one image sees.
-
-    Its causal 3-D convolutions see two frames of zeros before the image, so their last temporal
-    tap is all of them that counts; convolutions over time are left out. Names may be diffusers' or
-    Wan's own. Raises FileNotFoundError, or ValueError that names what is missing, unexpected or of
-    another shape.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() or not [*folder.glob("*.safetensors")]:
-        raise FileNotFoundError(f"no config.json with safetensors in {folder}: expected the VAE's "
-                                "folder in diffusers' layout")
-    c = json.loads((folder / "config.json").read_text())
-    if not c.get("is_residual") or c.get("patch_size") != 2 or c.get("attn_scales"):
-        raise ValueError(f"{folder} is not Wan 2.2's VAE: expected is_residual, patch_size 2 and "
-                         "no attn_scales in its config.json")
-    with torch.device("meta"):
-        vae = VAE(c["z_dim"], c["base_dim"], c["decoder_base_dim"], tuple(c["dim_mult"]),
-                  tuple(c["temperal_downsample"]), c["num_res_blocks"])
-    vae.to_empty(device=device).to(dtype).requires_grad_(False)
-    for name in ("latents_mean", "latents_std"):  # never in less than fp32
-        values = torch.tensor(c[name], dtype=torch.promote_types(dtype, torch.float32))
-        setattr(vae, name, values.view(-1, 1, 1).to(device))
-    lacking = dict(vae.named_parameters())
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                own, values = name, file.get_tensor(name)
-                for pattern, ours in ORIGINAL:
-                    own = re.sub(pattern, ours, own)
-                if "time_conv" in own:
-                    continue
-                if own not in lacking:
-                    raise ValueError(f"{path}: tensor {name} is not part of this VAE")
-                place = lacking.pop(own)
-                if values.ndim > place.ndim:  # an axis for time: the third, in norms the last
-                    values = values[..., 0] if "gamma" in own else values[:, :, -1]
-                if values.shape != place.shape:
-                    raise ValueError(f"{path}: tensor {name} has, without time, the shape "
-                                     f"{tuple(values.shape)}, config.json asks for "
-                                     f"{tuple(place.shape)}")
-                place.copy_(values)
-    if lacking:
-        raise ValueError(f"{folder}: {min(lacking)} is missing")
-    return vae.eval()
