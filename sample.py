@@ -1,8 +1,9 @@
-"""Draw pictures from prompts with a trained MoS.
+"""Draw pictures from prompts, or edit one, with a trained MoS.
 
     python sample.py --prompt "a red circle above a blue square"
     python sample.py --prompt "three stars" "a white ring" --num 4 --out grid.png
     python sample.py --prompt "two rings" --rewrite --temperature 1
+    python sample.py --image out.png --prompt "make the circle green"
     python sample.py --prompt "a fox" --preset mos_s --random-weights --size 1024
 """
 
@@ -11,10 +12,10 @@ import os
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from common import CommandLine, pick_device, randomise, replacing, run, tqdm_or_none
-from mos import PRESETS, SCHEDULES, MoS, MoSConfig, check_sampling, check_size, unfilled
+from mos import PRESETS, SCHEDULES, MoS, MoSConfig, check_size, unfilled
 
 
 def parse_size(text):
@@ -25,6 +26,20 @@ def parse_size(text):
     except ValueError:
         raise ValueError(f"--size must be SIDE or HEIGHTxWIDTH, got {text!r}") from None
     return check_size((height, width))
+
+
+def read_picture(path):
+    """A picture file as it is shown, in RGB. Raises ValueError for what cannot be edited."""
+    try:
+        with Image.open(path) as image:
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as e:  # PIL raises nearly anything at broken files
+        raise ValueError(f"--image {path} cannot be read: {' '.join(str(e).split())}") from None
+    try:
+        check_size(picture.size[::-1])
+    except ValueError as e:
+        raise ValueError(f"--image {path}: {e}") from None
+    return picture
 
 
 def label_grid(rows, labels):
@@ -88,15 +103,18 @@ def parse(arguments=None):
     """The flags. Raises ValueError for those that make no picture."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("--prompt", nargs="+", default=[], help="one text or several")
+    parser.add_argument("--image", type=Path, help="picture to edit: each prompt then says what to "
+                        "change in it")
     parser.add_argument("--negative", default="", help="what guidance moves away from")
     parser.add_argument("--rewrite", action="store_true", help="let the understanding tower write "
                         "a detailed caption of each prompt first, show it and draw that")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the rewriting; 0 takes "
                         "the likeliest words")
     parser.add_argument("--num", type=int, default=1, help="pictures for each prompt")
-    parser.add_argument("--steps", type=int, help="denoising steps; this and the next four default "
+    parser.add_argument("--steps", type=int, help="denoising steps; this and the next five default "
                         "to the checkpoint's own settings")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 turns it off")
+    parser.add_argument("--image-guidance", type=float, help="more than 1 stays closer to --image")
     parser.add_argument("--rescale", type=float, help="guidance rescale, 0 to 1")
     parser.add_argument("--schedule", help=" or ".join(SCHEDULES))
     parser.add_argument("--size", help="SIDE or HEIGHTxWIDTH in pixels, multiples of 32")
@@ -121,6 +139,10 @@ def parse(arguments=None):
         args.prompt = args.prompt or ["a text"]
     if not args.prompt:
         raise ValueError("--prompt is missing: say what to draw")
+    for name in ("rewrite", "drop_tower", "size") if args.image else ("image_guidance",):
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} does not go "
+                             + ("with --image" if args.image else "without --image"))
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
     if not 0 <= args.temperature < math.inf:
@@ -134,37 +156,47 @@ def parse(arguments=None):
                          f"{args.tower_device!r}") from None
     check_writable(args.out)
     args.size = parse_size(args.size) if args.size else None
+    args.picture = read_picture(args.image) if args.image else None
     return args
+
+
+def draw(model, args, prompts, settings, device):
+    """A picture of each prompt, or --image edited as each says."""
+    if args.image:
+        return model.edit([args.picture] * len(prompts), prompts, **settings, seed=args.seed,
+                          negative=args.negative, progress=progress)
+    context = model.read(prompts, args.negative if settings["guidance"] != 1 else None)
+    if args.drop_tower and not args.random_weights:
+        model.understanding.to("meta")
+        model.load(args.checkpoint, ("vae", "mos"), device, None, getattr(torch, args.vae_dtype))
+    return model.generate(prompts, **settings, seed=args.seed, size=args.size, context=context,
+                          progress=progress)
 
 
 def main():
     """The command."""
     args, device = parse(), pick_device()
     model = open_model(args, device)
-    c = model.config
-    settings = {name: default if given is None else given for name, given, default in (
-        ("steps", args.steps, c.sampling_steps), ("guidance", args.guidance, c.guidance),
-        ("rescale", args.rescale, c.rescale), ("schedule", args.schedule, c.schedule))}
-    check_sampling(**settings)
+    settings = model.settings(steps=args.steps, guidance=args.guidance, rescale=args.rescale,
+                              schedule=args.schedule, image_guidance=args.image_guidance)
+    if not args.image:
+        del settings["image_guidance"]
     texts = args.prompt
     if args.rewrite:
         texts = [model.rewrite(prompt, args.temperature, args.seed) for prompt in args.prompt]
         for prompt, text in zip(args.prompt, texts):
             print(f"{prompt!r} became {text!r}")
     prompts = [text for text in texts for _ in range(args.num)]
-    context = model.read(prompts, args.negative if settings["guidance"] != 1 else None)
-    if args.drop_tower and not args.random_weights:
-        model.understanding.to("meta")
-        model.load(args.checkpoint, ("vae", "mos"), device, None, getattr(torch, args.vae_dtype))
-    images = model.generate(prompts, **settings, seed=args.seed, size=args.size, context=context,
-                            progress=progress)
+    images = draw(model, args, prompts, settings, device)
     rows = [images[i:i + args.num] for i in range(0, len(images), args.num)]
     picture = images[0] if len(images) == 1 else label_grid(rows, args.prompt)
     info = PngImagePlugin.PngInfo()
     told = dict(prompt=" | ".join(texts), negative=args.negative, seed=args.seed, **settings,
-                size="x".join(map(str, args.size or (c.size, c.size))),
+                size="x".join(map(str, images[0].size[::-1])),
                 checkpoint=f"random {args.preset}" if args.random_weights else
                 args.checkpoint.name, torch=torch.__version__)
+    if args.image:
+        told["image"] = args.image.name
     for key, value in told.items():
         info.add_text(key, str(value))
     with replacing(args.out) as path:

@@ -76,10 +76,18 @@ def refuse(command, capsys, tmp_path):
 --steps x | --guidance nan | --guidance inf | --rescale 2 | --rescale nan | --num 0 | --num -1
 --seed {2 ** 70} | --zebra => --zebra | --prom a => --prom | --out missing/a.png => missing
 --schedule fast => uniform, linear-quadratic.*'fast' | --out . | --out a.jpg => a.jpg
---out folder.png => folder.png"""))
+--out folder.png => folder.png | --image missing.png => missing.png cannot be read: .*No such file
+--image out.png => out.png cannot be read | --image odd.png => odd.png: .*multiple of 32.*got 48x64
+--image good.png --size 64 => --size does not go with --image | --image good.png --rewrite
+--image good.png --drop-tower => --drop-tower does not go with | --image folder.png
+--image good.png --image-guidance nan => image_guidance | --guidance inf --image good.png
+--image-guidance 2 => --image-guidance does not go without --image | --image => --image
+--image good.png --prompt ' ' => empty | --image good.png --prompt zebra => 'zebra'"""))
 def test_sample_refuses(flags, message, refuse, small, tmp_path):
-    """What sample.py cannot draw or write."""
+    """What sample.py cannot draw, edit or write."""
     (tmp_path / "folder.png").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "odd.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "good.png")
     refuse(message, sample, "--checkpoint", small, "--prompt", "a red circle", "--steps", 1, *flags)
 
 
@@ -210,6 +218,33 @@ def test_picture_and_metadata(draw):
     assert picture.info == settings | {"prompt": "a red circle", "checkpoint": "model",
                                        "torch": torch.__version__}
     assert draw(flags).tobytes() == picture.tobytes() != draw(flags + " --seed 6").tobytes()
+
+
+def test_edited_picture(draw, tmp_path):
+    """--image is edited at its own size, as it is shown, and the metadata tells of it."""
+    own = Image.effect_noise((96, 64), 90).convert("RGB")
+    own.save(tmp_path / "in.png")
+    own.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=orientation(6))
+    settings = {"steps": "2", "guidance": "2.5", "rescale": "0.25", "image_guidance": "1.5"}
+    flags = "--prompt 'a red circle' " + " ".join(f"--{k.replace('_', '-')} {v}"
+                                                  for k, v in settings.items())
+    picture = draw(f"{flags} --image in.png")
+    assert picture.size == (96, 64) and picture.info == settings | {
+        "prompt": "a red circle", "negative": "", "seed": "0", "schedule": "uniform",
+        "size": "64x96", "checkpoint": "model", "torch": torch.__version__, "image": "in.png"}
+    assert draw(f"{flags} --image turned.png").tobytes() == picture.tobytes()
+    own.convert("RGBA").save(tmp_path / "in.webp", lossless=True)
+    assert draw(f"{flags} --image in.webp").tobytes() == picture.tobytes()
+    assert draw(f"{flags} --size 64x96".replace("--image-guidance 1.5", "")
+                ).tobytes() != picture.tobytes()
+    assert draw(f"{flags} --image in.png --num 2").size == (192, 96)
+
+
+def orientation(number):
+    """EXIF data that say how a picture is to be turned."""
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return exif
 
 
 def test_grid(draw, tmp_path):
