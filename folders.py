@@ -318,5 +318,5 @@ def load_wan(folder, device="cpu", dtype=torch.float32):
     """The VAE of an `AutoencoderKLWan` folder, frozen."""
     with torch.device("meta"):
         vae = read_vae(folder)
-    fill_vae(vae.to_empty(device=device).to(dtype), folder)
+    fill_vae(vae.to_empty(device=device).to(dtype, memory_format=torch.channels_last), folder)
     return vae.requires_grad_(False).eval()

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from common import autocast, randomise
 from folders import load_tower
 from mos import PRESETS, MoSConfig, unfilled
-from timing import DEVICE, DTYPE, event_time, header, replay_time, save
+from timing import DEVICE, DTYPE, whole_time, header, replay_time, save
 from vae import VAE
 
 TOKENS, STEPS, SIZES = 128, 50, (512, 1024, 2048)
@@ -77,8 +77,9 @@ def build(preset, *parts):
     for name in parts:
         part = getattr(model, name)
         randomise(DEVICE, part if name == "vae" else part.to(DTYPE))
-    ones = torch.ones(model.config.vae_channels)
-    model.vae.set_statistics(0 * ones, ones)
+    model.vae.set_statistics(torch.zeros(model.config.vae_channels),
+                             torch.ones(model.config.vae_channels))
+    model.vae.to(memory_format=torch.channels_last)
     return model.eval()
 
 
@@ -89,7 +90,7 @@ def stages(model, size, guidance, out):
     row = dict(size=size, guidance=guidance)
     z = torch.randn(1, c.vae_channels, size // 16, size // 16, device=DEVICE)
     with Peak() as peak:
-        row["encode"] = event_time(lambda: model.read([text]))
+        row["encode"] = whole_time(lambda: model.read([text]))
     row["encode GiB"] = weights(model.understanding) + peak.gib
     with Peak() as peak, autocast(torch.device(DEVICE)):
         context = model.project(model.read([text], "" if guidance != 1 else None))
@@ -102,14 +103,14 @@ def stages(model, size, guidance, out):
         del model.router.forward
     row["step GiB"] = weights(model.router, model.generation) + peak.gib
     with Peak() as peak:
-        row["decode"] = event_time(lambda: model.vae.decode(z))
+        row["decode"] = whole_time(lambda: model.vae.decode(z))
     row["decode GiB"] = weights(model.vae) + peak.gib
 
     def whole():
         image, = model.generate([text], STEPS, guidance, size=size)
         image.save(out, compress_level=1)
 
-    row["total"] = event_time(whole, 2) / 1e3
+    row["total"] = whole_time(whole, 2, 1) / 1e3
     return row
 
 
@@ -133,7 +134,7 @@ def by_transformers():
     randomise(DEVICE, model.eval())
     model.rotary_emb = rotary(model.config).to(DEVICE)
     tokens = torch.ones(1, TOKENS, dtype=torch.long, device=DEVICE)
-    return event_time(lambda: model(tokens, output_hidden_states=True, use_cache=False))
+    return whole_time(lambda: model(tokens, output_hidden_states=True, use_cache=False))
 
 
 VAES = (("fp32 with TF32", torch.float32, True), ("fp32, IEEE", torch.float32, False),
@@ -149,19 +150,20 @@ def vae_times():
     for name, p in ours.named_parameters():  # pictures with some contrast
         p.data.mul_(2.0 if p.ndim > 3 else 1.0)
     ours.set_statistics(torch.zeros(48), torch.ones(48))
+    ours.to(memory_format=torch.channels_last)
     x = 2 * torch.rand(1, 3, 1024, 1024, device=DEVICE) - 1
     z = torch.randn(1, 48, 64, 64, device=DEVICE)
     theirs = attempt(their_vae)
     for name, dtype, allowed in VAES:
         torch.backends.cudnn.allow_tf32 = allowed
         ours.to(dtype)
-        times = [event_time(lambda: ours.encode(x)), event_time(lambda: ours.decode(z))]
+        times = [whole_time(lambda: ours.encode(x)), whole_time(lambda: ours.decode(z))]
         pictures[name] = ours.decode(z).double()
         if theirs:
             theirs.to(dtype)
             clip, latents = x[:, :, None].to(dtype), z[:, :, None].to(dtype)
-            times += [event_time(lambda: theirs.encode(clip)),
-                      event_time(lambda: theirs.decode(latents))]
+            times += [whole_time(lambda: theirs.encode(clip)),
+                      whole_time(lambda: theirs.decode(latents))]
         found[name] = times
     torch.backends.cudnn.allow_tf32 = True
     best = pictures["fp32, IEEE"]
@@ -266,7 +268,7 @@ def rival_step(name):
     with Peak() as peak:
         model, step = RIVALS[name](random_rival)
         count = sum(p.numel() for p in model.parameters()) / 1e9
-        return dict(parameters=count, step=event_time(step, 5)) | dict(
+        return dict(parameters=count, step=whole_time(step, 5)) | dict(
             gib=torch.cuda.max_memory_allocated() / GIB - peak.before / GIB)
 
 

@@ -355,8 +355,9 @@ class MoS(nn.Module):
         three = settings["image_guidance"] != 1
         both = three or settings["guidance"] != 1
         context = self.read(instructions, negative if both else None, pixels)
-        with torch.autocast(self.vae.latents_mean.device.type, enabled=False):
-            z = wide(self.vae.encode(pixels.to(self.vae.latents_mean)))  # (B, C, h, w)
+        device = self.generation.registers.device
+        with torch.autocast(device.type, enabled=False):              # the VAE runs in fp32
+            z = self.vae.encode(pixels.to(device))                    # (B, C, h, w)
         reference = torch.cat((z, z)) if both else z       # (2*B, C, h, w), or (B, C, h, w)
         blank = self._read([negative] * len(images)) if three else None
         return self._draw(context, settings, seed, len(images), pixels.shape[2:], progress,
@@ -391,9 +392,8 @@ class MoS(nn.Module):
             for now, then in (progress or iter)(list(zip(sigmas, sigmas[1:]))):
                 z = step(z, now, then)                                # (B, C, h, w)
         with torch.autocast(device.type, enabled=False):              # the VAE runs in fp32
-            pixels = wide(self.vae.decode(z.to(self.vae.latents_mean)))  # (B, 3, H, W)
-        pixels = ((pixels + 1) * 127.5).round().byte()                # (B, 3, H, W)
-        pixels = pixels.permute(0, 2, 3, 1).cpu()                     # (B, H, W, 3)
+            pixels = (self.vae.decode(z) + 1) * 127.5                 # (B, 3, H, W)
+        pixels = pixels.round().byte().permute(0, 2, 3, 1).cpu()      # (B, H, W, 3)
         return [Image.fromarray(p.numpy()) for p in pixels]
 
     def step(self, context, guidance, rescale, z, now, then, reference=None, blank=None,
@@ -474,6 +474,7 @@ class MoS(nn.Module):
             for name in self.PARTS[part]:
                 getattr(self, name).to(dtype).to_empty(device=on)
             self.load_part(folder, part)
+        self.vae.to(memory_format=torch.channels_last)  # or convolutions would reorder at each call
         self.eval()
 
     def load_part(self, folder, part):

@@ -84,6 +84,7 @@ def random_model(preset, device, vae_dtype):
         randomise(device, getattr(model, name).to(kind))
     ones = torch.ones(model.config.vae_channels, device=device)
     model.vae.set_statistics(0 * ones, ones)
+    model.vae.to(memory_format=torch.channels_last)
     return model.eval()
 
 

@@ -75,16 +75,16 @@ def large_model(dtype, preset="mos_s"):
     return model
 
 
-def event_time(call, calls=10):
-    """Milliseconds of a call, from the host's first launch to the last kernel: a median."""
+def whole_time(call, calls=10, before=3):
+    """Milliseconds of a call by the clock, launches and all kernels: the median after `before`."""
     times = []
-    for _ in range(calls + 3):
+    for _ in range(before + calls):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         call()
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begin))
-    return median(times[3:])
+    return median(times[before:])
 
 
 def show_profile(call, rows=16):
