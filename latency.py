@@ -114,6 +114,14 @@ def stages(model, size, guidance, out):
     return row
 
 
+@torch.no_grad()
+def replayed_encode(model):
+    """Milliseconds of the tower alone, without the host: a CUDA graph's replay."""
+    tokens = torch.ones(1, TOKENS, dtype=torch.long, device=DEVICE)
+    with autocast(torch.device(DEVICE)):
+        return replay_time(lambda tokens: model.understand(tokens).states, tokens) / 1e3
+
+
 def show(row):
     """Print a line of the table."""
     print(f"{row['preset']:8}{row['size']:6}{row['guidance']:6.1f}{row['encode']:9.1f}"
@@ -284,12 +292,15 @@ def bench_latency(folder):
           f"{'decode':>9}{'total s':>8}{'encode':>8}{'step':>7}{'decode':>7}")
     for preset in ("mos_s", "mos_l"):
         model = build(preset, "understanding", "router", "generation", "vae")
+        result[f"{preset} encode, replayed"] = replayed_encode(model)
         for size in SIZES:
             for guidance in (5.0, 1.0):
                 row = attempt(stages, model, size, guidance, folder / "latency.png")
                 if row:
                     result["rows"].append(row | dict(preset=preset))
                     show(result["rows"][-1])
+        print(f"{preset:8}encode, replayed as a CUDA graph: "
+              f"{result[f'{preset} encode, replayed']:.1f} ms", flush=True)
         del model
         save(result, folder / "latency.json")
     print("\na step at 1024x1024, guidance included, eager")
