@@ -28,6 +28,7 @@ COLOURS = {  # GenEval's ten colours
 BACKGROUNDS = {"gray": (135, 135, 135), "beige": (215, 195, 155), "teal": (60, 150, 160),
                "lavender": (175, 165, 225)}
 SIZES = {"small": 0.095, "large": 0.15}  # radius
+STYLES = {"filled": math.inf, "outlined": 0.2}  # width of the line along the edge, in radii
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {  # the first wording is GenEval's
     "left of": ("left of", "to the left of", "on the left of"),
@@ -55,9 +56,10 @@ class Object(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a picture shows; in a judged picture the background may be None, "not recognisable"."""
+    """What a picture shows; in a judged picture None is "not recognisable", for a style "mixed"."""
     objects: tuple[Object, ...]
     background: str | None
+    style: str | None = "filled"  # of all objects
 
 
 class Prompt(NamedTuple):
@@ -105,7 +107,7 @@ def held_out(scene):
 
 
 def is_validation(scene):
-    """One scene in 16, by its exact content: training and validation can never overlap."""
+    """One scene in 16, by all but its style: training and validation can never overlap."""
     content = repr((sorted(scene.objects), scene.background))
     return zlib.crc32(content.encode()) % 16 == 0
 
@@ -319,7 +321,7 @@ def _benchmark_prompt(rng, task, held, pairs, duos):
 def satisfies(prompt, scene):
     """Whether the scene shows exactly what the prompt asks for: nothing missing, nothing more."""
     if (len(prompt.objects) != len(scene.objects) or scene.background is None
-            or prompt.background not in (None, scene.background)):
+            or prompt.background not in (None, scene.background) or scene.style != "filled"):
         return False
 
     def fits(want, seen):
@@ -335,11 +337,15 @@ def satisfies(prompt, scene):
 # Pictures
 
 def pack(scenes):
-    """Scenes as a tensor (B, 1 + 4*5): background, then shape (-1: none), colour, size, x, y."""
-    colours, sizes, backgrounds = map(tuple, (COLOURS, SIZES, BACKGROUNDS))
+    """Scenes as a tensor (B, 1 + 4*5): background, then shape (-1: none), colour, size, x, y.
+
+    The background's number is 4 higher for an outlined scene.
+    """
+    colours, sizes, backgrounds, styles = map(tuple, (COLOURS, SIZES, BACKGROUNDS, STYLES))
     rows = []
     for scene in scenes:
-        row = [float(backgrounds.index(scene.background))]
+        style = styles.index(scene.style)
+        row = [float(backgrounds.index(scene.background) + style * len(backgrounds))]
         for o in scene.objects:
             row += [SHAPES.index(o.shape), colours.index(o.colour), sizes.index(o.size), o.x, o.y]
         rows.append(row + [-1.0, 0, 0, 0, 0] * (MAX_OBJECTS - len(scene.objects)))
@@ -374,9 +380,10 @@ def signed_distance(shape, x, y):
     raise ValueError(f"unknown shape {shape!r}, expected one of {SHAPES}")
 
 
-def coverage(shape, x, y, radius):
-    """Share of each pixel that the shape covers; x, y and radius in pixels."""
-    return (0.5 - signed_distance(shape, x / radius, y / radius) * radius).clamp(0, 1)
+def coverage(shape, x, y, radius, line=math.inf):
+    """Share of each pixel that the shape covers; x, y, radius and the line's width in pixels."""
+    inside = 0.5 - signed_distance(shape, x / radius, y / radius) * radius
+    return inside.clamp(0, 1) - (inside - line).clamp(0, 1)
 
 
 def _palette(table, device):
@@ -389,7 +396,9 @@ def render(packed, height=128, width=128, device="cpu"):
     The scenes should lie in host memory: sorted by shape there, they do not synchronise a GPU.
     """
     unit, radii = min(height, width), torch.tensor(list(SIZES.values()))
-    backgrounds = _palette(BACKGROUNDS, packed.device)[packed[:, 0].long()]           # (B, 3)
+    lines, first = torch.tensor(list(STYLES.values())), packed[:, 0].long()           # (2,), (B,)
+    style, background = first // len(BACKGROUNDS), first % len(BACKGROUNDS)           # (B,) each
+    backgrounds = _palette(BACKGROUNDS, packed.device)[background]                    # (B, 3)
     image = move(backgrounds, device)[:, :, None, None].repeat(1, 1, height, width)   # (B, 3, H, W)
     objects = packed[:, 1:].unflatten(1, (MAX_OBJECTS, 5))                            # (B, 4, 5)
     py = torch.arange(height, device=device)[:, None] + 0.5
@@ -398,9 +407,11 @@ def render(packed, height=128, width=128, device="cpu"):
         picture, slot = (objects[:, :, 0] == index).nonzero(as_tuple=True)            # (O,), (O,)
         _, colour, size, x, y = objects[picture, slot].unbind(1)                      # (O,) each
         paint = _palette(COLOURS, packed.device)[colour.long()] - backgrounds[picture]  # (O, 3)
-        place = torch.stack((x, y, radii.to(packed.device)[size.long()])) * unit      # (3, O)
-        x, y, radius = move(place, device)[:, :, None, None].unbind()               # (O, 1, 1) each
-        alpha = coverage(shape, px - x, py - y, radius)[:, None]                      # (O, 1, H, W)
+        radius = radii.to(packed.device)[size.long()]                                 # (O,)
+        line = radius * lines.to(packed.device)[style[picture]]                       # (O,)
+        place = torch.stack((x, y, radius, line)) * unit                              # (4, O)
+        x, y, *pen = move(place, device)[:, :, None, None].unbind()                 # (O, 1, 1) each
+        alpha = coverage(shape, px - x, py - y, *pen)[:, None]                        # (O, 1, H, W)
         image.index_add_(0, move(picture, device), alpha * move(paint, device)[:, :, None, None])
     return image / 127.5 - 1  # objects never overlap, so adding is painting
 
@@ -410,7 +421,8 @@ def render(packed, height=128, width=128, device="cpu"):
 
 NOT_BACKGROUND = 45.0  # distance in 8-bit RGB from which a pixel belongs to an object
 COLOUR_TOLERANCE = 45.0
-SHAPE_TOLERANCE = 0.07  # squared error of the best redrawing, relative to its own energy
+SHAPE_TOLERANCE = {"filled": 0.07, "outlined": 0.12}  # squared error of the best redrawing,
+# relative to its own energy; both admit a star's radius within 10 %, other shapes' within less
 SPECK = 8e-4            # smaller segments, as a share of the picture, are noise
 
 
@@ -453,16 +465,47 @@ def judge(images):
     area = torch.bincount((label + offset)[label >= 0], minlength=B * H * W)
     roots = (area >= max(6, SPECK * H * W)).nonzero()[:, 0]                           # (O,)
     picture, root = roots // (H * W), roots % (H * W)
+    seen = _read(rgb, label, background, picture, root, area[roots], unit) if len(roots) else []
     found = [[] for _ in range(B)]
-    if len(roots):
-        for b, o in zip(picture.tolist(), _recognise(rgb, label, background, picture, root, unit)):
-            found[b].append(o)
+    for b, one in zip(picture.tolist(), seen):
+        found[b] += [one] if one else []
     names = _nearest(background, BACKGROUNDS, COLOUR_TOLERANCE)
-    return [Scene(tuple(objects), name) for objects, name in zip(found, names)]
+    return [Scene(tuple(o for o, _ in objects), name, _common_style(objects))
+            for objects, name in zip(found, names)]
 
 
-def _recognise(rgb, label, background, picture, root, unit):
-    """Name each segment by the object that redraws it best."""
+def _common_style(objects):
+    """The style of (object, style) pairs; None if it is not one."""
+    styles = {style for o, style in objects if o.shape} or {"filled"}
+    return min(styles) if len(styles) == 1 else None
+
+
+def _read(rgb, label, background, picture, root, area, unit):
+    """(object, style) of each segment: what is no filled shape may be an outline.
+
+    The outline of a ring is two circles. So of two unknown segments with one centre the first is
+    read as both, and the second one's place holds None.
+    """
+    seen = [(o, "filled") for o in _recognise(rgb, label, background, picture, root, unit)]
+    where, area, unknown = picture.tolist(), area.tolist(), []
+    for i, (o, _) in enumerate(seen):
+        twins = [j for j in unknown if where[i] == where[j] and 0.4 < area[i] / area[j] < 2.5
+                 and math.hypot(seen[j][0].x - o.x, seen[j][0].y - o.y) < 0.02]
+        if o.shape is None and twins:
+            own = label[where[i]]
+            own[own == root[i]], seen[i] = root[twins[0]], None
+        elif o.shape is None:
+            unknown.append(i)
+    if unknown:
+        rest = rgb, label, background, picture[unknown], root[unknown], unit
+        for i, o in zip(unknown, _recognise(*rest, style="outlined")):
+            if o.shape:
+                seen[i] = o, "outlined"
+    return seen
+
+
+def _recognise(rgb, label, background, picture, root, unit, style="filled"):
+    """Name each segment by the object in this style that redraws it best."""
     device, half = rgb.device, math.ceil(1.2 * SIZES["large"] * unit) + 3
     own = label[picture] == root[:, None, None]                                       # (O, H, W)
     mass = own.flatten(1).sum(1)
@@ -475,26 +518,37 @@ def _recognise(rgb, label, background, picture, root, unit):
     window = F.pad(rgb, [half] * 4, value=-1e4).permute(0, 2, 3, 1)[at]               # (O, P, P, 3)
     labels = F.pad(label, [half] * 4, value=-2)[at]                                   # (O, P, P)
     mine = labels == root[:, None, None]
-    nan = torch.where(mine[..., None], window, torch.nan).flatten(1, 2)
+    paper = background[picture][:, None, None]                                        # (O, 1, 1, 3)
+    contrast = torch.where(mine, (window - paper).norm(dim=-1), torch.nan)            # (O, P, P)
+    if style == "outlined":  # a thin line is mostly soft edge: its strongest eighth has its colour
+        rank = 7 * mine.flatten(1).sum(1, keepdim=True) // 8
+        least = contrast.flatten(1).sort(1).values.gather(1, rank)
+        contrast = contrast.where(contrast >= least[..., None], torch.nan)
+    nan = window.where(~contrast.isnan()[..., None], torch.nan).flatten(1, 2)
     colour = nan.nanmedian(1).values                                                  # (O, 3)
-    ink = (colour - background[picture])[:, None, None]                               # (O, 1, 1, 3)
+    ink = colour[:, None, None] - paper                                               # (O, 1, 1, 3)
     # Besides its own pixels an object has a soft edge, and no share in its neighbours' edges.
     near = F.max_pool2d(mine[:, None].float(), 3, 1, 1)[:, 0] > 0                     # (O, P, P)
     keep = mine | (near & (labels == -1))                                             # (O, P, P)
-    alpha = ((window - background[picture][:, None, None]) * ink).sum(-1) / ink.square().sum(-1)
+    alpha = ((window - paper) * ink).sum(-1) / ink.square().sum(-1)
     alpha = torch.where(keep, alpha, 0).clamp(0, 1)                                   # (O, P, P)
     inner = F.max_pool2d((~mine)[:, None].float(), 3, 1, 1)[:, 0] == 0                # (O, P, P)
     stray = (window - colour[:, None, None]).norm(dim=-1) > COLOUR_TOLERANCE          # (O, P, P)
+    if style == "outlined":  # and soft edges are no stray colours
+        inner = mine
+        stray = (window - paper - alpha[..., None] * ink).norm(dim=-1) > COLOUR_TOLERANCE
     mixed = ((stray & inner).sum((1, 2)) / inner.sum((1, 2)) > 0.1).tolist()  # not of one colour
     total = alpha.sum((1, 2))
     ox = ((alpha.sum(1) * reach).sum(1) / total)[:, None, None]
     oy = ((alpha.sum(2) * reach).sum(1) / total)[:, None, None]
-    radii = torch.tensor(list(SIZES.values()), device=device) * unit
+    radii, line = torch.tensor(list(SIZES.values()), device=device) * unit, STYLES[style]
     errors, sizes = [], []
     for shape in SHAPES:
-        at_one = [coverage(shape, reach.float(), reach[:, None].float(), r).sum() for r in radii]
+        at_one = [coverage(shape, reach.float(), reach[:, None].float(), r, line * r).sum()
+                  for r in radii]
         size = (total[:, None].log() - torch.stack(at_one).log()).abs().argmin(1)     # (O,)
-        drawn = coverage(shape, reach - ox, reach[:, None] - oy, radii[size][:, None, None])
+        radius = radii[size][:, None, None]                                           # (O, 1, 1)
+        drawn = coverage(shape, reach - ox, reach[:, None] - oy, radius, line * radius)
         errors.append((drawn - alpha).square().sum((1, 2)) / drawn.square().sum((1, 2)))  # (O,)
         sizes.append(size)
     error, best = torch.stack(errors).min(0)
@@ -502,6 +556,6 @@ def _recognise(rgb, label, background, picture, root, unit):
     colours = _nearest(colour, COLOURS, COLOUR_TOLERANCE)
     x, y = ((x0 + ox[:, 0, 0] + 0.5) / unit).tolist(), ((y0 + oy[:, 0, 0] + 0.5) / unit).tolist()
     for i, (e, b, z) in enumerate(zip(error.tolist(), best.tolist(), size.tolist())):
-        known = e < SHAPE_TOLERANCE
+        known = e < SHAPE_TOLERANCE[style]
         yield Object(SHAPES[b] if known else None, None if mixed[i] else colours[i],
                      tuple(SIZES)[z] if known else None, x[i], y[i])

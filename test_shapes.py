@@ -162,7 +162,7 @@ def test_judge_fails_erased_punched_patched_and_cut():
     assert not passing(circles, torch.where(hole, whole[:, :, :1, :1], whole))
     for side, radii in product(range(4), (-0.2, 0.3)):  # from the edge to the centre
         cut = []
-        for (o,), background in FEW:
+        for (o,), background, _ in FEW:
             d = radii * SIZES[o.size]
             x, y = ((d, .5), (1 - d, .5), (.5, d), (.5, 1 - d))[side]
             cut.append(Scene((o._replace(x=x, y=y),), background))
@@ -368,7 +368,7 @@ def test_render_is_exact_and_antialiased(height, width):
     unit = min(height, width)
     x, y = 0.4137 * width / unit, 0.5291 * height / unit
     scenes = [s._replace(objects=(s.objects[0]._replace(x=x, y=y),)) for s in ALL]
-    for ((o,), background), picture in zip(scenes, render(pack(scenes), height, width)):
+    for ((o,), background, _), picture in zip(scenes, render(pack(scenes), height, width)):
         paper, ink = (torch.tensor(c).view(3, 1, 1) / 127.5 - 1
                       for c in (BACKGROUNDS[background], COLOURS[o.colour]))
         alpha = ((picture - paper) * (ink - paper)).sum(0) / (ink - paper).square().sum()
