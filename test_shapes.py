@@ -423,7 +423,8 @@ def test_sequences_have_the_right_targets(tokenizer):
         assert torch.equal(answers[i][start:stop], about[i][start + 1:stop + 1])
         assert {*answers[i][:start].tolist(), *answers[i][stop:].tolist()} == {-100}
     assert torch.equal(pictures, Collate("vae", tokenizer)(items, 0)[0])
-    assert torch.equal(Collate("image", tokenizer)(items, 48)[1], captions * (captions != 2))
+    prompts = captions.masked_fill(captions == tokenizer.EOS, tokenizer.PAD)
+    assert torch.equal(Collate("image", tokenizer)(items, 48)[1], prompts)
     fits, _ = sequence(tokenizer, 7, "is there a red", "yes")
     assert words(fits) == "<bos> is there a red yes <eos>"
     with pytest.raises(ValueError, match="7 tokens, more than the 6"):
