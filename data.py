@@ -1,8 +1,9 @@
 """Pictures with captions: the small world without end, image folders, tar shards, mixed by weight.
 
-A source gives (picture, caption, question, answer) by index and resolution; a picture is whatever
-the source's `draw` turns into pixels on the device. Sample i is always the same sample. Pixels are
-read where they lie when they are needed; stored latents take their place where there are some.
+A source gives (picture, caption, question, answer), or what its stage needs instead, by index and
+resolution; a picture is whatever the source's `draw` turns into pixels on the device. Sample i is
+always the same sample. Pixels are read where they lie when they are needed; stored latents take
+their place where there are some.
 """
 
 import io
@@ -17,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+import edits
 import shapes
 from buckets import STRIDE, Batch, Bucket, assign, fit, make_plan
 from common import move
@@ -53,14 +55,45 @@ class Shapes:
         scene = shapes.draw_scene(rng, task, self.split, grid=self.grid)
         return scene, shapes.describe(rng, scene, task), *shapes.ask(rng, scene)
 
+    def edit(self, index):
+        """The edit (edits.Edit) of one index, which has nothing to do with its scene."""
+        rng = random.Random(f"{self.seed} edit {self.split} {index}")
+        type, = rng.choices(edits.TYPES, edits.EDIT_MIXTURE.values())
+        return edits.draw_edit(rng, type, self.split, grid=self.grid)
+
+    def lesson(self, index):
+        """What the tower learns from one index: scene, text, question, answer, answer to the text.
+
+        Half of the texts, which come without a picture, ask for a detailed caption. About the
+        scene's picture there are as many captions, questions, and edits, whose answer tells what
+        the picture becomes.
+        """
+        rng = random.Random(f"{self.seed} lesson {self.split} {index}")
+        scene, prompt, question, answer = self.scene(index)
+        text, detail = prompt.text, None
+        if index % 2:
+            short = prompt
+            if prompt.task == "dense":
+                short = shapes.describe(rng, scene, "two objects")  # as if there were two
+            text = f"in detail : {short.text}"  # see Tokenizer.request
+            detail = in_detail(rng, scene, short)
+        if index % 3 == 1:
+            question, answer = prompt.text, None
+        elif index % 3 == 2:
+            edit = self.edit(index)
+            scene, question, answer = edit.source, edit.text, in_detail(rng, edit.target)
+        return scene, text, question, answer, detail
+
     @property
     def captions(self):
         """The caption of every scene, each drawn for it."""
         return [self.scene(i)[1].text for i in range(self.number)]
 
     def texts(self, number):
-        """Captions, questions and answers of the first scenes, for a vocabulary."""
-        return (text for i in range(number) for text in self[i][1:] if text)
+        """All that any stage says about the first scenes, for a vocabulary."""
+        yield " ".join(edits.words())
+        for i in range(number):
+            yield from filter(None, self.lesson(i)[1:])
 
     def __getitem__(self, index):
         scene, prompt, question, answer = self.scene(index)
@@ -72,8 +105,57 @@ class Shapes:
         return self[index]
 
     def draw(self, packed, device):
-        """Packed scenes (B, 21) to pictures (B, 3, size, size) in [-1, 1] on the device."""
-        return shapes.render(packed, self.size, self.size, device)
+        """Packed scenes (..., 21) to pictures (..., 3, size, size) in [-1, 1] on the device."""
+        pictures = shapes.render(packed.flatten(0, -2), self.size, self.size, device)
+        return pictures.unflatten(0, packed.shape[:-1])
+
+
+class Looks(Shapes):
+    """For the VAE: every fourth scene is outlined, as an edit may make it."""
+
+    def scene(self, index):
+        scene, *words = super().scene(index)
+        return scene._replace(style="filled" if index % 4 else "outlined"), *words
+
+
+class Lessons(Shapes):
+    """For the understanding tower: (picture, text, question, answer, answer to the text)."""
+
+    def __getitem__(self, index):
+        scene, *texts = self.lesson(index)
+        return shapes.pack([scene])[0], *texts
+
+
+class Edits(Shapes):
+    """Edits, each beside a scene with its caption: (pictures, caption, instruction, None).
+
+    The three pictures are those before and after the edit, and the scene's.
+    """
+
+    def __getitem__(self, index):
+        (scene, prompt, *_), edit = self.scene(index), self.edit(index)
+        return shapes.pack([edit.source, edit.target, scene]), prompt.text, edit.text, None
+
+
+WORLDS = {"vae": Looks, "understand": Lessons, "image": Shapes, "edit": Edits}  # of each stage
+
+
+def in_detail(rng, scene, said=None):
+    """A caption that names all objects of any scene by colour and shape.
+
+    It says no less than `said`, a caption (shapes.Prompt) of the scene, nothing ambiguous, and no
+    more than two relations.
+    """
+    names = Counter((o.colour, o.shape) for o in scene.objects)
+    clear = {i for i, o in enumerate(scene.objects) if names[o.colour, o.shape] == 1}
+    while True:
+        dense = shapes.describe(rng, scene, "dense" if len(scene.objects) > 1 else "colours")
+        if len(dense.relations) <= 2 and clear.issuperset(
+                k for i, _, j in dense.relations for k in (i, j)) and (
+                said is None or set(said.relations) <= set(dense.relations)
+                and said.background in (None, dense.background)
+                and all(a.size in (None, b.size) for a, b in zip(said.objects, dense.objects))):
+            return dense.text + (" , drawn as outlines" if scene.style == "outlined" else "")
 
 
 def check_broken(name, broken, total, most):
@@ -232,8 +314,10 @@ def open_sources(c, size, world):
     sizes = [int(s) if s.isdecimal() else 0 for s in c.sizes] or [size]
     if any(s < STRIDE or s % STRIDE for s in sizes):
         raise ValueError(f"sizes must be multiples of {STRIDE}, got {' '.join(c.sizes)}")
-    number = c.scenes if c.stage == "image" else None
-    scenes = Shapes(size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
+    if c.stage == "edit" and c.data != "shapes":
+        raise ValueError(f"data: stage edit knows only edits of shapes, got {c.data!r}")
+    number = c.scenes if c.stage in ("image", "edit") else None
+    scenes = WORLDS[c.stage](size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
     made = None
     if c.stage == "image" and c.latents not in ("memory", "step"):
         made = made_by(c, weights, size, sizes)
@@ -281,8 +365,9 @@ def sequence(tokenizer, length, text, answer=None):
 class Collate:
     """Turn items into the tensors of a stage, prompts padded to S = length.
 
-    "vae": pictures. "image": pictures and prompts (B, S). "understand": pictures, captions with
-    targets, and what is said about the picture (a question where there is one, every other time).
+    "vae": pictures. "image": pictures and prompts (B, S). "understand": pictures, texts with
+    targets, and what is said about the picture with targets: the text where a source says no more.
+    "edit": pictures, prompts (B, S), packed scenes to be edited (B, 21), and instructions (B, S).
     """
 
     def __init__(self, stage, tokenizer):
@@ -294,10 +379,14 @@ class Collate:
             return (pictures,)
         if self.stage == "image":
             return pictures, self.tokenizer.batch([item[1] for item in items], length)
-        captions = [sequence(self.tokenizer, length, item[1]) for item in items]
-        about = [sequence(self.tokenizer, length, *item[2:]) if item[2] else
-                 captions[i] for i, item in enumerate(items)]
-        return pictures, *(torch.stack(column) for rows in (captions, about)
+        if self.stage == "edit":
+            prompts, instructions = (self.tokenizer.batch([item[i] for item in items], length)
+                                     for i in (1, 2))
+            return pictures, prompts, pictures[:, 0], instructions
+        texts = [sequence(self.tokenizer, length, item[1], *item[4:]) for item in items]
+        about = [sequence(self.tokenizer, length, *item[2:4]) if item[2] else
+                 texts[i] for i, item in enumerate(items)]
+        return pictures, *(torch.stack(column) for rows in (texts, about)
                            for column in zip(*rows))
 
 

@@ -77,7 +77,7 @@ class MoSConfig:
     renormalize: bool = setting(False, "let the chosen weights sum to 1")
     state_norm: str = setting("post", "pre: normalise each state before mixing; post: do not")
     edit_inputs: tuple = setting(TOWERS, "the towers that see the picture that is edited")
-    max_tokens: int = setting(48, "longest text in tokens, <bos> and <eos> included")
+    max_tokens: int = setting(80, "longest text in tokens, <bos> and <eos> included")
     size: int = setting(128, "side of the training pictures in pixels")
     t_sampling: str = setting("mode", "training times: logit-normal or mode")
     shift: float = setting(3.0, "moves training times and the uniform schedule towards noise")

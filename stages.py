@@ -7,6 +7,7 @@ processes and a resume change nothing.
 import itertools
 import time
 from collections import deque
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,18 +16,20 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+import edits
 import estimate
 import evaluate
 import shapes
 from buckets import Batch, Bucket
 from common import autocast, move, replacing
-from data import Collate, Mixture, Reader, Shapes, count_tokens, loader
+from data import Collate, Mixture, Reader, count_tokens, loader
 from kernels import cast
 from latents import (Stored, broken_samples, check_made, end_store, read_stored, shard_path,
                      with_digest, write_made, write_shard)
 from mos import Context, sample_t
 from states import Cache, Producer
 from towers import Tokenizer
+from vision import Patches
 
 
 class Stage(nn.Module):
@@ -34,6 +37,8 @@ class Stage(nn.Module):
 
     Raises ValueError for a caption that the tower cannot read.
     """
+
+    unit = 1  # samples of a batch that belong together
 
     def __init__(self, model, dataset, c, world):
         super().__init__()
@@ -105,7 +110,7 @@ class Stage(nn.Module):
         batch, tensors, _ = next(self.batches)
         self.drawn += np.bincount(batch.source, minlength=len(self.drawn))
         self.waiting = batch.waiting
-        for tokens in tensors[1::2]:  # targets stand between
+        for tokens in tensors[1::2]:  # targets or pictures stand between
             self.padding += (tokens == Tokenizer.PAD).sum()
             self.context += tokens.numel()
         return tensors
@@ -142,7 +147,7 @@ class Stage(nn.Module):
         """A Mixture of `number` samples that training does not see, or the own pictures."""
         own = self.dataset.scenes
         return self.dataset if own is None else Mixture(
-            [Shapes(own.size, self.c.seed, "val", own.tasks, own.grid, number)])
+            [type(own)(own.size, self.c.seed, "val", own.tasks, own.grid, number)])
 
     def validation(self, number):
         """Drawn pictures of the model's size and other tensors: unseen, or the first of its own."""
@@ -238,15 +243,16 @@ class ImageStage(Stage):
     def read(self, batches, dataset=None, mine=None):
         """Latents instead of pictures: the VAE encodes what is not stored, in fp32."""
         stored = isinstance((dataset or self.dataset).sources[0], Stored)
-        for batch, (pictures, tokens), texts in super().read(batches, dataset, mine):
-            yield batch, (pictures if stored else self.encode(pictures), tokens), texts
+        for batch, (pictures, *rest), texts in super().read(batches, dataset, mine):
+            yield batch, (pictures if stored else self.encode(pictures), *rest), texts
 
     @torch.no_grad()
     def encode(self, pictures):
         """Latents of pictures, in parts that fit."""
         most = 2 ** 23 if pictures.is_cuda else 2 ** 20  # pixels at once
         parts = pictures.split(max(1, most // pictures[0, 0].numel()))
-        return torch.cat([self.model.vae.encode(part) for part in parts])
+        latents = torch.cat([self.model.vae.encode(part) for part in parts])
+        return latents.contiguous()  # the VAE leaves a pixel's channels side by side
 
     def start(self, step):
         self.costs, self.ahead, c = {}, deque(), self.c
@@ -257,10 +263,14 @@ class ImageStage(Stage):
             texts = (text for source in self.dataset.sources for text in source.captions)
             self.states = Cache(c.states, self.model, texts, c.init, self.world)
         plan, batch = super().start(step), self.c.batch
+        visual, context = (batch * max(counts) for counts in zip(*map(self.count, plan.buckets)))
+        self.world.say(f"tokens a step, at most: {visual:,} visual, {context:,} context (with "
+                       "padding)")
+
+    def count(self, bucket):
+        """Visual and context tokens of a sample."""
         side = self.model.vae.factor * self.model.config.gen_patch  # of a visual token, in pixels
-        visual = max(b.height * b.width for b in plan.buckets) // side ** 2
-        self.world.say(f"tokens a step, at most: {batch * visual:,} visual, "
-                       f"{batch * max(b.length for b in plan.buckets):,} context (with padding)")
+        return bucket.height * bucket.width // side ** 2, bucket.length
 
     def follow(self, batches):
         return (self.recall if self.c.latents == "memory" else self.read)(batches)
@@ -276,30 +286,38 @@ class ImageStage(Stage):
             self.lengths = [count_tokens(self.model.tokenizer, source.captions, longest)
                             if np.ndim(n) == 0 else n
                             for n, source in zip(self.lengths, self.dataset.sources)]
+        (z0, tokens), self.prompts = self.held_back()
+        self.val = z0, trim(tokens)
+
+    def held_back(self):
+        """Up to 256 samples for validation, of one size, and their captions."""
         data = self.unseen(256)
-        piece = max((p for p in data.pieces(longest) if p.source[0] == 0),
+        piece = max((p for p in data.pieces(self.model.config.max_tokens) if p.source[0] == 0),
                     key=lambda p: len(p.index))
         piece = piece._replace(source=piece.source[:256], index=piece.index[:256])
-        (_, (z0, tokens), self.prompts), = self.read([piece], data, slice(None))
-        self.val = z0, tokens[:, :(tokens != Tokenizer.PAD).any(0).sum()]
+        (_, tensors, captions), = self.read([piece], data, slice(None))
+        return tensors, captions
 
     def fill(self):
         """Encode everything and keep it on the device, latents by resolution."""
         begin, sources = time.time(), self.dataset.sources
         self.first = np.cumsum([0, *(len(source.sides) for source in sources)])
         pieces = self.dataset.pieces(self.model.config.max_tokens)
-        tokens = torch.zeros(self.first[-1], self.model.config.max_tokens, dtype=torch.int64)
-        self.rows, latents = np.zeros(self.first[-1], int), {}
-        for piece, (z0, prompts), _ in self.read(pieces, mine=slice(None)):
+        self.rows, latents, tables = np.zeros(self.first[-1], int), {}, []
+        for piece, (z0, *rest), _ in self.read(pieces, mine=slice(None)):
             number, parts = self.number(piece), latents.setdefault(piece.bucket[1:3], [])
             self.rows[number] = sum(map(len, parts)) + np.arange(len(number))
-            tokens[number] = prompts.cpu()
+            tables = tables or [a.new_zeros(self.first[-1], *a.shape[1:], device="cpu")
+                                for a in rest]
+            for table, part in zip(tables, rest):
+                table[number] = part.cpu()
             parts.append(z0)
         self.latents = {size: torch.cat(parts) for size, parts in latents.items()}
+        tokens, *self.beside = tables
         self.tokens = tokens.to(self.world.device)
         lengths = (tokens != Tokenizer.PAD).sum(1).numpy()
         self.lengths = np.split(lengths, self.first[1:-1])
-        self.world.say(f"encoded {len(tokens)} pictures in {time.time() - begin:.0f} s")
+        self.world.say(f"encoded {len(tokens)} samples in {time.time() - begin:.0f} s")
 
     def number(self, batch):
         """Where the samples of a batch stand among those of all sources."""
@@ -343,13 +361,17 @@ class ImageStage(Stage):
         """The empty prompt's tokens."""
         return torch.tensor(self.model.tokenizer.encode(""), device=self.world.device)
 
-    def draws(self, z0, tokens, generator):
-        """Times, noise, exploration and prompt dropout of a global batch; this process's share."""
+    def draws(self, z0, tokens, generator, front=0):
+        """Times, noise, exploration and prompt dropout of a global batch; this process's share.
+
+        front: image tokens before each text.
+        """
         m, c, mine = self.model.config, self.c, self.world.share(self.c.batch)
         source = dict(generator=generator, device=generator.device)
         t = sample_t(c.batch, m.t_sampling, m.shift, generator)
         z1 = torch.randn(c.batch, *z0.shape[1:], **source)
-        explore = torch.rand(c.batch, tokens.shape[1], m.und_depth + 1, m.gen_depth, **source)
+        explore = torch.rand(c.batch, front + tokens.shape[1], m.und_depth + 1, m.gen_depth,
+                             **source)
         empty = (torch.rand(c.batch, **source) < c.prompt_dropout)[mine, None]
         blank = torch.full_like(tokens, Tokenizer.PAD)
         blank[:, :len(self.empty)] = self.empty
@@ -373,8 +395,12 @@ class ImageStage(Stage):
         """told: the prompts' embeddings and states, where they are made elsewhere."""
         context = Context(told[0], *cast(told[1]), tokens != Tokenizer.PAD) if told else None
         each = self.model.loss(z0, tokens, t, z1, explore, context)               # (B,)
-        bins = nn.functional.one_hot((t.detach() * 10).long().clamp(max=9), 10).type_as(each)
-        return each.mean(), {"bins": each.detach() @ bins, "counts": bins.sum(0)}
+        return each.mean(), self.by_time(each.detach(), t)
+
+    def by_time(self, each, t):
+        """Sums of the losses (B,) in ten bins of their times t (B,), and how many there are."""
+        bins = nn.functional.one_hot((t * 10).long().clamp(max=9), 10).type_as(each)
+        return {"bins": each @ bins, "counts": bins.sum(0)}
 
     def flops(self, z0, tokens, *_):
         shape = tokens.shape[1], tuple(z0.shape[2:])
@@ -387,13 +413,18 @@ class ImageStage(Stage):
         return {f"loss_t{i}": mean for i, mean in enumerate(means)}
 
     @torch.no_grad()
-    def losses_by_time(self):
-        """Validation loss at t = (i + 0.5) / 8, with fixed noise: (8,)."""
-        z0, tokens = self.val
+    def losses_by_time(self, val=None):
+        """Validation loss at t = (i + 0.5) / 8, with fixed noise: (8,).
+
+        val: latents, tokens, and for edits images and reference (see MoS.loss); self.val if None.
+        """
+        z0, tokens, *edited = val or self.val
+        edited = dict(zip(("images", "reference"), edited))
         z1 = torch.randn(z0.shape, generator=torch.Generator().manual_seed(1)).to(z0.device)
         times = (torch.full_like(z0[:, 0, 0, 0], (i + 0.5) / 8) for i in range(8))
         with autocast(self.world.device):
-            return torch.stack([self.model.loss(z0, tokens, t, z1).mean() for t in times])
+            return torch.stack([self.model.loss(z0, tokens, t, z1, **edited).mean()
+                                for t in times])
 
     @torch.no_grad()
     def routing(self):
@@ -433,11 +464,118 @@ class ImageStage(Stage):
         images = self.model.generate(prompts, seed=0, steps=25)
         if self.world.first:
             save_grid(torch.stack([evaluate.to_tensor(image) for image in images]),
-                      folder / f"image_{step:06d}.png", 8)
+                      folder / f"{self.c.stage}_{step:06d}.png", 8)
         return values
 
 
-KINDS = {"vae": VaeStage, "understand": UnderstandStage, "image": ImageStage}
+class EditStage(ImageStage):
+    """Edits (MoS sec. 3.4), and pictures from text, lest drawing be forgotten: half and half.
+
+    Its own batch counts pairs of both. Prompt dropout takes the instruction from an edit, and the
+    picture stays; in the other half nothing stays: what guidance with two scales compares.
+    The latents of a pair's three pictures stay in memory; what the tower reads is drawn anew.
+    Raises ValueError for a tower that reads no pictures.
+    """
+
+    unit = 2
+
+    def __init__(self, model, dataset, c, world):
+        c = replace(c, batch=c.batch // 2, latents="memory", states="step")
+        super().__init__(model, dataset, c, world)
+        vision, self.front = model.understanding.vision, 0
+        if "understanding" in model.config.edit_inputs:
+            if not isinstance(vision, Patches):
+                raise ValueError("stage edit needs the small world's tower, which reads pictures, "
+                                 "or --edit-inputs generation")
+            self.front = (model.config.size // vision.patch) ** 2  # image tokens
+
+    def idle(self):
+        return [] if "generation" in self.model.config.edit_inputs else super().idle()
+
+    def flops(self, *inputs):
+        return 0
+
+    def count(self, bucket):
+        visual, context = super().count(bucket)
+        return 3 * visual, 2 * context + self.front
+
+    def encode(self, pictures):
+        return super().encode(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
+
+    def prepare(self):
+        self.fill()
+        (latents, prompts, sources, instructions), self.prompts = self.held_back()
+        before, after, scene = latents.unbind(1)
+        pictures = self.dataset.sources[0].draw(sources, self.world.device)
+        self.val = scene, trim(prompts)
+        self.val_edits = after, trim(instructions), pictures, before
+
+    def fill(self):
+        super().fill()
+        self.sources, instructions = self.beside
+        self.instructions = instructions.to(self.world.device)
+        lengths = (instructions != Tokenizer.PAD).sum(1).numpy()
+        self.lengths = [np.maximum(lengths, *self.lengths)]
+
+    def recall(self, batches):
+        device, mine = self.world.device, self.world.share(self.c.batch)
+        for batch, (latents, prompts), _ in super().recall(batches):
+            index = torch.from_numpy(batch.index[mine])
+            pictures = self.dataset.sources[0].draw(self.sources[index], device)
+            instructions = self.instructions[move(index, device), :batch.bucket.length]
+            yield batch, (latents, prompts, pictures, instructions), None
+
+    def batch(self, step):
+        """All that `forward` needs: of pictures from text, then of edits."""
+        latents, prompts, pictures, instructions = self.next()
+        generator, (before, after, scene) = self.generator(step), latents.unbind(1)
+        return (scene, *self.draws(scene, prompts, generator), pictures, before,
+                after, *self.draws(after, instructions, generator, self.front))
+
+    def forward(self, *inputs):
+        drawing, (images, reference), editing = inputs[:5], inputs[5:7], inputs[7:]
+        drawn = self.model.loss(*drawing)                                         # (B,)
+        edited = self.model.loss(*editing, images=images, reference=reference)    # (B,)
+        each, t = torch.cat((drawn, edited)), torch.cat((drawing[2], editing[2]))
+        means = {"draw": drawn.mean().detach(), "edit": edited.mean().detach()}
+        return each.mean(), means | self.by_time(each.detach(), t)
+
+    def report(self, sums, steps):
+        means = Stage.report(self, {name: sums[name] for name in ("draw", "edit")}, steps)
+        return super().report(sums, steps) | {f"{name}_loss": x for name, x in means.items()}
+
+    @torch.no_grad()
+    def validate(self, step, folder):
+        values, losses = super().validate(step, folder), self.losses_by_time(self.val_edits)
+        values |= {"val_edit": losses.mean().item()}
+        values |= {f"edit_t{i}": loss for i, loss in enumerate(losses.tolist())}
+        table = evaluate.score_edits(self.model, self.c.eval_prompts, seed=9, held=(False,),
+                                     steps=25)
+        values["edits"] = evaluate.overall(table, "seen, both")
+        for type, column in table.items():
+            right, number, _ = column["seen, both"]
+            values[f"edits_{type}"] = right / number
+        self.show(folder / f"edited_{step:06d}.png")
+        return values
+
+    def show(self, path):
+        """Write a picture of an edit of each type: above before, below after."""
+        shown = [edits.edit_benchmark(type, 1)[0] for type in edits.TYPES]
+        size = self.model.config.size
+        before = shapes.render(shapes.pack([edit.source for edit in shown]), size, size)
+        images = self.model.edit([*map(evaluate.to_image, before)], [e.text for e in shown],
+                                 steps=25)
+        if self.world.first:
+            after = torch.stack([*map(evaluate.to_tensor, images)])
+            save_grid(torch.cat((before, after)), path, len(shown))
+
+
+KINDS = {"vae": VaeStage, "understand": UnderstandStage, "image": ImageStage, "edit": EditStage}
+
+
+def trim(tokens):
+    """Token ids (B, S) without the columns that are padding in every row."""
+    return tokens[:, :(tokens != Tokenizer.PAD).any(0).sum()]
 
 
 def save_grid(pictures, path, columns):

@@ -157,6 +157,11 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --sizes 50 | --sizes 64 x | --data good=1,empty => path=weight | --data good=0 => positive
 --data dark => 1 of 1 samples.*dark/a.png: its caption is empty | --max-broken 2 | --length-step -1
 --stage image --init small --latents good => good holds something else
+--stage edit --init missing => no config.json in missing | --edit-inputs zebra => edit_inputs
+--stage edit --init half => no vae.safetensors in half | --stage edit --init small --scenes 0 => sce
+--stage edit --init small --data good => edits of shapes, got 'good'
+--stage edit --init small --batch 3 => batch 3 cannot .* of pairs
+--stage edit --init small --gen-width 32 => gen_width is 64 in small and cannot become 32
 --out out.png => out.png"""))
 def test_train_refuses(flags, message, refuse, small, monkeypatch, tmp_path):
     """What cannot be trained is said before any work and before --out exists."""
@@ -319,7 +324,7 @@ def test_readme_commands(script, flags, command, monkeypatch):
         raise Reached
     module = importlib.import_module(script.removesuffix(".py"))
     for owner, name in ((MoS, "from_pretrained"), (train.World, "join"), (evaluate, "score_judge"),
-                        (estimate, "show")):
+                        (sample, "random_model"), (estimate, "show")):
         monkeypatch.setattr(owner, name, reached)
     if script == "drill.py":
         monkeypatch.setattr(module, "start", reached)

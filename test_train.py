@@ -21,16 +21,17 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 
 import ablate
 import checkpoint
+import edits
 import estimate
 import evaluate
 import stages
 import train
 from conftest import ROOT, SMALL
-from data import Mixture, Shapes
+from data import WORLDS, Mixture, Shapes
 from mos import PRESETS, MoS, MoSConfig, read_vocabulary
 from towers import Tokenizer
 
-MODEL = {**SMALL, "max_tokens": 48}
+MODEL = {**SMALL, "max_tokens": 80}
 QUICK = dict(steps=6, batch=4, lr=3e-4, warmup=2, scenes=16, log_every=1, eval_every=100,
              save_every=100, eval_prompts=1)
 DRIVER = f"""import os, sys
@@ -89,10 +90,10 @@ def launch(folder, *arguments, **values):
     assert run.returncode == 0, text[-3000:]
 
 
-def validate_on_few(patch):
+def validate_on_few(patch, most=8):
     """Eight pictures are enough to validate on."""
     few = stages.Stage.unseen
-    patch(stages.Stage, "unseen", lambda self, number: few(self, min(number, 8)))
+    patch(stages.Stage, "unseen", lambda self, number: few(self, min(number, most)))
 
 
 def lighten(patch):
@@ -100,8 +101,9 @@ def lighten(patch):
     validate_on_few(patch)
     patch(train.Log, "plot", lambda _: None)
     own = train.build_tokenizer
+    words = [*read_vocabulary(ROOT / "weights").words, *edits.words(), *"in detail : drawn".split()]
     patch(train, "build_tokenizer", lambda dataset: own(dataset) if not dataset.scenes
-          else read_vocabulary(ROOT / "weights"))
+          else Tokenizer(words))
     for kind in train.KINDS.values():
         patch(kind, "validate", lambda *_: {"val_loss": 1.0})
 
@@ -150,10 +152,12 @@ def light(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """All three stages with everything real, but a tenth of the validation's pictures."""
+    """All stages with everything real, but a tenth of the validation's pictures."""
     folder, judge = tmp_path_factory.mktemp("trained"), evaluate.score_judge
-    ask = evaluate.score_understanding
+    ask, tokenizer = evaluate.score_understanding, train.build_tokenizer
     with pytest.MonkeyPatch.context() as patch:
+        validate_on_few(patch.setattr, 26)
+        patch.setattr(train, "build_tokenizer", lambda dataset: tokenizer(dataset, 500))
         patch.setattr(evaluate, "score_judge", lambda number, **rest: judge(number // 10, **rest))
         patch.setattr(evaluate, "score_understanding", lambda model, n: ask(model, n // 10))
         assert all(go(stage, folder) for stage in train.STAGES)
@@ -186,9 +190,12 @@ def precise(trained, tmp_path_factory):
 
 def test_all_stages(trained):
     """Training from nothing leaves exactly the promised files, and a folder that draws."""
-    names = {"config.json", "vocab.json", "vae_000006.png", "image_000006.png"}
-    for stage, columns in (("vae", "val_psnr val_judge"), ("understand", "val_loss val_answers"),
-                           ("image", "val_loss val_t0 loss_t9 score score_position entropy_2")):
+    names = {"config.json", "vocab.json", "edited_000006.png"}
+    names |= {f"{stage}_000006.png" for stage in ("vae", "image", "edit")}
+    for stage, columns in (
+            ("vae", "val_psnr val_judge"), ("understand", "val_loss val_answers"),
+            ("edit", "val_loss val_t0 val_edit edit_t7 edits edits_style edits_hybrid score"),
+            ("image", "val_loss val_t0 loss_t9 score score_position entropy_2")):
         names |= {f"{stage}.csv", f"{stage}.states", f"{train.PART[stage]}.safetensors"}
         names |= {f"{stage}.png"} if find_spec("matplotlib") else set()
         losses, last = curve(trained, stage)
@@ -201,6 +208,7 @@ def test_all_stages(trained):
     assert {p.name for p in trained.iterdir()} == names
     assert Image.open(trained / "vae_000006.png").size == (8 * 64, 2 * 64)
     assert Image.open(trained / "image_000006.png").size == (8 * 64, 3 * 64)
+    assert Image.open(trained / "edited_000006.png").size == (9 * 64, 2 * 64)
     model = MoS.from_pretrained(trained)
     assert model.generate(["a red circle above a blue star"], size=(64, 96))[0].size == (96, 64)
     assert not torch.equal(model.vae.latents_std, torch.ones_like(model.vae.latents_std))
@@ -263,7 +271,7 @@ def test_recompute(model):
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,
                                                          lambda x: x)
         with hooks:
-            loss = model.loss(z0, tokens, torch.tensor([0.3, 0.8]), z1).mean()
+            loss = model.loss(z0, tokens, torch.tensor([0.3, 0.8]), z1, reference=z0).mean()
         kept[recompute] = sum(sizes)
         found[recompute] = torch.autograd.grad(loss, list(model.generation.parameters()))
     assert all(map(torch.equal, found[False], found[True]))
@@ -530,7 +538,7 @@ def test_no_second_start(held, light, tmp_path):
 
 
 @pytest.mark.parametrize("text, message", (("A red star.", ""), ("a zebra", "unknown word 'zebra'"),
-                                           ("", "caption"), ("a " * 60, "61 tokens")))
+                                           ("", "caption"), ("a " * 90, "91 tokens")))
 def test_own_pictures(text, message, trained, tmp_path):
     """Own pictures train tower and image stage; an unusable caption is one line before any work."""
     (tmp_path / "own").mkdir()
@@ -560,23 +568,28 @@ def test_tasks(task, scores, trained, tmp_path, monkeypatch):
 @every_stage
 def test_validation_is_unseen(stage, trained, monkeypatch):
     """No stage validates on a scene that training draws, in a world so small that they recur."""
-    def scenes(data, numbers):
-        return {tuple(data[i][0].tolist()) for i in numbers}
-    drawn, own = [], Shapes.draw
-    data = Shapes(64, 0, tasks=("colours",), grid=8, number=3200 if stage == "image" else None)
-    trained_on = scenes(data, range(3200))
-    assert scenes(data, range(3000)) & scenes(data, range(3000, 3200))
+    def scenes(packed):
+        return {tuple(row) for one in packed for row in one.view(-1, 21).tolist()}
+    drawn, own, number, unseen = [], Shapes.draw, 800 if stage == "edit" else 3200, 256
+    data = WORLDS[stage](64, 0, tasks=("colours",), grid=8, number=number)
+    seen = [data[i][0] for i in range(number)]
+    assert scenes(seen[:-200]) & scenes(seen[-200:])
+    if stage == "edit":  # whose unseen ones take long to find
+        unseen = 24
+        validate_on_few(monkeypatch.setattr, unseen)
     kind = train.KINDS[stage](MoS.from_pretrained(trained), Mixture([data]), settings(
         stage, tasks=data.tasks, grid=8), alone())
     monkeypatch.setattr(Shapes, "draw", lambda self, packed, device: drawn.append(
-        {*map(tuple, packed.tolist())}) or own(self, packed[:2], device))
-    if stage == "image":  # its loss is that of latents encoded at the start
+        scenes(packed)) or own(self, packed[:2], device))
+    if stage in train.GENERATING:  # their loss is that of latents encoded at the start
         monkeypatch.setattr(kind, "fill", lambda: None)
-        monkeypatch.setattr(kind.model.vae, "encode", lambda x: torch.zeros(256, 6, 4, 4))
+        shape = (unseen, 3) if stage == "edit" else (unseen,)
+        monkeypatch.setattr(kind, "encode", lambda x: torch.zeros(*shape, 6, 4, 4))
         kind.prepare()
     else:
         kind.validation(200)
-    assert len(drawn) == 1 and len(drawn[0]) > 20 and not drawn[0] & trained_on
+    assert len(drawn) == 1 + (stage == "edit") and len(drawn[0]) > 20
+    assert not set.union(*drawn) & scenes(seen)
 
 
 @every_stage
@@ -585,9 +598,9 @@ def test_inputs_are_a_function_of_seed_and_step(stage, trained, monkeypatch):
     validate_on_few(monkeypatch.setattr)
 
     def inputs(step, begin=3, seed=0, **world):
-        number = 16 if stage == "image" else None
-        kind = train.KINDS[stage](model, Mixture([Shapes(64, seed, number=number)]), settings(
-            stage, seed=seed, batch=6, steps=9), alone(**world))
+        number = 16 if stage in train.GENERATING else None
+        kind = train.KINDS[stage](model, Mixture([WORLDS[stage](64, seed, number=number)]),
+                                  settings(stage, seed=seed, batch=12, steps=9), alone(**world))
         kind.start(begin)
         return [kind.inputs(s) for s in range(begin, step + 1)][-1]
 

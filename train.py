@@ -1,4 +1,4 @@
-"""Train a MoS from nothing: the VAE, the understanding tower, then router and generation tower.
+"""Train a MoS from nothing: the VAE, the understanding tower, then to draw, then to edit.
 
     python train.py                                      # all stages, defaults for this machine
     torchrun --nproc-per-node 8 train.py                 # the same on eight GPUs
@@ -38,14 +38,16 @@ from kernels import fused
 from mos import PRESETS, MoS, MoSConfig, read_config, read_tokenizer
 from stages import KINDS
 
-PART = {"vae": "vae", "understand": "understanding", "image": "mos"}  # the file a stage writes
+PART = {"vae": "vae", "understand": "understanding", "image": "mos", "edit": "mos"}  # their files
 STAGES = tuple(PART)
+GENERATING = ("image", "edit")  # those of router and generation tower
 
 
 @dataclass
 class TrainConfig:
     """How to train. What is None comes from the stage's recipe for this machine."""
-    stage: str = setting("", "vae, understand or image; empty: all three, one after the other")
+    stage: str = setting("", "vae, understand, image or edit; empty: one after the other, edit for "
+                             "shapes only")
     preset: str = setting("", "model preset; empty: tiny on a GPU, laptop on a CPU")
     phase: str = setting("", "the paper's phase of stage image: 512, 1024, aesthetic or 2048")
     out: str = setting("runs/mos", "folder for checkpoint, log, plot and pictures")
@@ -82,10 +84,11 @@ class TrainConfig:
     ema: float = setting(None, "decay of the averaged weights, which are what is saved; 0: none")
     prompt_dropout: float = setting(0.1, "share of empty prompts, for guidance")
     kl_weight: float = setting(1e-4, "of the VAE's KL term")
-    scenes: int = setting(None, "scenes in the image stage's table of latents")
+    scenes: int = setting(None, "scenes in the table of latents of stages image and edit")
     parallel: str = setting(None, "none, or how processes share the work: ddp, fsdp or hsdp")
     shards: int = setting(0, "processes that share one copy of the model under hsdp; 0: a node's")
-    recompute: bool = setting(None, "stage image: activation checkpointing of the tower's blocks")
+    recompute: bool = setting(None, "stages image and edit: activation checkpointing of the "
+                                    "tower's blocks")
     compile: bool = setting(None, "use torch.compile")
     workers: int = setting(None, "data processes")
     log_every: int = setting(50, "steps between rows of the log")
@@ -103,12 +106,16 @@ RECIPES = {  # (stage, kind of machine): what its None settings become
                                 eval_every=1000, save_every=1000),
     ("image", "gpu"): dict(steps=5000, batch=1024, lr=1.5e-3, warmup=500, ema=0.9995,
                            scenes=400_000, eval_every=2500, save_every=2500),
+    ("edit", "gpu"): dict(steps=5000, batch=1024, lr=1e-3, warmup=200, ema=0.9995,
+                          scenes=200_000, eval_every=2500, save_every=2500),
     ("vae", "cpu"): dict(steps=3000, batch=16, lr=2e-3, warmup=200, ema=0.99, eval_every=500,
                          save_every=250),
     ("understand", "cpu"): dict(steps=2000, batch=16, lr=2e-3, warmup=200, ema=0.99, eval_every=500,
                                 save_every=250),
     ("image", "cpu"): dict(steps=6000, batch=32, lr=3e-3, warmup=200, ema=0.998, scenes=4_000,
                            eval_every=1500, save_every=500),
+    ("edit", "cpu"): dict(steps=6000, batch=32, lr=1e-3, warmup=200, ema=0.998, scenes=4_000,
+                          eval_every=1500, save_every=500),
 }
 LARGE = ("ablation_1b", "mos_s", "mos_l")
 PAPER = dict(lr=1e-4, final_lr=0.15, warmup=4000, batch=2048, micro_batch=32, ema=0.9999,
@@ -301,9 +308,9 @@ def fill(stage, c):
     """Give the parts that a stage needs memory on its device, and values: new ones, or a file's."""
     model = stage.model
     stage.to_empty(device=stage.world.device)
-    if c.stage == "image":
+    if c.stage in GENERATING:
         model.vae.to_empty(device=stage.world.device)
-    loaded = ("vae", "understanding", "mos")[:2 + goes_on(c)] if c.stage == "image" else ()
+    loaded = ("vae", "understanding", "mos")[:2 + goes_on(c)] if c.stage in GENERATING else ()
     for part in loaded:
         model.load_part(c.init, part)
     if PART[c.stage] not in loaded:
@@ -314,7 +321,8 @@ def fill(stage, c):
                                  torch.ones(model.config.vae_channels))
 
 
-PANELS = ("loss_t", "val_t", "entropy_", "score_", "share_")  # what one panel of the plot shows
+PANELS = ("loss_t", "val_t", "edit_t", "entropy_", "score_", "edits_",
+          "share_")  # what one panel of the plot shows
 
 
 class Log:
@@ -390,10 +398,12 @@ class Run:
         groups = decayed_groups(self.module, c.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.95),
                                            fused=self.world.device.type == "cuda")
-        self.accumulate = -(-c.batch // (self.world.size * c.micro_batch))
-        if c.batch % (self.world.size * self.accumulate):
+        micro_batch = max(c.micro_batch, stage.unit)
+        self.accumulate = -(-c.batch // (self.world.size * micro_batch))
+        if c.batch % (self.world.size * self.accumulate * stage.unit):
             raise ValueError(f"batch {c.batch} cannot be cut into {self.world.size} processes x "
-                             f"{self.accumulate} equal micro-batches; change batch or micro_batch")
+                             f"{self.accumulate} equal micro-batches" + " of pairs"
+                             * (stage.unit > 1) + "; change batch or micro_batch")
         self.states, self.start = folder / f"{c.stage}.states", 0
         self.writer = checkpoint.Writer(self.states, self.world, c.keep)
         state = checkpoint.newest(self.states, self.world) if c.resume else None
@@ -578,7 +588,7 @@ def interruption():
 
 def export(model, stage, folder, world):
     """Write what `sample.py` and the next stage read; every process that holds shards calls it."""
-    parts = tuple(MoS.PARTS) if stage == "image" else (PART[stage],)
+    parts = tuple(MoS.PARTS) if stage in GENERATING else (PART[stage],)
     model.save_pretrained(folder, parts, write=world.first)
 
 
@@ -634,7 +644,7 @@ def complete(c, stage, device):
     for names, low, high in (
             ("steps batch micro_batch log_every eval_every save_every eval_prompts keep world", 1,
              math.inf),
-            ("scenes", int(stage == "image"), math.inf), ("clip", 1e-9, math.inf),
+            ("scenes", int(stage in GENERATING), math.inf), ("clip", 1e-9, math.inf),
             ("workers warmup lr weight_decay kl_weight shards length_step", 0, math.inf),
             ("final_lr ema prompt_dropout max_broken", 0, 1)):
         for name in names.split():
@@ -653,20 +663,22 @@ def complete(c, stage, device):
 
 
 def model_values(c, overrides):
-    """The model's settings by preset, phase and flags."""
+    """The model's settings by preset, phase and flags; those of the model that is to edit."""
+    if c.stage == "edit":
+        return {**asdict(read_config(c.init)), **overrides}
     phase = {name: value for name, value in PHASES.get(c.phase, {}).items() if not hasattr(c, name)}
     return {**PRESETS[c.preset], **phase, **overrides}
 
 
 def goes_on(c):
-    """Whether a phase starts from the weights of the one before."""
-    return c.phase not in ("", next(iter(PHASES)))
+    """Whether a stage or phase starts from the weights of the one before."""
+    return c.stage == "edit" or c.phase not in ("", next(iter(PHASES)))
 
 
 def build(c, overrides, dataset):
     """The model of a stage by its settings, with what earlier stages decided; no memory yet."""
     values = model_values(c, overrides)
-    if c.stage == "image":  # parts that have been trained stay as they were
+    if c.stage in GENERATING:  # parts that have been trained stay as they were
         kinds = tuple(kind for kind in ("vae_", "und_") if not values.get(f"{kind}folder"))
         kinds += ("gen_", "router_", "registers", "tokenwise", "state_norm", "k",
                   "renormalize") if goes_on(c) else ()
@@ -675,10 +687,10 @@ def build(c, overrides, dataset):
         for name in frozen.keys() & overrides.keys():
             if overrides[name] != frozen[name]:
                 raise ValueError(f"{name} is {frozen[name]} in {c.init} and cannot become "
-                                 f"{overrides[name]} in stage image")
+                                 f"{overrides[name]} in stage {c.stage}")
         values |= frozen
     config = MoSConfig(**values)
-    words = read_tokenizer(config, c.init) if c.stage == "image" else build_tokenizer(dataset)
+    words = read_tokenizer(config, c.init) if c.stage in GENERATING else build_tokenizer(dataset)
     with torch.device("meta"):
         return MoS(config, words)
 
@@ -695,13 +707,15 @@ def prepare(c, overrides, world):
         raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
     folder = Path(c.out)
     made = [folder / f"{c.stage}.states", folder / f"{PART[c.stage]}.safetensors"]
+    if c.stage == "edit" and (folder / "image.states").is_dir():
+        made.pop()  # stage image's, which `--export --stage image` writes again
     c.resume = c.resume or c.export
     if any(path.exists() for path in made) and not c.resume:
         raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
                          "or choose another --out")
     dataset = open_sources(c, MoSConfig(**model_values(c, overrides)).size, world)
     model = build(c, overrides, dataset)
-    if c.stage == "image" and world.device.type == "cuda":
+    if c.stage in GENERATING and world.device.type == "cuda":
         model.understanding.bfloat16()  # MoS App. A
     for block in model.generation.blocks:
         block.recompute = c.recompute
@@ -746,7 +760,7 @@ def main():
         return
     world = World.join(c.patience)
     torch.set_float32_matmul_precision("high")
-    for stage in [c.stage] if c.stage else STAGES:
+    for stage in [c.stage] if c.stage else STAGES[:4 if c.data == "shapes" else 3]:
         if not train_stage(complete(c, stage, world.device), overrides, world):
             break
     if dist.is_initialized():
