@@ -1,6 +1,12 @@
-"""MoS-Edit: where the reference picture enters, what guidance compares, edited pictures."""
+"""MoS-Edit: where the reference picture enters, guidance, edited pictures, data and training."""
 
+import csv
 import math
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +14,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import make_model
-from mos import Context, MoSConfig, guide, to_pixels
+import edits
+import shapes
+import train
+from captions import read_caption
+from conftest import ROOT, make_model
+from data import Edits, Lessons, Looks, Mixture, Shapes, build_tokenizer, in_detail
+from mos import Context, MoS, MoSConfig, guide, read_vocabulary, to_pixels
+from stages import EditStage
+from test_train import MODEL, alone, settings, validate_on_few
 from towers import Tokenizer
 
 TEXTS = ["a red circle", "two stars on the gray background"]
@@ -239,3 +252,226 @@ def test_what_cannot_be_edited_is_refused(painter):
             ("image_guidance", dict(image_guidance=math.nan)), ("steps", dict(steps=0))):
         with pytest.raises(ValueError, match=match):
             painter.edit(**{"images": pictures(), "instructions": TEXTS, "steps": 1, **change})
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+WORDS = Tokenizer([*read_vocabulary(ROOT / "weights").words, *edits.words(),
+                   *"in detail : drawn".split()])
+
+
+def test_lessons():
+    """Texts alone and texts about a picture, half and half and in thirds; all answers are true."""
+    world, kinds = Lessons(64, 3), Counter()
+    for i in range(300):
+        scene, prompt, question, answer = world.scene(i)
+        packed, text, about, told, detail = world[i]
+        shown = scene
+        if i % 2:
+            short, long = text.removeprefix("in detail : "), read_caption(detail)
+            assert text == f"in detail : {short}" and shapes.satisfies(long, scene)
+            assert all(o.colour for o in long.objects) and len(long.relations) <= 2
+            if prompt.task == "dense":
+                assert " , " not in short and short.count(" and ") == len(scene.objects) - 1
+            else:
+                asked = read_caption(short)
+                assert short == prompt.text and {*asked.relations} <= {*long.relations}
+                assert asked.background in (None, long.background)
+                assert all(a.size in (None, b.size) for a, b in zip(asked.objects, long.objects))
+        else:
+            assert (text, detail) == (prompt.text, None)
+        if i % 3 == 2:
+            edit = world.edit(i)
+            shown, target = edit.source, edit.target
+            outlined = told.endswith(" , drawn as outlines")
+            long = read_caption(told.removesuffix(" , drawn as outlines"))
+            assert about == edit.text and outlined == (target.style == "outlined")
+            assert shapes.satisfies(long, target._replace(style="filled"))
+            assert all(o.colour for o in long.objects)
+            kinds[edit.type] += 1
+        else:
+            assert (about, told) == ((question, answer), (prompt.text, None))[i % 3]
+        assert torch.equal(packed, shapes.pack([shown])[0])
+    assert kinds.keys() == {*edits.TYPES}
+
+
+def test_ambiguous_objects_are_not_related():
+    """A detailed caption relates no two objects of one colour and shape; one object is no list."""
+    circle = shapes.Object("circle", "red", "small", 0.2, 0.2)
+    three = circle, circle._replace(x=0.5), circle._replace(x=0.5, y=0.8)
+    for number, pattern in ((3, "{0} , {0} and {0}"), (1, "{0}")):
+        for i in range(20):
+            text = in_detail(random.Random(i), shapes.Scene(three[:number], "gray"))
+            said = pattern.format("a (small )?red circle")
+            assert re.fullmatch(rf"(an? \w+ of )?{said}( on a gray background)?", text)
+
+
+def test_longest_text():
+    """The default max_tokens holds lessons, by far not too many; the words are those of any item.
+    """
+    world, longest = Lessons(64, 1), 0
+    tokenizer = build_tokenizer(Mixture([Shapes(64, 0)]), 500)
+    for i in range(1500):
+        _, text, about, told, detail = world[i]
+        longest = max(longest, *(2 + len(tokenizer.encode(f"{a} {b or ''}")) - 1
+                                 for a, b in ((text, detail), (about, told))))
+    assert 64 < longest <= 76 < MoSConfig().max_tokens == 80
+    for a, b in zip(world.texts(20), Edits(64, 1).texts(20)):  # one vocabulary for all stages
+        assert a == b
+
+
+def test_worlds():
+    """Edits hold source, target and a scene with its caption; every fourth look is outlined."""
+    world, drawn = Edits(32, 5), Shapes(32, 5)
+    packed, caption, instruction, _ = world[7]
+    edit = world.edit(7)
+    assert torch.equal(packed, shapes.pack([edit.source, edit.target, drawn.scene(7)[0]]))
+    assert (caption, instruction) == (drawn[7][1], edit.text)
+    pictures = world.draw(torch.stack([packed, packed]), "cpu")
+    assert pictures.shape == (2, 3, 3, 32, 32)
+    assert torch.equal(pictures[1], drawn.draw(packed, "cpu"))
+    styles = [Looks(32, 5).scene(i)[0].style for i in range(8)]
+    assert styles == ["outlined", *["filled"] * 3] * 2
+    assert {Edits(32, 5, split).edit(7).text for split in ("train", "val")} != {edit.text}
+
+
+# --- training ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory):
+    """A folder with a small model of random weights that knows the small world's words."""
+    folder = tmp_path_factory.mktemp("edit") / "init"
+    torch.manual_seed(0)
+    model = MoS(MoSConfig(**MODEL), WORDS)
+    model.generation.head.weight.data.normal_(0, 0.05)  # or nothing would matter
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_stage(init, number=12, model=MODEL, **changes):
+    c = settings("edit", init=str(init), scenes=number, **changes)
+    model = MoS.from_pretrained(init, **{name: model[name] for name in ("edit_inputs",)
+                                         if name in model})
+    return EditStage(model, Mixture([Edits(64, 0, number=number)]), c, alone())
+
+
+def test_half_a_batch_each(init, monkeypatch):
+    """A batch of 8 is 4 pictures from text and 4 edits; the tower sees what the latents are of."""
+    validate_on_few(monkeypatch.setattr, 2)
+    stage = make_stage(init, batch=8, prompt_dropout=0.0)
+    stage.start(0)
+    inputs, world, vae = stage.inputs(0), stage.dataset.sources[0], stage.model.vae
+    assert {len(a) for a in inputs} == {4}
+    scene, prompts, *_, images, before, after, instructions, t, z1, explore = inputs
+    for i in range(4):
+        texts = [WORDS.decode(ids for ids in a[i][1:] if ids > 0) for a in (prompts, instructions)]
+        index, = (j for j in range(12) if [*world[j][1:3]] == texts)
+        pictures = world.draw(world[index][0], "cpu")
+        close(images[i], pictures[0])
+        with torch.no_grad():
+            latents = vae.encode(pictures)
+        close(torch.stack((before[i], after[i], scene[i])), latents, **TIGHT)
+    assert explore.shape == (4, 16 + instructions.shape[1], 6, 3)
+    assert stage.padding == ((prompts < 0).sum() + (instructions < 0).sum()) > 0
+    loss, metrics = stage(*inputs)
+    assert metrics["counts"].sum() == 8 and loss.item() == pytest.approx(
+        (metrics["draw"] + metrics["edit"]).item() / 2)
+
+
+def test_instructions_are_dropped(init, monkeypatch):
+    """Prompt dropout empties instructions and leaves pictures, and in the other half everything."""
+    validate_on_few(monkeypatch.setattr, 2)
+    seen = []
+    for dropout in (0.0, 1.0):
+        stage = make_stage(init, batch=8, prompt_dropout=dropout)
+        stage.start(0)
+        seen.append(stage.inputs(0))
+    full, empty = seen
+    for i, (a, b) in enumerate(zip(full, empty)):
+        if i in (1, 8):  # prompts and instructions
+            assert (b[:, 0] == Tokenizer.BOS).all() and (b[:, 1:] == Tokenizer.PAD).all()
+            assert (a[:, 1] > 2).all()
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("arm", (("generation",), ("understanding",)))
+def test_training_arms(arm, init, monkeypatch):
+    """An arm of MoS App. B.5 trains what it uses, and nothing else."""
+    validate_on_few(monkeypatch.setattr, 2)
+    stage = make_stage(init, model={"edit_inputs": arm}, batch=4)
+    stage.start(0)
+    inputs = stage.inputs(0)
+    loss, _ = stage(*inputs)
+    other = [torch.rand_like(a) if i in (5, 6) else a for i, a in enumerate(inputs)]
+    kept = 5 if arm == ("generation",) else 6  # images or reference are not looked at
+    assert stage(*[other[i] if i == kept else a for i, a in enumerate(inputs)])[0] == loss
+    assert stage(*[a if i == kept else other[i] for i, a in enumerate(inputs)])[0] != loss
+    assert len(stage.idle()) == (arm == ("understanding",))
+    assert inputs[-1].shape[1] - inputs[8].shape[1] == (16 if arm == ("understanding",) else 0)
+
+
+def test_one_batch_is_learned_through_the_picture():
+    """The loss falls fivefold though noise, t and text are the same: the reference tells targets.
+    """
+    colours = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    images = colours[:, :, None, None].float().expand(-1, -1, 32, 32)
+    for arm, steps in (("generation", 30), ("understanding", 100)):
+        model = make_model(edit_inputs=(arm,))
+        torch.nn.init.zeros_(model.generation.head.weight)
+        tokens, losses = model.tokenizer.batch(["a star"] * 4), []
+        z0, z1 = torch.randn(4, 6, 2, 2), torch.randn(1, 6, 2, 2).expand(4, -1, -1, -1)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 3e-3)
+        for _ in range(steps):
+            losses.append(model.loss(z0, tokens, torch.ones(4), z1, images=images,
+                                     reference=z0.flip(0)).mean())
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[0] > 1 and losses[-1] < losses[0] / 5, arm
+
+
+def test_a_short_run(init, tmp_path, monkeypatch):
+    """Both losses fall, only router and generation tower change, settings are the checkpoint's."""
+    validate_on_few(monkeypatch.setattr, 2)
+    monkeypatch.setattr(EditStage, "validate", lambda *_: {"val_loss": 1.0})
+    monkeypatch.setattr(train.Log, "plot", lambda _: None)
+    c = settings("edit", tmp_path, init=str(init), steps=30, batch=8, lr=5e-3, warmup=0)
+    assert train.train_stage(c, {"edit_inputs": ("generation",)}, alone())
+    rows = list(csv.DictReader((tmp_path / "edit.csv").open()))
+    for name in ("draw_loss", "edit_loss"):
+        losses = [float(row[name]) for row in rows if row.get(name)]
+        assert len(losses) == 30 and sum(losses[-8:]) < 0.9 * sum(losses[:8])
+    old, new = (MoS.from_pretrained(folder) for folder in (init, tmp_path))
+    assert new.config == replace(old.config, edit_inputs=("generation",))
+    changed = {name.split(".")[0] for (name, a), b in zip(old.state_dict().items(),
+                                                          new.state_dict().values())
+               if not torch.equal(a, b)}
+    assert changed == {"router", "generation"} and new.generation.reference.any()
+
+
+def test_what_is_not_overwritten(init, tmp_path):
+    """Stage edit replaces no weights but those that stage image can write again."""
+    (tmp_path / "mos.safetensors").write_bytes(b"")
+    c = settings("edit", tmp_path, init=str(init))
+    with pytest.raises(ValueError, match="already holds a run of stage edit"):
+        train.prepare(c, {}, alone())
+    (tmp_path / "image.states").mkdir()
+    assert train.prepare(c, {}, alone()).start == 0
+
+
+def test_stages_of_a_whole_run(monkeypatch, tmp_path):
+    """All four for the small world, all but edit for own pictures."""
+    ran = []
+    monkeypatch.setattr(train, "train_stage", lambda c, *_: ran.append(c.stage) or True)
+    for flags in ([], ["--data", "folder"], ["--stage", "edit"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        train.main()
+    assert ran == ["vae", "understand", "image", "edit", "vae", "understand", "image", "edit"]
+
+
+def test_a_tower_without_eyes(init):
+    """A tower that reads no pictures is refused before anything is encoded."""
+    model = MoS(MoSConfig(**MODEL, und_images=False), WORDS)
+    with pytest.raises(ValueError, match="which reads pictures, or --edit-inputs generation"):
+        EditStage(model, Mixture([Edits(64, 0, number=4)]), settings("edit"), alone())
