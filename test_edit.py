@@ -239,6 +239,15 @@ def test_edit(painter):
                                            size=(32, 64)))
 
 
+def test_pixels():
+    """A picture's rows, columns and channels; what is not RGB becomes so."""
+    images = pictures(3)
+    images[2] = images[2].convert("L")
+    expected = [np.asarray(image.convert("RGB")) for image in images]
+    values = (to_pixels(images) + 1) * 127.5
+    assert (values.round().permute(0, 2, 3, 1).numpy() == expected).all()
+
+
 def test_what_cannot_be_edited_is_refused(painter):
     """A ValueError of one line that names what is wrong."""
     for match, change in (
@@ -451,13 +460,18 @@ def test_a_short_run(init, tmp_path, monkeypatch):
 
 
 def test_what_is_not_overwritten(init, tmp_path):
-    """Stage edit replaces no weights but those that stage image can write again."""
+    """Stage edit begins with the weights of --init; it replaces none but those that stage image
+    can write again.
+    """
     (tmp_path / "mos.safetensors").write_bytes(b"")
     c = settings("edit", tmp_path, init=str(init))
     with pytest.raises(ValueError, match="already holds a run of stage edit"):
         train.prepare(c, {}, alone())
     (tmp_path / "image.states").mkdir()
-    assert train.prepare(c, {}, alone()).start == 0
+    run = train.prepare(c, {}, alone())
+    for (name, a), b in zip(MoS.from_pretrained(init).state_dict().items(),
+                            run.model.state_dict().values()):
+        assert run.start == 0 and torch.equal(a, b), name
 
 
 def test_stages_of_a_whole_run(monkeypatch, tmp_path):
