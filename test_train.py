@@ -156,7 +156,7 @@ def trained(tmp_path_factory):
     folder, judge = tmp_path_factory.mktemp("trained"), evaluate.score_judge
     ask, tokenizer = evaluate.score_understanding, train.build_tokenizer
     with pytest.MonkeyPatch.context() as patch:
-        validate_on_few(patch.setattr, 26)
+        validate_on_few(patch.setattr, 12)
         patch.setattr(train, "build_tokenizer", lambda dataset: tokenizer(dataset, 500))
         patch.setattr(evaluate, "score_judge", lambda number, **rest: judge(number // 10, **rest))
         patch.setattr(evaluate, "score_understanding", lambda model, n: ask(model, n // 10))
@@ -247,7 +247,7 @@ def near(folder, other, stage, tolerance):
 
 @every_stage
 def test_accumulation(stage, light, trained, straight, tmp_path):
-    """The gradient of two micro-batches is one batch's, in fp32 to 1e-5 of its norm."""
+    """The gradient of two micro-batches is one batch's, in fp32 to 3e-5 of its norm."""
     for size in "24":
         assert go(stage, tmp_path / size, init=str(trained), micro_batch=int(size), steps=1)
     assert curve(tmp_path / "2", stage)[0] == [pytest.approx(curve(straight / stage, stage)[0][0],
@@ -256,7 +256,7 @@ def test_accumulation(stage, light, trained, straight, tmp_path):
     names = [name for name in a if name.startswith("exp_avg/")]  # a tenth of the gradient
     wrong, whole = (torch.stack(values).norm() for values in zip(
         *((torch.norm(a[name] - b[name]), torch.norm(b[name])) for name in names)))
-    assert 0 < whole and wrong <= 1e-5 * whole
+    assert 0 < whole and wrong <= 3e-5 * whole
 
 
 def test_recompute(model):
@@ -570,13 +570,11 @@ def test_validation_is_unseen(stage, trained, monkeypatch):
     """No stage validates on a scene that training draws, in a world so small that they recur."""
     def scenes(packed):
         return {tuple(row) for one in packed for row in one.view(-1, 21).tolist()}
-    drawn, own, number, unseen = [], Shapes.draw, 800 if stage == "edit" else 3200, 256
+    drawn, own, number, unseen = [], Shapes.draw, 800, 30
     data = WORLDS[stage](64, 0, tasks=("colours",), grid=8, number=number)
     seen = [data[i][0] for i in range(number)]
     assert scenes(seen[:-200]) & scenes(seen[-200:])
-    if stage == "edit":  # whose unseen ones take long to find
-        unseen = 24
-        validate_on_few(monkeypatch.setattr, unseen)
+    validate_on_few(monkeypatch.setattr, unseen)
     kind = train.KINDS[stage](MoS.from_pretrained(trained), Mixture([data]), settings(
         stage, tasks=data.tasks, grid=8), alone())
     monkeypatch.setattr(Shapes, "draw", lambda self, packed, device: drawn.append(
@@ -595,7 +593,7 @@ def test_validation_is_unseen(stage, trained, monkeypatch):
 @every_stage
 def test_inputs_are_a_function_of_seed_and_step(stage, trained, monkeypatch):
     """A batch depends on seed and step, not on where a run began or on how many share it."""
-    validate_on_few(monkeypatch.setattr)
+    validate_on_few(monkeypatch.setattr, 2)
 
     def inputs(step, begin=3, seed=0, **world):
         number = 16 if stage in train.GENERATING else None
