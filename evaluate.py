@@ -261,7 +261,7 @@ def score_loss(model, number=256, seed=0):
 
 def same_scene(truth, seen, unit, pixels=2.0):
     """Whether a judged scene equals the true one: every object, each within `pixels`."""
-    if len(truth.objects) != len(seen.objects) or truth.background != seen.background:
+    if len(truth.objects) != len(seen.objects) or truth[1:] != seen[1:]:
         return False
     left = list(seen.objects)
     for o in truth.objects:

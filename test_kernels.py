@@ -584,7 +584,7 @@ def test_model(changes, fused, monkeypatch):
     model, results, B = make_model(**changes).to(DEVICE), [], 3
     z0, z1 = torch.randn(2, B, model.config.vae_channels, 4, 6, device=DEVICE)
     tokens = model.tokenizer.batch(["a red circle", "two stars", "a star left of the blue square"])
-    arguments = z0, tokens.to(DEVICE), torch.rand(B).to(DEVICE), z1
+    arguments = z0, tokens.to(DEVICE), torch.rand(B).to(DEVICE), z1, None, None, None, z1
     trained = [p for p in model.parameters() if p.requires_grad]
     for plain in (False, True):
         monkeypatch.setattr(kernels, "PLAIN", plain)

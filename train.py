@@ -51,7 +51,8 @@ class TrainConfig:
     preset: str = setting("", "model preset; empty: tiny on a GPU, laptop on a CPU")
     phase: str = setting("", "the paper's phase of stage image: 512, 1024, aesthetic or 2048")
     out: str = setting("runs/mos", "folder for checkpoint, log, plot and pictures")
-    init: str = setting("", "folder of the stages, or of the phase, before; empty: --out")
+    init: str = setting("", "folder of the stages, or of the phase, before, or of a VAE that stage "
+                            "vae shall go on from; empty: --out")
     data: str = setting("shapes", "shapes, a folder of pictures with captions, one of tar shards "
                                   "or their pattern; several by weight: a=0.7,b=0.3")
     where: str = setting(None, "use own pictures whose fields fulfil this: 'aesthetic >= 6'")
@@ -310,13 +311,14 @@ def fill(stage, c):
     stage.to_empty(device=stage.world.device)
     if c.stage in GENERATING:
         model.vae.to_empty(device=stage.world.device)
-    loaded = ("vae", "understanding", "mos")[:2 + goes_on(c)] if c.stage in GENERATING else ()
+    before = ("vae", "understanding") if c.stage in GENERATING else ()
+    loaded = (*before, PART[c.stage]) if goes_on(c) else before
     for part in loaded:
         model.load_part(c.init, part)
     if PART[c.stage] not in loaded:
         for name in MoS.PARTS[PART[c.stage]]:
             initialise(getattr(model, name), c.seed)
-    if c.stage == "vae":
+    if c.stage == "vae":  # until validation measures them
         model.vae.set_statistics(torch.zeros(model.config.vae_channels),
                                  torch.ones(model.config.vae_channels))
 
@@ -671,25 +673,25 @@ def model_values(c, overrides):
 
 
 def goes_on(c):
-    """Whether a stage or phase starts from the weights of the one before."""
-    return c.stage == "edit" or c.phase not in ("", next(iter(PHASES)))
+    """Whether a stage or phase starts from weights of its own kind, those in --init."""
+    return (c.stage == "edit" or c.phase not in ("", next(iter(PHASES)))
+            or c.stage == "vae" and c.init != c.out)
 
 
 def build(c, overrides, dataset):
     """The model of a stage by its settings, with what earlier stages decided; no memory yet."""
-    values = model_values(c, overrides)
-    if c.stage in GENERATING:  # parts that have been trained stay as they were
+    values, kinds = model_values(c, overrides), ("vae_",) if goes_on(c) else ()
+    if c.stage in GENERATING:
         kinds = tuple(kind for kind in ("vae_", "und_") if not values.get(f"{kind}folder"))
         kinds += ("gen_", "router_", "registers", "tokenwise", "state_norm", "k",
                   "renormalize") if goes_on(c) else ()
-        frozen = {name: value for name, value in asdict(read_config(c.init)).items()
-                  if name.startswith(kinds)} if kinds else {}
-        for name in frozen.keys() & overrides.keys():
-            if overrides[name] != frozen[name]:
-                raise ValueError(f"{name} is {frozen[name]} in {c.init} and cannot become "
-                                 f"{overrides[name]} in stage {c.stage}")
-        values |= frozen
-    config = MoSConfig(**values)
+    frozen = {name: value for name, value in asdict(read_config(c.init)).items()
+              if name.startswith(kinds)} if kinds else {}  # what has been trained stays as it was
+    for name in frozen.keys() & overrides.keys():
+        if overrides[name] != frozen[name]:
+            raise ValueError(f"{name} is {frozen[name]} in {c.init} and cannot become "
+                             f"{overrides[name]} in stage {c.stage}")
+    config = MoSConfig(**values | frozen)
     words = read_tokenizer(config, c.init) if c.stage in GENERATING else build_tokenizer(dataset)
     with torch.device("meta"):
         return MoS(config, words)
