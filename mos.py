@@ -294,18 +294,22 @@ class MoS(nn.Module):
 
     def _read(self, texts, images=None):
         """The Context of any texts, and of pictures (B, 3, H, W) in turn."""
-        rows = [self.tokenizer.encode(text) for text in texts]
-        longest, text = max(zip(map(len, rows), texts))
-        if longest > self.config.max_tokens:
-            raise ValueError(f"prompt of {longest} tokens is too long, at most "
-                             f"{self.config.max_tokens} are read: {text!r}")
-        device = self.understanding.embedding.weight.device
+        U, places = self.understanding, 0
+        device = U.embedding.weight.device
         if images is not None:
             images = images.to(device).repeat(len(texts) // len(images), 1, 1, 1)
+            if U.image_token is not None and "understanding" in self.config.edit_inputs:
+                images, places = U.vision.fit(images)
+        lengths = [len(self.tokenizer.encode(text, places)) for text in texts]
+        longest, text = max(zip(lengths, texts))
+        if longest - places > self.config.max_tokens:
+            raise ValueError(f"prompt of {longest - places} tokens is too long, at most "
+                             f"{self.config.max_tokens} are read: {text!r}")
         with autocast(device):
-            context = self.understand(self.tokenizer.batch(texts).to(device), images)
-        front = context.mask.shape[1] - longest  # image tokens
-        runs = [(len(list(same)), front + length) for length, same in groupby(map(len, rows))]
+            tokens = self.tokenizer.batch(texts, image_tokens=places).to(device)
+            context = self.understand(tokens, images)
+        front = context.mask.shape[1] - longest  # image tokens that have no places in the text
+        runs = [(len(list(same)), front + length) for length, same in groupby(lengths)]
         # Without a mask attention is faster; but each run is one more call in every block.
         return context._replace(runs=runs if len(runs) <= 2 else None)
 

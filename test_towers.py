@@ -5,9 +5,12 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from folders import load_tower
+import conftest
+from folders import FolderTokenizer, fill_tower, load_tower
+from mos import MoS, MoSConfig
 from towers import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -150,6 +153,24 @@ def test_no_folder(folder):
         load_tower(folder)
 
 
+def edit_with(folder):
+    """Pictures of any size reach the tower of a folder through MoS.edit."""
+    words = {str(i): i for i in range(58)} | {"<img>": 58, "</img>": 59, "<IMG_CONTEXT>": 60}
+    marks = [dict(id=i, content=mark, single_word=False, lstrip=False, rstrip=False,
+                  normalized=False, special=True) for mark, i in [*words.items()][58:]]
+    (folder / "tokenizer.json").write_text(json.dumps(dict(
+        added_tokens=marks, pre_tokenizer=dict(type="Whitespace"),
+        model=dict(type="WordLevel", vocab=words, unk_token="0"))))
+    config = MoSConfig(**conftest.SMALL | dict(und_width=48, und_depth=3, und_folder=str(folder),
+                                               edit_inputs=("understanding",)))
+    model = MoS(config, FolderTokenizer(folder)).eval()
+    fill_tower(model.understanding, folder)
+    torch.nn.init.normal_(model.generation.head.weight)
+    pictures = [Image.new("RGB", (64, 32), colour) for colour in ("red", "blue")]
+    found = [model.edit([picture], ["3 4 5"])[0] for picture in pictures]
+    assert found[0].size == (64, 32) and found[0].tobytes() != found[1].tobytes()
+
+
 def test_pictures(tmp_path):
     """Picture and text through InternVL: the states after every block, and the words it writes."""
     vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
@@ -181,5 +202,6 @@ def test_pictures(tmp_path):
                              max_new_tokens=8, do_sample=False)
     assert list(tower.write(tokens[:1], 8, (), images=2 * images[:1] - 1)) == \
         written[0, -8:].tolist()
+    edit_with(tmp_path)
     with pytest.raises(ValueError, match=r"4 image tokens each, the texts places for \[4, 0\]"):
         tower.embed(tokens.where(torch.tensor([[True], [False]]), 1), images)

@@ -38,8 +38,11 @@ class Tokenizer:
             text = text.replace(mark, f" {mark} ")
         return text.lower().replace(".", " ").split()
 
-    def encode(self, text):
-        """Token ids of a text, <bos> in front. Raises ValueError that names an unknown word."""
+    def encode(self, text, image_tokens=0):
+        """Token ids of a text, <bos> in front. Raises ValueError that names an unknown word.
+
+        image_tokens: for how many the text must have places; this tower's stand before the text.
+        """
         ids = [self.BOS]
         for word in self.split(text):
             if word not in self.index:
@@ -49,9 +52,9 @@ class Tokenizer:
             ids.append(self.index[word])
         return ids
 
-    def batch(self, texts, length=None):
+    def batch(self, texts, length=None, image_tokens=0):
         """Right-padded token ids (B, S) of several texts; S is `length` or the longest text."""
-        rows = [self.encode(text) for text in texts]
+        rows = [self.encode(text, image_tokens) for text in texts]
         length = length or max(map(len, rows))
         for row, text in zip(rows, texts):
             if len(row) > length:
@@ -85,7 +88,7 @@ class Bytes(Tokenizer):
     def __init__(self):
         super().__init__(map(str, range(256)))
 
-    def encode(self, text):
+    def encode(self, text, image_tokens=0):
         return [self.BOS, *(len(self.SPECIAL) + byte for byte in text.encode())]
 
     def decode(self, ids):

@@ -100,6 +100,15 @@ class VisionTransformer(nn.Module):
         else:
             start(name, p, len(self.blocks))
 
+    def fit(self, images):
+        """Pictures (B, 3, H, W) as one tile of the size that the encoder knows, and its tokens.
+
+        NOTE (ours): squashed where they are oblong; the published models cut them into tiles.
+        """
+        side = self.side * self.patch
+        images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        return images, (self.side // 2) ** 2
+
     def embed(self, images, mode):
         """Patches with their absolute positions behind the class token (B, L, Dv), and h and w.
 
