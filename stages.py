@@ -513,7 +513,7 @@ class EditStage(ImageStage):
     def fill(self):
         super().fill()
         self.sources, instructions = self.beside
-        self.instructions = instructions.to(self.world.device)
+        self.instructions = trim(instructions).to(self.world.device)
         lengths = (instructions != Tokenizer.PAD).sum(1).numpy()
         self.lengths = [np.maximum(lengths, *self.lengths)]
 

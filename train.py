@@ -115,7 +115,7 @@ RECIPES = {  # (stage, kind of machine): what its None settings become
                                 save_every=250),
     ("image", "cpu"): dict(steps=6000, batch=32, lr=3e-3, warmup=200, ema=0.998, scenes=4_000,
                            eval_every=1500, save_every=500),
-    ("edit", "cpu"): dict(steps=6000, batch=32, lr=1e-3, warmup=200, ema=0.998, scenes=4_000,
+    ("edit", "cpu"): dict(steps=3000, batch=32, lr=1e-3, warmup=200, ema=0.998, scenes=4_000,
                           eval_every=1500, save_every=500),
 }
 LARGE = ("ablation_1b", "mos_s", "mos_l")
