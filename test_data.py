@@ -455,6 +455,7 @@ def go(world, out, stage="image", **changes):
     return [float(row["loss"]) for row in rows], rows
 
 
+@pytest.mark.slow
 def test_columns(world, light, tmp_path, capsys):
     """A run on a mixture of tars and a folder, filtered, logs shares, padding and who waits."""
     _, rows = go(world, tmp_path / "out", where="score >= 1", length_step=4, latents="step",
@@ -528,7 +529,8 @@ def test_dead_producer(world, light, tmp_path, monkeypatch):
         go(world, tmp_path / "out", steps=2, states="producer")
 
 
-@pytest.mark.parametrize("beside", (pytest.param("", marks=pytest.mark.slow), "=1,{}/a=1"))
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", ("", "=1,{}/a=1"))
 def test_latents_of_the_small_world(beside, world, light, tmp_path):
     """The small world can be stored, too, alone or beside pictures."""
     changes, losses = dict(data="shapes" + beside.format(world), scenes=10, steps=3), []
@@ -539,6 +541,7 @@ def test_latents_of_the_small_world(beside, world, light, tmp_path):
     assert losses[2] == losses[3]
 
 
+@pytest.mark.slow
 def test_latents_of_another_kind(world, light, tmp_path):
     """A folder that another VAE, other sizes or other samples made is refused in one line."""
     folder, out = tmp_path / "latents", tmp_path / "out"
@@ -619,7 +622,8 @@ def spoil(world, folder, number):
     return str(folder)
 
 
-@pytest.mark.parametrize("where", ("step", "disk", pytest.param("memory", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("where", (
+    "step", *(pytest.param(where, marks=pytest.mark.slow) for where in ("disk", "memory"))))
 def test_broken_body_in_training(where, world, light, tmp_path):
     """It is counted and replaced, on disk left out; past --max-broken the run stops with the list.
     """
@@ -642,7 +646,7 @@ def test_bucket_without_a_good_sample(where, world, light, tmp_path):
         go(world, tmp_path / "out", data=own, latents=where, steps=50, max_broken=1)
 
 
-@pytest.mark.parametrize("stage", ("vae", "understand"))
+@pytest.mark.parametrize("stage", (pytest.param("vae", marks=pytest.mark.slow), "understand"))
 def test_first_stages_follow_the_plan(stage, world, light, tmp_path):
     """VAE and tower train on buckets of a mixture with the small world, and resume exactly."""
     changes = dict(data=f"{world}/a=1,shapes=1", steps=6, length_step=8)
@@ -663,6 +667,7 @@ def test_first_stages_follow_the_plan(stage, world, light, tmp_path):
             assert all(torch.equal(a, torch.cat(cut)) for a, *cut in zip(whole, *ranks))
 
 
+@pytest.mark.slow
 def test_two_processes(world, light, tmp_path, monkeypatch):
     """Two processes index, encode and train like one, in float64, on buckets of a mixture.
 

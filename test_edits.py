@@ -381,7 +381,7 @@ def test_judge_fails_outlines_that_are_none(monkeypatch):
     two = (thing("large red ring", .3, .3), thing("small blue star", .7, .7))
     full, line = render(pack([Scene(two, "gray"), Scene(two, "gray", "outlined")]))
     mixed, = shapes.judge(torch.where(X < 64, full, line)[None])
-    assert same_scene(Scene(two, "gray"), mixed, 128) and mixed.style is None
+    assert same_scene(Scene(two, "gray", None), mixed, 128)
     ring, = shapes.judge(torch.where(torch.hypot(X - 38.4, Y - 38.4) < 4, full[:, 38:39, 22:23],
                                      line)[None])
     assert len(ring.objects) == 3  # a dot in a ring's outline is no part of it

@@ -415,8 +415,9 @@ def flip(path):
 
 @pytest.mark.parametrize("harm, told", (
     (flip, "safetensors is not what was written"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-9]), "safetensors is not what was written"),
-    (lambda path: path.unlink(), "No such file"),
+    pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-9]),
+                 "safetensors is not what was written", marks=pytest.mark.slow),
+    pytest.param(lambda path: path.unlink(), "No such file", marks=pytest.mark.slow),
     (lambda path: (path.parent / "manifest.json").write_text("[]"), "manifest.json: "),
     pytest.param(lambda path: (path.parent / "manifest.json").write_text("{"), "manifest.json: ",
                  marks=pytest.mark.slow),
@@ -507,8 +508,8 @@ def test_export(light, trained, tmp_path, monkeypatch):
     assert MoS.from_pretrained(tmp_path).generate(["a red circle"])
 
 
-@pytest.mark.parametrize("table, rows", (
-    ("scale-trap", 12), pytest.param("data-weights", 2, marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("table, rows", (("scale-trap", 12), ("data-weights", 2)))
 def test_ablations(table, rows, light, trained, monkeypatch, capsys):
     """Each table of ablate.py has its rows, with numbers."""
     monkeypatch.setitem(train.RECIPES, ("image", "cpu"), dict(
@@ -556,7 +557,8 @@ def test_own_pictures(text, message, trained, tmp_path):
         assert MoS.from_pretrained(out).generate(["a red square"], steps=1)
 
 
-@pytest.mark.parametrize("task, scores", (("counting", {"score_counting"}), ("dense", set())))
+@pytest.mark.parametrize("task, scores", (
+    pytest.param("counting", {"score_counting"}, marks=pytest.mark.slow), ("dense", set())))
 def test_tasks(task, scores, trained, tmp_path, monkeypatch):
     """--tasks trains on, and scores, these tasks only; "dense" has no score of its own."""
     validate_on_few(monkeypatch.setattr)
