@@ -348,18 +348,16 @@ def count_tokens(tokenizer, captions, longest):
 
 
 def sequence(tokenizer, length, text, answer=None):
-    """Token ids and next-token targets, both (length,); with an answer only that is a target."""
+    """Token ids and next-token targets, lists of `length`; with an answer only that is a target."""
     ids = tokenizer.encode(text)
     start = len(ids) - 1 if answer else 0
     ids += tokenizer.encode(answer)[1:] if answer else []
     ids.append(tokenizer.EOS)
     if len(ids) > length:
         raise ValueError(f"{text!r} has {len(ids)} tokens, more than the {length} allowed")
-    tokens = torch.full((length,), tokenizer.PAD)
-    target = torch.full((length,), -100)
-    tokens[:len(ids)] = torch.tensor(ids)
-    target[start:len(ids) - 1] = tokens[start + 1:len(ids)]
-    return tokens, target
+    rest = length - len(ids)
+    return (ids + [tokenizer.PAD] * rest,
+            [-100] * start + ids[start + 1:] + [-100] * (rest + 1))
 
 
 class Collate:
@@ -386,7 +384,7 @@ class Collate:
         texts = [sequence(self.tokenizer, length, item[1], *item[4:]) for item in items]
         about = [sequence(self.tokenizer, length, *item[2:4]) if item[2] else
                  texts[i] for i, item in enumerate(items)]
-        return pictures, *(torch.stack(column) for rows in (texts, about)
+        return pictures, *(torch.tensor(column) for rows in (texts, about)
                            for column in zip(*rows))
 
 

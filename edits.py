@@ -14,6 +14,7 @@ text does not name stays: a circle that is replaced with "a star" passes on its 
 
 import math
 import random
+from functools import lru_cache
 from itertools import combinations, permutations
 from typing import NamedTuple
 
@@ -109,11 +110,15 @@ class Room(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 # Instructions
 
-def _names(scene, o):
-    """All noun phrases that fit this object of the scene alone."""
-    said = [Object(o.shape, c, z) for c in (None, o.colour) for z in (None, o.size)]
-    return [shapes._noun(want, "the") for want in said
-            if sum(all(w in (None, v) for w, v in zip(want[:3], p)) for p in scene.objects) == 1]
+@lru_cache(1)  # several edits are tried on a scene
+def _names(scene):
+    """For each object of the scene, all noun phrases that fit it alone."""
+    def fits(want):
+        return sum(all(w in (None, v) for w, v in zip(want[:3], p)) for p in scene.objects)
+
+    return [[shapes._noun(want, "the") for want in
+             (Object(o.shape, c, z) for c in (None, o.colour) for z in (None, o.size))
+             if fits(want) == 1] for o in scene.objects]
 
 
 def _other(rng, table, value):
@@ -199,7 +204,7 @@ _DRAW = {"add": _add, "adjust": _adjust, "extract": _extract, "replace": _replac
 def instruct(rng, type, scene, width=1.0, height=1.0, grid=GRID):
     """An edit of this scene; None where the one that was drawn is ambiguous, idle or does not fit.
     """
-    room, names = Room(width, height, grid), [_names(scene, o) for o in scene.objects]
+    room, names = Room(width, height, grid), _names(scene)
     if not all(names):
         return None
     names = [rng.choice(one) for one in names]
