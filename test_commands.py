@@ -324,7 +324,7 @@ def test_readme_commands(script, flags, command, monkeypatch):
         raise Reached
     module = importlib.import_module(script.removesuffix(".py"))
     for owner, name in ((MoS, "from_pretrained"), (train.World, "join"), (evaluate, "score_judge"),
-                        (sample, "random_model"), (estimate, "show")):
+                        (sample, "random_model"), (sample, "read_picture"), (estimate, "show")):
         monkeypatch.setattr(owner, name, reached)
     if script == "drill.py":
         monkeypatch.setattr(module, "start", reached)
