@@ -326,7 +326,10 @@ def test_four_processes(trained, precise, tmp_path):
 
 
 def test_killed(light, tmp_path):
-    """SIGKILL at a random moment loses at most save_every steps, and --resume goes on."""
+    """SIGKILL at a random moment loses less than twice save_every steps, and --resume goes on.
+
+    Twice: the newest state may still be on its way to the disk, never more than that one.
+    """
     run = start(tmp_path, stage="vae", steps=5000, save_every=2)
     while not checkpoint.states(tmp_path / "vae.states"):
         assert run.poll() is None, run.communicate()[0]
@@ -335,7 +338,7 @@ def test_killed(light, tmp_path):
     run.kill()
     run.communicate()
     logged, saved = int(curve(tmp_path)[1]["step"]), state(tmp_path)[0]
-    assert logged - 2 <= saved <= logged and saved % 2 == 0
+    assert logged - 4 < saved <= logged and saved % 2 == 0
     assert go("vae", tmp_path, steps=saved + 2, resume=True) and state(tmp_path)[0] == saved + 2
 
 
