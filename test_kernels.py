@@ -582,7 +582,7 @@ def test_kernels_compile(arch):
 def test_model(changes, fused, monkeypatch):
     """Loss and gradients of a small MoS are those of the twins, on a GPU under bf16 autocast."""
     model, results, B = make_model(**changes).to(DEVICE), [], 3
-    z0, z1 = torch.randn(2, B, model.config.vae_channels, 4, 6, device=DEVICE)
+    z0, z1 = torch.randn(2, B, model.config.vae_channels, 2, 3, device=DEVICE)
     tokens = model.tokenizer.batch(["a red circle", "two stars", "a star left of the blue square"])
     arguments = z0, tokens.to(DEVICE), torch.rand(B).to(DEVICE), z1, None, None, None, z1
     trained = [p for p in model.parameters() if p.requires_grad]
