@@ -322,8 +322,10 @@ class MoS(nn.Module):
         U, limit = self.understanding, self.config.max_tokens - len(self.tokenizer.encode(""))
         tokens = torch.tensor([self.tokenizer.request(prompt)], device=U.embedding.weight.device)
         with autocast(tokens.device):
-            ids = U.write(tokens, limit, self.tokenizer.stops, temperature, seed)
-            return self.tokenizer.decode(ids)
+            ids = list(U.write(tokens, limit, self.tokenizer.stops, temperature, seed))
+        while len(self.tokenizer.encode(self.tokenizer.decode(ids))) > self.config.max_tokens:
+            ids.pop()  # what is written need not come back as the same tokens
+        return self.tokenizer.decode(ids)
 
     @torch.no_grad()
     def generate(self, prompts, steps=None, guidance=None, rescale=None, schedule=None, seed=0,

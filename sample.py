@@ -109,8 +109,8 @@ def parse(arguments=None):
     parser.add_argument("--negative", default="", help="what guidance moves away from")
     parser.add_argument("--rewrite", action="store_true", help="let the understanding tower write "
                         "a detailed caption of each prompt first, show it and draw that")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the rewriting; 0 takes "
-                        "the likeliest words")
+    parser.add_argument("--temperature", type=float, help="of the rewriting; default 0: the "
+                        "likeliest words")
     parser.add_argument("--num", type=int, default=1, help="pictures for each prompt")
     parser.add_argument("--steps", type=int, help="denoising steps; this and the next five default "
                         "to the checkpoint's own settings")
@@ -132,7 +132,7 @@ def parse(arguments=None):
                         "cpu; default: where the rest does")
     parser.add_argument("--drop-tower", action="store_true", help="load the rest only after the "
                         "prompts are read and the understanding tower is gone: both need not fit")
-    parser.add_argument("--preset", choices=PRESETS, default="mos_s", help="for --random-weights")
+    parser.add_argument("--preset", choices=PRESETS, help="of --random-weights; default: mos_s")
     parser.add_argument("--random-weights", action="store_true", help="draw noise with an "
                         "untrained model, to see what a preset costs")
     args = parser.parse_args(arguments)
@@ -140,10 +140,17 @@ def parse(arguments=None):
         args.prompt = args.prompt or ["a text"]
     if not args.prompt:
         raise ValueError("--prompt is missing: say what to draw")
-    for name in ("rewrite", "drop_tower", "size") if args.image else ("image_guidance",):
-        if getattr(args, name) not in (None, False):
-            raise ValueError(f"--{name.replace('_', '-')} does not go "
-                             + ("with --image" if args.image else "without --image"))
+    for name, given, flags in (
+            ("with --image", args.image, "rewrite drop_tower size"),
+            ("without --image", not args.image, "image_guidance"),
+            ("without --rewrite", not args.rewrite, "temperature"),
+            ("without --random-weights", not args.random_weights, "preset"),
+            ("with --random-weights", args.random_weights,
+             "drop_tower tower_device und_folder vae_folder")):
+        for flag in flags.split():
+            if given and getattr(args, flag) not in (None, False):
+                raise ValueError(f"--{flag.replace('_', '-')} does not go {name}")
+    args.preset, args.temperature = args.preset or "mos_s", args.temperature or 0.0
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
     if not 0 <= args.temperature < math.inf:
@@ -151,9 +158,9 @@ def parse(arguments=None):
     if abs(args.seed) >= 2 ** 62:
         raise ValueError(f"--seed is too large: {args.seed}")
     try:
-        torch.device(args.tower_device or "cpu")
-    except RuntimeError:
-        raise ValueError(f"--tower-device must be a device such as cpu or cuda, got "
+        torch.empty(1, device=args.tower_device)
+    except (RuntimeError, AssertionError):  # unknown, or PyTorch was built without it
+        raise ValueError(f"--tower-device must be a device of this machine, cpu or cuda, got "
                          f"{args.tower_device!r}") from None
     check_writable(args.out)
     args.size = parse_size(args.size) if args.size else None
@@ -167,7 +174,7 @@ def draw(model, args, prompts, settings, device):
         return model.edit([args.picture] * len(prompts), prompts, **settings, seed=args.seed,
                           negative=args.negative, progress=progress)
     context = model.read(prompts, args.negative if settings["guidance"] != 1 else None)
-    if args.drop_tower and not args.random_weights:
+    if args.drop_tower:
         model.understanding.to("meta")
         model.load(args.checkpoint, ("vae", "mos"), device, None, getattr(torch, args.vae_dtype))
     return model.generate(prompts, **settings, seed=args.seed, size=args.size, context=context,

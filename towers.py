@@ -62,7 +62,13 @@ class Tokenizer:
         return torch.tensor([row + [self.PAD] * (length - len(row)) for row in rows])
 
     def request(self, prompt):
-        """Token ids that ask the tower for a detailed caption of what the prompt wants to see."""
+        """Token ids that ask the tower for a detailed caption of what the prompt wants to see.
+
+        Raises ValueError for a tower that has not learned to write any.
+        """
+        if "detail" not in self.index:
+            raise ValueError("this understanding tower has not learned to rewrite prompts; train "
+                             "one that has: train.py --stage understand")
         return self.encode(f"in detail : {prompt}")
 
     def decode(self, ids):
@@ -90,6 +96,9 @@ class Bytes(Tokenizer):
 
     def encode(self, text, image_tokens=0):
         return [self.BOS, *(len(self.SPECIAL) + byte for byte in text.encode())]
+
+    def request(self, prompt):
+        return self.encode(prompt)
 
     def decode(self, ids):
         known = bytes(i - len(self.SPECIAL) for i in ids if 0 <= i - len(self.SPECIAL) < 256)
