@@ -120,11 +120,12 @@ class MoSConfig:
 
 
 # The paper's sizes share Wan 2.2's VAE, the first training phase, and more. Folders are where we
-# look for published weights: give others by flag.
+# look for published weights: give others by flag. NOTE (ours): the states of large models grow by
+# layer, so they are normalised before they are mixed: better for small ones that were made to grow.
 SHARED = dict(vae_folder="parts/Wan2.2-TI2V-5B-Diffusers/vae", vae_channels=48, vae_width=160,
               vae_decoder_width=256, und_images=False, und_kv_heads=8, gen_hidden=8192,
-              gen_kv_heads=8, gen_patch=2, max_tokens=128, size=512, t_sampling="logit-normal",
-              shift=1.0, guidance=5.0)
+              gen_kv_heads=8, gen_patch=2, state_norm="pre", max_tokens=128, size=512,
+              t_sampling="logit-normal", shift=1.0, guidance=5.0)
 PRESETS = {
     "tiny": {},
     "laptop": dict(gen_width=192, gen_depth=6, gen_heads=6, gen_kv_heads=3, gen_hidden=512,
