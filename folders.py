@@ -226,7 +226,7 @@ class FolderTokenizer(Tokenizer):
         return self.library.encode(text).ids or [self.stops[0]]
 
     def request(self, prompt):
-        return self.encode(REQUEST + prompt)
+        return self.encode(REQUEST + prompt), ""
 
     def decode(self, ids):
         return self.library.decode(list(ids)).strip()

@@ -320,13 +320,14 @@ class MoS(nn.Module):
 
         As long as the tower may read later, at most. temperature: 0 takes the likeliest words.
         """
-        U, limit = self.understanding, self.config.max_tokens - len(self.tokenizer.encode(""))
-        tokens = torch.tensor([self.tokenizer.request(prompt)], device=U.embedding.weight.device)
+        U, words, limit = self.understanding, self.tokenizer, self.config.max_tokens
+        request, before = words.request(prompt)
+        tokens = torch.tensor([request], device=U.embedding.weight.device)
         with autocast(tokens.device):
-            ids = list(U.write(tokens, limit, self.tokenizer.stops, temperature, seed))
-        while len(self.tokenizer.encode(self.tokenizer.decode(ids))) > self.config.max_tokens:
-            ids.pop()  # what is written need not come back as the same tokens
-        return self.tokenizer.decode(ids)
+            ids = list(U.write(tokens, limit, words.stops, temperature, seed))
+        while ids and len(words.encode(f"{before} {words.decode(ids)}".strip())) > limit:
+            ids.pop()  # for it must be read later, together with what goes before
+        return f"{before} {words.decode(ids)}".strip()
 
     @torch.no_grad()
     def generate(self, prompts, steps=None, guidance=None, rescale=None, schedule=None, seed=0,

@@ -62,14 +62,13 @@ class Tokenizer:
         return torch.tensor([row + [self.PAD] * (length - len(row)) for row in rows])
 
     def request(self, prompt):
-        """Token ids that ask the tower for a detailed caption of what the prompt wants to see.
+        """What makes the tower write a detailed caption, and how that begins: token ids and a text.
 
-        Raises ValueError for a tower that has not learned to write any.
+        A tower that has not learned the request goes on with the prompt.
         """
         if "detail" not in self.index:
-            raise ValueError("this understanding tower has not learned to rewrite prompts; train "
-                             "one that has: train.py --stage understand")
-        return self.encode(f"in detail : {prompt}")
+            return self.encode(prompt), prompt
+        return self.encode(f"in detail : {prompt}"), ""
 
     def decode(self, ids):
         """The text of token ids."""
@@ -98,7 +97,7 @@ class Bytes(Tokenizer):
         return [self.BOS, *(len(self.SPECIAL) + byte for byte in text.encode())]
 
     def request(self, prompt):
-        return self.encode(prompt)
+        return self.encode(prompt), ""
 
     def decode(self, ids):
         known = bytes(i - len(self.SPECIAL) for i in ids if 0 <= i - len(self.SPECIAL) < 256)
