@@ -2,13 +2,14 @@
 
 A folder's config.json says what to build; its safetensors files (nothing else is read) are mapped
 into memory and copied a tensor at a time, straight to where the model lies: no process ever holds a
-model twice. What a file lacks, or has too much, is named before anything is copied.
+model twice. A tensor that is missing or unknown is named before anything is copied.
 """
 
 import json
 import math
 import re
 from contextlib import ExitStack
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def copy_tensors(targets, paths, own_name=lambda name: name, adapt=lambda own, v
     lie under each other in ours; or to None: not wanted. KeyError: unknown. adapt: what to make of
     the values. Raises ValueError for damaged files, and for what is missing, unknown or misshaped.
     """
-    found, file = {}, None
+    found = {}
     with ExitStack() as opened:
         for path in paths:
             try:
@@ -46,22 +47,28 @@ def copy_tensors(targets, paths, own_name=lambda name: name, adapt=lambda own, v
                 except KeyError:
                     own = name
                 own, *part = as_tuple(own)
-                if own is not None and own not in targets:
+                if own is None:
+                    continue
+                if own not in targets:
                     raise ValueError(f"{path}: tensor {name} is not part of this model")
-                found.setdefault(own, {})[tuple(part)] = path, file, name
+                if tuple(part) in found.setdefault(own, {}):
+                    raise ValueError(f"{path}: tensor {name} is in "
+                                     f"{found[own][tuple(part)][0].name}, too; keep one of them")
+                found[own][tuple(part)] = path, file, name
         for own in sorted(targets.keys() - found.keys()):
             raise ValueError(f"{paths[0] if len(paths) == 1 else paths[0].parent}: tensor {own} is "
                              "missing")
         for own, target in targets.items():
             parts = [found[own][i] for i in sorted(found[own])]
             values = [adapt(own, file.get_tensor(name)) for _, file, name in parts]
-            values = torch.cat(values) if len(values) > 1 else values[0]
-            if values.shape != target.shape:
+            shape = (sum(len(v) for v in values), *values[0].shape[1:]) if len(values) > 1 else \
+                values[0].shape
+            if shape != target.shape or len({v.shape[1:] for v in values}) > 1:
                 several = ", ".join(name for *_, name in parts) + (
                     " has" if len(parts) == 1 else " have together")
-                raise ValueError(f"{parts[0][0]}: tensor {several} shape {tuple(values.shape)}, "
+                raise ValueError(f"{parts[0][0]}: tensor {several} shape {tuple(shape)}, "
                                  f"config.json asks for {tuple(target.shape)}")
-            place(target, values)
+            place(target, torch.cat(values) if len(values) > 1 else values[0])
 
 
 def read_json(folder, name="config.json"):
@@ -71,9 +78,25 @@ def read_json(folder, name="config.json"):
         raise FileNotFoundError(f"no {name} in {folder}: expected a model's folder in Hugging "
                                 "Face's or diffusers' layout")
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}); copy it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object; copy it again")
+    return found
+
+
+def reads(function):
+    """What a folder's files lack, or have of the wrong kind, becomes an error of one line."""
+    @wraps(function)
+    def call(*arguments):
+        try:
+            return function(*arguments)
+        except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as e:
+            folder = next(a for a in arguments if isinstance(a, (str, Path)))
+            raise ValueError(f"{folder} holds no model as it is published ({type(e).__name__}: {e})"
+                             ) from None
+    return call
 
 
 def weights_of(folder):
@@ -113,6 +136,7 @@ def slow_down(factor, low_freq_factor, high_freq_factor, original_max_position_e
     return slow
 
 
+@reads
 def read_tower(folder, images=True):
     """The tower of a folder on the current default device, its values still undefined.
 
@@ -125,7 +149,9 @@ def read_tower(folder, images=True):
         "rope_theta": c.get("rope_theta", 1e4), **(c.get("rope_scaling") or {})}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     for wrong, what in ((family not in FAMILIES, f"model_type {family!r}"),
-                        (kind not in ("default", "llama3"), f"rope_type {kind!r}"),
+                        # NOTE (ours): dynamic changes nothing up to the length of training.
+                        (kind not in ("default", "dynamic", "llama3"), f"rope_type {kind!r}"),
+                        (c.get("hidden_act", "silu") != "silu", "another activation than silu"),
                         (c.get("use_sliding_window"), "a sliding window"),
                         (c.get("mlp_bias"), "biases in its feed-forward networks"),
                         (family != "qwen2" and c.get("attention_bias"), "a bias in its output")):
@@ -164,7 +190,7 @@ def fill_tower(tower, folder):
             own, part = tower.head and "head.weight", ()
         else:
             prefix = next((p for p in PREFIXES if name.startswith(p)), "")
-            path, kind = name.removeprefix(prefix).rsplit(".", 1)
+            path, _, kind = name.removeprefix(prefix).rpartition(".")
             block = re.match(r"layers\.(\d+)\.", path)
             path, before = (path[block.end():], f"blocks.{block[1]}.") if block else (path, "")
             own, *part = as_tuple(PACKED.get(path) or NAMES[path])
@@ -202,14 +228,30 @@ class FolderTokenizer(Tokenizer):
             raise ValueError(f"to read the words of {folder}, the package tokenizers is needed: "
                              "pip install tokenizers") from None
         read_json(folder, "tokenizer.json")
-        self.library = Library.from_file(str(Path(folder) / "tokenizer.json"))
+        try:
+            self.library = Library.from_file(str(Path(folder) / "tokenizer.json"))
+        except Exception as e:  # the library has no kind of its own
+            raise ValueError(f"{folder}/tokenizer.json is no tokenizer ({e}); copy it again"
+                             ) from None
         self.library.no_padding()
         self.library.no_truncation()
         self.template = Template(folder) if chat else None
-        path = Path(folder) / "generation_config.json"
-        ends = read_json(folder, path.name if path.is_file() else "config.json")
-        ends = (ends.get("text_config") or ends.get("llm_config") or ends).get("eos_token_id")
-        self.stops = tuple(ends if isinstance(ends, list) else [ends])
+        self.stops = self.read_stops(Path(folder))
+
+    @staticmethod
+    @reads
+    def read_stops(folder):
+        """The ids of the tokens that end a text."""
+        c = read_json(folder)
+        places = [c.get("text_config") or c.get("llm_config") or c, c]
+        if (folder / "generation_config.json").is_file():
+            places.insert(0, read_json(folder, "generation_config.json"))
+        ends = next((place["eos_token_id"] for place in places
+                     if place.get("eos_token_id") not in (None, [])), None)
+        if ends is None:
+            raise ValueError(f"{folder} names no eos_token_id in its config.json or "
+                             "generation_config.json")
+        return tuple(ends if isinstance(ends, list) else [ends])
 
     def __len__(self):
         return self.library.get_vocab_size()
@@ -236,16 +278,20 @@ class Template:
     """The chat template of a folder: from a user's message to the text that the tower reads."""
 
     def __init__(self, folder):
-        from jinja2.ext import loopcontrols  # jinja2 comes with torch
+        from jinja2 import TemplateError  # jinja2 comes with torch
+        from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         path = Path(folder) / "chat_template.jinja"
         config = read_json(folder, "tokenizer_config.json")
         source = path.read_text() if path.is_file() else config.get("chat_template")
         if not isinstance(source, str):
-            raise ValueError(f"{folder} has no chat template; use the plain one")
+            raise ValueError(f"{folder} has no chat template; leave out --und-chat")
         sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=[loopcontrols])
-        self.template = sandbox.from_string(source, dict(raise_exception=self.refuse))
+        try:
+            self.template = sandbox.from_string(source, dict(raise_exception=self.refuse))
+        except TemplateError as e:
+            raise ValueError(f"the chat template of {folder} is damaged: {e}") from None
         self.marks = {name: value["content"] if isinstance(value, dict) else value
                       for name, value in config.items() if name.endswith("_token")}
 
@@ -255,8 +301,13 @@ class Template:
         raise ValueError(f"the chat template refuses the prompt: {message}")
 
     def __call__(self, text):
-        return self.template.render(messages=[dict(role="user", content=text)],
-                                    add_generation_prompt=True, **self.marks)
+        from jinja2 import TemplateError
+        try:
+            return self.template.render(messages=[dict(role="user", content=text)],
+                                        add_generation_prompt=True, **self.marks)
+        except TemplateError as e:
+            raise ValueError(f"the chat template cannot be filled ({e}); leave out --und-chat"
+                             ) from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -279,6 +330,7 @@ ORIGINAL = (  # the names of Wan's own files, as patterns, and diffusers' names,
     (r"\.shortcut\.", ".conv_shortcut."))
 
 
+@reads
 def read_vae(folder):
     """The VAE of a folder on the current default device, its values still undefined.
 
@@ -292,6 +344,7 @@ def read_vae(folder):
                tuple(c["temperal_downsample"]), c["num_res_blocks"])
 
 
+@reads
 def fill_vae(vae, folder):
     """Give a VAE that `read_vae` built the values of its folder, as the network one image sees.
 
@@ -310,8 +363,12 @@ def fill_vae(vae, folder):
         return values[:, :, -1] if values.ndim > 4 else values
     copy_tensors(dict(vae.named_parameters()), weights_of(folder), own_name, last_tap)
     c = read_json(folder)
-    vae.set_statistics(*(torch.tensor(c[f"latents_{name}"], dtype=torch.float64)
-                         for name in ("mean", "std")))
+    statistics = [torch.tensor(c[f"latents_{name}"], dtype=torch.float64)
+                  for name in ("mean", "std")]
+    if any(values.shape != vae.latents_mean.shape[:1] for values in statistics):
+        raise ValueError(f"{folder}/config.json must have {len(vae.latents_mean)} numbers each in "
+                         "latents_mean and latents_std")
+    vae.set_statistics(*statistics)
 
 
 def load_wan(folder, device="cpu", dtype=torch.float32):

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from common import autocast, randomise
 from folders import load_tower
 from mos import PRESETS, MoSConfig, unfilled
-from timing import DEVICE, DTYPE, whole_time, header, replay_time, save
+from timing import DEVICE, DTYPE, header, normal, replay_time, save, whole_time
 from vae import VAE
 
 TOKENS, STEPS, SIZES = 128, 50, (512, 1024, 2048)
@@ -99,8 +99,10 @@ def stages(model, size, guidance, out):
         row["step"] = replay_time(step, *inputs) / 1e3
         logits = torch.randn(len(context.states), TOKENS, c.und_depth, c.gen_depth, device=DEVICE)
         model.router.forward = lambda *_: logits
-        row["router"] = row["step"] - replay_time(step, *inputs) / 1e3
-        del model.router.forward
+        try:
+            row["router"] = row["step"] - replay_time(step, *inputs) / 1e3
+        finally:
+            del model.router.forward
     row["step GiB"] = weights(model.router, model.generation) + peak.gib
     with Peak() as peak:
         row["decode"] = whole_time(lambda: model.vae.decode(z))
@@ -193,17 +195,17 @@ def their_vae():
 # ------------------------------------------------------------------------------------------------
 # Other generation towers, at 1024x1024
 
-def qwen_image(make, batch=1):
+def qwen_image(make):
     """Qwen-Image, 20 B: two forward passes with guidance."""
     from diffusers import QwenImageTransformer2DModel
     model = make(QwenImageTransformer2DModel)
-    x, text, t = noise(batch, 4096, 64), noise(batch, TOKENS, 3584), noise(batch)
-    mask = torch.ones(batch, TOKENS, dtype=torch.bool, device=DEVICE)
+    x, text, t = normal(1, 4096, 64), normal(1, TOKENS, 3584), normal(1)
+    mask = torch.ones(1, TOKENS, dtype=torch.bool, device=DEVICE)
 
     def step():
         for _ in range(2):
             model(hidden_states=x, encoder_hidden_states=text, timestep=t,
-                  encoder_hidden_states_mask=mask, img_shapes=[[(1, 64, 64)]] * batch)
+                  encoder_hidden_states_mask=mask, img_shapes=[[(1, 64, 64)]])
     return model, step
 
 
@@ -211,7 +213,7 @@ def flux(make):
     """FLUX.1-dev, 12 B: its guidance is distilled, one forward pass."""
     from diffusers import FluxTransformer2DModel
     model = make(FluxTransformer2DModel, guidance_embeds=True)
-    x, text, pooled, t = noise(1, 4096, 64), noise(1, 512, 4096), noise(1, 768), noise(1)
+    x, text, pooled, t = normal(1, 4096, 64), normal(1, 512, 4096), normal(1, 768), normal(1)
     places = torch.zeros(4096, 3, device=DEVICE), torch.zeros(512, 3, device=DEVICE)
     return model, lambda: model(hidden_states=x, encoder_hidden_states=text, timestep=t, guidance=t,
                                 pooled_projections=pooled, img_ids=places[0], txt_ids=places[1])
@@ -223,7 +225,7 @@ def sd3(make):
     model = make(SD3Transformer2DModel, num_layers=38, num_attention_heads=38,
                  caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192,
                  qk_norm="rms_norm")
-    x, text, pooled, t = (noise(2, 16, 128, 128), noise(2, 333, 4096), noise(2, 2048), noise(2))
+    x, text, pooled, t = (normal(2, 16, 128, 128), normal(2, 333, 4096), normal(2, 2048), normal(2))
     return model, lambda: model(hidden_states=x, encoder_hidden_states=text,
                                 pooled_projections=pooled, timestep=t)
 
@@ -234,7 +236,7 @@ def sana(make):
     model = make(SanaTransformer2DModel, num_attention_heads=70, num_layers=60,
                  num_cross_attention_heads=20, cross_attention_dim=2240,
                  qk_norm="rms_norm_across_heads")
-    x, text, t = noise(2, 32, 32, 32), noise(2, 300, 2304), noise(2)
+    x, text, t = normal(2, 32, 32, 32), normal(2, 300, 2304), normal(2)
     return model, lambda: model(hidden_states=x, encoder_hidden_states=text, timestep=t)
 
 
@@ -244,7 +246,7 @@ def lumina(make):
     model = make(Lumina2Transformer2DModel, hidden_size=2304, num_layers=26, num_attention_heads=24,
                  num_kv_heads=8, axes_dim_rope=(32, 32, 32), axes_lens=(300, 512, 512),
                  cap_feat_dim=2304)
-    x, text, t = noise(2, 16, 128, 128), noise(2, 256, 2304), torch.rand(2, device=DEVICE)
+    x, text, t = normal(2, 16, 128, 128), normal(2, 256, 2304), torch.rand(2, device=DEVICE)
     mask = torch.ones(2, 256, dtype=torch.bool, device=DEVICE)
     return model, lambda: model(hidden_states=x, timestep=t, encoder_hidden_states=text,
                                 encoder_attention_mask=mask)
@@ -252,11 +254,6 @@ def lumina(make):
 
 RIVALS = {"Qwen-Image": qwen_image, "FLUX.1-dev": flux, "SD3.5-large": sd3, "SANA-1.5": sana,
           "Lumina-Image-2.0": lumina}
-
-
-def noise(*shape):
-    """Standard normal values."""
-    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
 def random_rival(kind, **settings):
@@ -376,7 +373,8 @@ def bench_loading(folder):
                        str(folder / "loading.png"), *flags]
             begin = time.time()
             done = subprocess.run(command, capture_output=True, text=True)
-            told = (done.stdout or done.stderr).splitlines()[-1]
+            told = f"exit code {done.returncode}: {(done.stdout + done.stderr).strip()}"
+            told = told.splitlines()[-1] if done.returncode == 0 else told[-200:]
             result[" ".join(flags)] = told
             print(f"sample.py --size 1024 {' '.join(flags)}: {told}, {time.time() - begin:.0f} s",
                   flush=True)

@@ -191,6 +191,9 @@ class MoS(nn.Module):
             if found != expected:
                 raise ValueError(f"{folder} has {found}, but the configuration {expected}: give "
                                  "another folder, or other settings")
+        if len(self.tokenizer) > U.embedding.num_embeddings:
+            raise ValueError(f"the tokenizer of {c.und_folder} has {len(self.tokenizer)} tokens, "
+                             f"its tower only {U.embedding.num_embeddings}: not of one model")
 
     # --- the model -----------------------------------------------------------------------------
 
@@ -461,7 +464,8 @@ class MoS(nn.Module):
                         vae_dtype=torch.float32, **changes):
         """The model of a folder that `save_pretrained` wrote, ready to sample.
 
-        Everything is stored in bf16; on a GPU towers and router stay so, all else becomes fp32.
+        Everything is stored in bf16; on a GPU towers and router stay so, and so does a folder's
+        tower anywhere; the VAE gets vae_dtype, all else fp32.
         tower_device: of the understanding tower, the others' if None. parts: what to load; the
         rest has no memory until `load` is called. changes: of the configuration.
         Raises FileNotFoundError or ValueError that names what is missing, broken or misshaped.

@@ -154,12 +154,12 @@ def parse(arguments=None):
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
     if not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature must not be negative, got {args.temperature}")
+        raise ValueError(f"--temperature must be a finite number from 0, got {args.temperature}")
     if abs(args.seed) >= 2 ** 62:
         raise ValueError(f"--seed is too large: {args.seed}")
     try:
         torch.empty(1, device=args.tower_device)
-    except (RuntimeError, AssertionError):  # unknown, or PyTorch was built without it
+    except (RuntimeError, AssertionError, NotImplementedError):  # unknown, or not in this PyTorch
         raise ValueError(f"--tower-device must be a device of this machine, cpu or cuda, got "
                          f"{args.tower_device!r}") from None
     check_writable(args.out)
@@ -199,12 +199,14 @@ def main():
     rows = [images[i:i + args.num] for i in range(0, len(images), args.num)]
     picture = images[0] if len(images) == 1 else label_grid(rows, args.prompt)
     info = PngImagePlugin.PngInfo()
-    told = dict(prompt=" | ".join(texts), negative=args.negative, seed=args.seed, **settings,
+    told = dict(prompt=" | ".join(args.prompt), negative=args.negative, seed=args.seed, **settings,
                 size="x".join(map(str, images[0].size[::-1])),
                 checkpoint=f"random {args.preset}" if args.random_weights else
                 args.checkpoint.name, torch=torch.__version__)
     if args.image:
         told["image"] = args.image.name
+    if args.rewrite:
+        told["rewritten"] = " | ".join(texts)
     for key, value in told.items():
         info.add_text(key, str(value))
     with replacing(args.out) as path:

@@ -1,7 +1,9 @@
 """Published parts by path: tokenizers, templates, and a whole model on top of them, no download."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,7 +130,7 @@ def test_no_words(parts, monkeypatch, tmp_path):
     for name in ("tokenizer.json", "config.json"):
         (tmp_path / name).write_text((path_of(parts) / name).read_text())
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="has no chat template; use the plain one"):
+    with pytest.raises(ValueError, match="has no chat template; leave out --und-chat"):
         FolderTokenizer(tmp_path, chat=True)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match="package tokenizers is needed: pip install tokenizers"):
@@ -136,7 +138,7 @@ def test_no_words(parts, monkeypatch, tmp_path):
 
 
 def path_of(parts):
-    from pathlib import Path
+    """The tower's folder."""
     return Path(parts["und_folder"])
 
 
@@ -215,6 +217,58 @@ def test_other_folders(parts):
         config = MoSConfig(**{**MODEL, **parts, **change})
         with pytest.raises(ValueError, match="but the configuration .*give another folder"):
             MoS(config, read_tokenizer(config, ""))
+
+
+def spoiled(parts, tmp_path, part, name="config.json", **changes):
+    """A copy of a part's folder in which a JSON file has other values; None: none at all."""
+    folder = shutil.copytree(parts[f"{part}_folder"], tmp_path / part)
+    values = {**json.loads((folder / name).read_text()), **changes}
+    (folder / name).write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("part, changes, blame", (
+    ("und", dict(hidden_size=None), "holds no model as it is published .*hidden_size"),
+    ("und", dict(num_key_value_heads=0), "holds no model as it is published .*Zero"),
+    ("und", dict(hidden_act="gelu"), "another activation than silu"),
+    ("vae", dict(dim_mult=4), "holds no model as it is published .*TypeError"),
+    ("vae", dict(latents_std=None), "holds no model as it is published .*latents_std"),
+    ("vae", dict(latents_mean=[0.0]), "must have 6 numbers each in latents_mean and")))
+def test_spoiled_configurations(part, changes, blame, parts, tmp_path):
+    """What config.json lacks, or has of the wrong kind, is told in one line."""
+    folder = spoiled(parts, tmp_path, part, **changes)
+    with pytest.raises(ValueError, match=blame):
+        (load_tower if part == "und" else load_wan)(folder)
+
+
+def test_spoiled_files(parts, tmp_path):
+    """A tensor in two files, no tokenizer, no end of texts, more words than the tower has."""
+    folder = spoiled(parts, tmp_path, "und", eos_token_id=[])
+    with pytest.raises(ValueError, match="names no eos_token_id"):
+        FolderTokenizer(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 4}')
+    assert FolderTokenizer(folder).stops == (4,)
+    shutil.copy(folder / "model.safetensors", folder / "twice.safetensors")
+    with pytest.raises(ValueError, match="is in model.safetensors, too; keep one of them"):
+        load_tower(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer"):
+        FolderTokenizer(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json must hold a JSON object"):
+        load_tower(folder)
+    config = MoSConfig(**{**MODEL, **parts})
+    words = Tokenizer(map(str, range(99)))
+    with pytest.raises(ValueError, match="has 102 tokens, its tower only 14: not of one model"):
+        MoS(config, words)
+
+
+def test_dynamic_frequencies(parts, tmp_path):
+    """InternVL3's change of frequencies does nothing up to the length of training."""
+    folder = spoiled(parts, tmp_path, "und", rope_scaling=dict(rope_type="dynamic", factor=2.0))
+    tokens = torch.tensor([[1, 5, 6, 8]])
+    a, b = (load_tower(one, dtype=torch.float32) for one in (parts["und_folder"], folder))
+    assert torch.equal(a(a.embed(tokens)), b(b.embed(tokens)))
 
 
 def test_bytes():

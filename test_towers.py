@@ -161,6 +161,7 @@ def edit_with(folder):
     (folder / "tokenizer.json").write_text(json.dumps(dict(
         added_tokens=marks, pre_tokenizer=dict(type="Whitespace"),
         model=dict(type="WordLevel", vocab=words, unk_token="0"))))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     config = MoSConfig(**conftest.SMALL | dict(und_width=48, und_depth=3, und_folder=str(folder),
                                                edit_inputs=("understanding",)))
     model = MoS(config, FolderTokenizer(folder)).eval()

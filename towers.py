@@ -241,7 +241,7 @@ class Understanding(nn.Module):
         for _ in range(limit):
             scores = self.logits(self(x, cache)[:, -1:])[0, 0].cpu()        # (V,)
             token = scores.argmax() if temperature == 0 else torch.multinomial(
-                (scores / temperature).softmax(0), 1, generator=generator)
+                ((scores - scores.max()) / temperature).softmax(0), 1, generator=generator)
             if token.item() in stops:
                 return
             yield token.item()

@@ -101,7 +101,7 @@ class VisionTransformer(nn.Module):
             start(name, p, len(self.blocks))
 
     def fit(self, images):
-        """Pictures (B, 3, H, W) as one tile of the size that the encoder knows, and its tokens.
+        """Pictures (B, 3, H, W) as tiles of the size that the encoder knows, and tokens of each.
 
         NOTE (ours): squashed where they are oblong; the published models cut them into tiles.
         """
