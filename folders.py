@@ -76,7 +76,8 @@ def read_json(folder, name="config.json"):
     path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"no {name} in {folder}: expected a model's folder in Hugging "
-                                "Face's or diffusers' layout")
+                                "Face's or diffusers' layout; give it by --und-folder or "
+                                "--vae-folder")
     try:
         found = json.loads(path.read_text())
     except ValueError as e:
