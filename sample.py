@@ -100,8 +100,8 @@ def open_model(args, device):
                                **changes)
 
 
-def parse(arguments=None):
-    """The flags. Raises ValueError for those that make no picture."""
+def read_flags(arguments):
+    """The command line as it stands."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("--prompt", nargs="+", default=[], help="one text or several")
     parser.add_argument("--image", type=Path, help="picture to edit: each prompt then says what to "
@@ -135,7 +135,12 @@ def parse(arguments=None):
     parser.add_argument("--preset", choices=PRESETS, help="of --random-weights; default: mos_s")
     parser.add_argument("--random-weights", action="store_true", help="draw noise with an "
                         "untrained model, to see what a preset costs")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def parse(arguments=None):
+    """The flags, checked and completed. Raises ValueError for those that make no picture."""
+    args = read_flags(arguments)
     if args.random_weights:
         args.prompt = args.prompt or ["a text"]
     if not args.prompt:
@@ -159,7 +164,7 @@ def parse(arguments=None):
         raise ValueError(f"--seed is too large: {args.seed}")
     try:
         torch.empty(1, device=args.tower_device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # unknown, or not in this PyTorch
+    except (RuntimeError, AssertionError):  # unknown, or not in this PyTorch
         raise ValueError(f"--tower-device must be a device of this machine, cpu or cuda, got "
                          f"{args.tower_device!r}") from None
     check_writable(args.out)

@@ -18,7 +18,7 @@ import edits
 import shapes
 import train
 from captions import read_caption
-from conftest import ROOT, make_model
+from conftest import ROOT, make_model, same
 from data import Edits, Lessons, Looks, Mixture, Shapes, build_tokenizer, in_detail
 from mos import Context, MoS, MoSConfig, guide, read_vocabulary, to_pixels
 from stages import EditStage
@@ -203,21 +203,6 @@ def test_branches(model, guidance, image_guidance, branches):
     for branch, (_, z, own) in zip(branches, seen, strict=True):
         assert torch.equal(z, seen[0][1])
         assert own is None if branch == "0" else torch.equal(own, reference)
-
-
-@pytest.fixture
-def painter():
-    """A model whose random pictures use the whole range of levels."""
-    model = make_model()
-    with torch.no_grad():
-        model.vae.decoder.conv_out.weight.mul_(6)
-    return model
-
-
-def same(a, b):
-    """Pictures equal up to one level in one of a thousand values."""
-    a, b = (np.stack([np.asarray(image, int) for image in images]) for images in (a, b))
-    return a.shape == b.shape and abs(a - b).max() <= 1 and (a != b).mean() <= 1e-3
 
 
 def test_edit(painter):

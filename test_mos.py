@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import mos
-from conftest import make_model
+from conftest import make_model, same
 from kernels import apply_rope, mix_states, rope_table
 from mos import (PRESETS, MoS, MoSConfig, guide, make_schedule, mode_density, sample_t,
                  shift_time)
@@ -406,21 +406,6 @@ def test_one_batch_is_learned_through_the_prompt():
 
 
 # --- G. sampling ---------------------------------------------------------------------------------
-
-def same(a, b):
-    """Pictures equal up to one level in one of a thousand values."""
-    a, b = (np.stack([np.asarray(image, int) for image in images]) for images in (a, b))
-    return abs(a - b).max() <= 1 and (a != b).mean() <= 1e-3
-
-
-@pytest.fixture
-def painter():
-    """A model whose random pictures use the whole range of levels."""
-    model = make_model()
-    with torch.no_grad():
-        model.vae.decoder.conv_out.weight.mul_(6)
-    return model
-
 
 def test_pictures_do_not_depend_on_the_batch(painter):
     """Picture i of seed s is that of seed s + i alone, or of a list of seeds; seeds differ."""
