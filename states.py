@@ -29,7 +29,7 @@ SHARD = 256  # prompts in a file
 WAIT = 5  # seconds between looks at a producer that does not answer
 
 
-def load_tower(config, tokenizer, folder, device):
+def open_tower(config, tokenizer, folder, device):
     """What reads prompts (B, S), wherever they lie: embeddings and states, in host memory."""
     with torch.device("meta"):
         model = MoS(config, tokenizer)
@@ -57,7 +57,7 @@ def produce(questions, answers, *tower):
     """What the producer's process does, until the training process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
     torch.set_num_threads(1)
-    read = load_tower(*tower)
+    read = open_tower(*tower)
     while multiprocessing.parent_process().is_alive():
         try:
             answers.put(read(questions.get(timeout=WAIT)))
@@ -121,7 +121,7 @@ class Cache:
         world.wait()
         mine = missing[world.rank::world.size]
         if mine:  # by a tower of its own: the model's may be sharded
-            read = load_tower(model.config, model.tokenizer, init, world.device)
+            read = open_tower(model.config, model.tokenizer, init, world.device)
         for i in mine:
             self.write(i, *read(model.tokenizer.batch(parts[i])))
         world.wait()
