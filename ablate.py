@@ -1,7 +1,8 @@
-"""Ablations in miniature: small models, trained side by side on the small world.
+"""Ablations in miniature: small models trained side by side, and how to sample from a trained one.
 
     python ablate.py scale-trap    # does the size of the mixture reach the router?
     python ablate.py data-weights  # how much of which data? MoS App. A, data reweighting
+    python ablate.py sampling      # steps, guidance, rescale, schedule: MoS App. B.6, Fig. 13
 
 The arms share data, noise, seed and schedule, and differ in the named respect alone.
 """
@@ -18,10 +19,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import evaluate
 import train
 from common import CommandLine, autocast, run
 from data import Mixture, Shapes
-from mos import MoSConfig
+from mos import SCHEDULES, MoS, MoSConfig
+from report import averages, figures
 from stages import ImageStage
 from towers import Understanding
 
@@ -30,6 +33,10 @@ from towers import Understanding
 SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 1.0), "post, bias 0": ("post", 0.0),
               "pre, bias N(0, 0.02)": ("pre", 1.0)}
 WEIGHED, SHARES = ("colours", "position"), (0.1, 0.3, 0.5, 0.7, 0.9)
+# (name, values) of settings, one or two changed at a time, the others the checkpoint's own:
+SAMPLING = ((("schedule", "steps"), [(how, n) for how in SCHEDULES for n in (4, 8, 16, 25, 50)]),
+            (("guidance",), [(1.0,), (2.0,), (3.0,), (4.0,), (5.0,), (7.5,)]),
+            (("rescale",), [(0.0,), (0.35,), (0.7,), (1.0,)]))
 KEPT = "latents tokens rows first lengths val".split()  # what arms share of the first one's stage
 
 
@@ -140,7 +147,22 @@ def data_weights(c, world, number=1000):
                   flush=True)
 
 
-TABLES = {"scale-trap": scale_trap, "data-weights": data_weights}
+def sampling(c, world, number=50):
+    """The table `sampling`: right pictures of unseen prompts and edits, `number` of each kind."""
+    model = MoS.from_pretrained(c.init, world.device)
+    print(f"all else: {json.dumps(model.settings())}\n{'':28}{'six tasks':>16}{'nine edits':>16}")
+    for names, rows in SAMPLING:
+        for values in rows:
+            options = dict(zip(names, values)) | dict(seed=c.seed, batch=512, held=(False,))
+            tables = (evaluate.score_tasks(model, number, 1, **options),
+                      evaluate.score_edits(model, number, **options))
+            found = [figures(averages(table)[row])[:2] for table, row in
+                     zip(tables, ("seen", "seen, both"))]
+            print(f"{', '.join(f'{n} {v}' for n, v in zip(names, values)):28}"
+                  + "".join(f"{mean:8.3f} ± {error:.3f}" for mean, error in found), flush=True)
+
+
+TABLES = {"scale-trap": scale_trap, "data-weights": data_weights, "sampling": sampling}
 
 
 def main():
@@ -148,7 +170,7 @@ def main():
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("table", choices=tuple(TABLES), help="which ablation")
     parser.add_argument("--init", default=str(Path(__file__).parent / "weights"),
-                        help="folder with the trained VAE and tower")
+                        help="folder with the trained VAE and tower; for sampling, with all")
     parser.add_argument("--steps", type=int, default=1000, help="of each arm")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
     args = parser.parse_args()

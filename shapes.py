@@ -10,6 +10,7 @@ Lengths are in units of the picture's shorter side, x to the right and y downwar
 import math
 import random
 import zlib
+from collections import Counter
 from itertools import combinations, permutations
 from typing import NamedTuple
 
@@ -39,8 +40,8 @@ RELATIONS = {  # the first wording is GenEval's
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PREFIXES = ("a photo of", "a picture of", "an image of", "a drawing of", "")
 TASKS = ("single object", "two objects", "counting", "colours", "position", "attribution")
-MIXTURE = {"single object": 1, "two objects": 2, "counting": 3, "colours": 2, "position": 6,
-           "attribution": 3, "dense": 4}  # training weights: the harder task is drawn more often
+MIXTURE = {"single object": 1, "two objects": 3, "counting": 5, "colours": 2, "position": 5,
+           "attribution": 3, "dense": 5}  # training weights: the harder task is drawn more often
 MAX_OBJECTS = 4
 REACH = 1.15  # radii that a shape keeps free around it; margins take the square's corners (1.2)
 GRID = 256    # centres lie on a grid of 1/256, so that a scene has an exact identity
@@ -253,6 +254,8 @@ def ask(rng, scene):
     kinds += ["shape"] * 2 if colours.count(o.colour) == 1 else []
     unique = [p for p in scene.objects if shapes.count(p.shape) == 1]
     true = [(a, r, b) for a, b in permutations(unique, 2) for r in RELATIONS if related(a, r, b)]
+    pairs = Counter((a, b) for a, _, b in true)
+    true = [(a, r, b) for a, r, b in true if pairs[a, b] == 1]  # on a diagonal two are right
     kinds += ["relation"] * 2 if true else []
     kind = rng.choice(kinds)
     if kind == "background":

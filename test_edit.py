@@ -315,7 +315,7 @@ def test_longest_text():
 
 
 def test_worlds():
-    """Edits hold source, target and a scene with its caption; every fourth look is outlined."""
+    """Edits hold source, target and a scene with its caption; every other look is outlined."""
     world, drawn = Edits(32, 5), Shapes(32, 5)
     packed, caption, instruction, _ = world[7]
     edit = world.edit(7)
@@ -325,7 +325,7 @@ def test_worlds():
     assert pictures.shape == (2, 3, 3, 32, 32)
     assert torch.equal(pictures[1], drawn.draw(packed, "cpu"))
     styles = [Looks(32, 5).scene(i)[0].style for i in range(8)]
-    assert styles == ["outlined", *["filled"] * 3] * 2
+    assert styles == ["outlined", "filled"] * 4
     assert {Edits(32, 5, split).edit(7).text for split in ("train", "val")} != {edit.text}
 
 

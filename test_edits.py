@@ -319,7 +319,7 @@ def test_outside_is_what_stays(drawn, height, width):
             disc = torch.hypot(x - o.x, y[:, None] - o.y) < 1.2 * SIZES[o.size] + 0.01
             assert not (mask & disc).any()
         left[edit.type] += mask.float().mean().item() / 10
-    assert all(0.02 < share < 0.12 if type == "background" else share > 0.75
+    assert all(0.01 < share < 0.12 if type == "background" else share > 0.75
                for type, share in left.items() if type != "hybrid"), left
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from conftest import ROOT
+from towers import Understanding
 from vision import InternVision, Patches, PerceptionEncoder, read_vision
 
 WIDTH, HEADS, HIDDEN, OUT, SIDE = 32, 2, 48, 40, 4  # small encoders: two blocks, a 4x4 grid
@@ -72,22 +73,31 @@ def test_patches(dtype, autocast):
     tensors = load_file(ROOT / "weights" / "understanding.safetensors")
     tensors = {name.removeprefix("understanding.vision."): p.to(dtype)
                for name, p in tensors.items() if ".vision." in name}
-    width, patch = len(tensors["2.bias"]), 16
+    width, patch = len(tensors["6.bias"]), 16
     encoder = Patches(patch, width).to(dtype)
     encoder.load_state_dict(tensors)
     images = (2 * torch.rand(2, 3, 64, 96) - 1).to(dtype)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = encoder(images)
-        x = F.pixel_unshuffle(images, patch).permute(0, 2, 3, 1)
-        x = F.gelu(F.linear(x, tensors["0.weight"], tensors["0.bias"]))
-        x = F.linear(x, tensors["2.weight"], tensors["2.bias"])
+        x = images
+        for i in (0, 2, 4, 6):
+            x = F.conv2d(F.gelu(x) if i else x, tensors[f"{i}.weight"], tensors[f"{i}.bias"],
+                         stride=2, padding=1)
         rate = 100.0 ** (-torch.arange(width // 4) / (width // 4))
         for i in range(4):
             for j in range(6):
                 waves = [(i * rate).cos(), (i * rate).sin(), (j * rate).cos(), (j * rate).sin()]
-                expected = x[:, i, j] + torch.cat(waves).to(dtype)
+                expected = x[:, :, i, j] + torch.cat(waves).to(dtype)
                 assert torch.equal(found[:, 6 * i + j], expected)
     assert found.shape == (2, 24, width) and found.dtype == expected.dtype
+
+
+def test_patches_start():
+    """At first pictures differ in their tokens about as much as the places do."""
+    torch.manual_seed(0)
+    tower = Understanding(10, 160, 1, 5, 1, 64, vision=Patches(16, 160))
+    tokens = tower.vision(2 * torch.rand(64, 3, 32, 32) - 1)
+    assert 0.1 < tokens.std(0).mean() < 1 and not tower.vision[0].bias.any()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -18,27 +18,32 @@ from kernels import apply_rope, attention
 
 
 class Patches(nn.Sequential):
-    """The small world's encoder: every patch by itself, then its place. NOTE (ours).
+    """The small world's encoder: convolutions that halve, then each token's place. NOTE (ours).
 
-    patch: side of an image token in pixels, width: Du.
+    patch: side of an image token in pixels, a power of two; width: Du.
     """
 
     def __init__(self, patch, width):
-        super().__init__(nn.Linear(3 * patch * patch, width), nn.GELU(), nn.Linear(width, width))
+        halvings = patch.bit_length() - 1
+        widths = [3, *(width >> i for i in reversed(range(halvings)))]
+        convs = [nn.Conv2d(*pair, 3, 2, 1) for pair in zip(widths, widths[1:])]
+        super().__init__(*[layer for conv in convs for layer in (conv, nn.GELU())][:-1])
         self.patch = patch
+
+    def start(self, name, p):
+        """Give the parameter of this name its first values, by which signals keep their size."""
+        p.zero_() if p.ndim == 1 else p.normal_(0, (2 / p[0].numel()) ** 0.5)
 
     def forward(self, images):
         """Tokens (B, P, Du) of pictures (B, 3, H, W) in [-1, 1]."""
-        images = images.type_as(self[2].weight)
-        patches = F.pixel_unshuffle(images, self.patch)                   # (B, 3*p*p, h, w)
-        x = super().forward(patches.permute(0, 2, 3, 1))                  # (B, h, w, Du)
-        x = x + self._places(*x.shape[1:3])
+        x = super().forward(images.type_as(self[0].weight))               # (B, Du, h, w)
+        x = x.permute(0, 2, 3, 1)                                         # (B, h, w, Du)
+        x = x + self._places(*x.shape[1:])
         return x.flatten(1, 2)                                            # (B, h*w, Du)
 
-    def _places(self, height, width):
+    def _places(self, height, width, channels):
         """Sinusoids of row and column, half of the channels each: (h, w, Du). NOTE (ours)."""
-        like = self[2].weight
-        quarter = len(like) // 4
+        like, quarter = self[0].weight, channels // 4
         rate = 100.0 ** (-torch.arange(quarter, device=like.device) / quarter)
         waves = [torch.cat((a.cos(), a.sin()), -1) for a in
                  (torch.arange(n, device=like.device)[:, None] * rate for n in (height, width))]
