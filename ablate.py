@@ -33,10 +33,9 @@ from towers import Understanding
 SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 1.0), "post, bias 0": ("post", 0.0),
               "pre, bias N(0, 0.02)": ("pre", 1.0)}
 WEIGHED, SHARES = ("colours", "position"), (0.1, 0.3, 0.5, 0.7, 0.9)
-# (name, values) of settings, one or two changed at a time, the others the checkpoint's own:
+# Settings that are changed, one or two at a time, while the others are the checkpoint's own:
 SAMPLING = ((("schedule", "steps"), [(how, n) for how in SCHEDULES for n in (4, 8, 16, 25, 50)]),
-            (("guidance",), [(1.0,), (2.0,), (3.0,), (4.0,), (5.0,), (7.5,)]),
-            (("rescale",), [(0.0,), (0.35,), (0.7,), (1.0,)]))
+            (("guidance",), [(1.0,), (2.0,), (5.0,)]), (("rescale",), [(0.0,), (1.0,)]))
 KEPT = "latents tokens rows first lengths val".split()  # what arms share of the first one's stage
 
 
@@ -147,15 +146,16 @@ def data_weights(c, world, number=1000):
                   flush=True)
 
 
-def sampling(c, world, number=50):
-    """The table `sampling`: right pictures of unseen prompts and edits, `number` of each kind."""
+def sampling(c, world, prompts=20, wanted=6):
+    """The table `sampling`: how many unseen prompts of a task, and edits of a type, come out right.
+    """
     model = MoS.from_pretrained(c.init, world.device)
     print(f"all else: {json.dumps(model.settings())}\n{'':28}{'six tasks':>16}{'nine edits':>16}")
     for names, rows in SAMPLING:
         for values in rows:
-            options = dict(zip(names, values)) | dict(seed=c.seed, batch=512, held=(False,))
-            tables = (evaluate.score_tasks(model, number, 1, **options),
-                      evaluate.score_edits(model, number, **options))
+            options = dict(zip(names, values)) | dict(seed=c.seed, batch=60, held=(False,))
+            tables = (evaluate.score_tasks(model, prompts, 1, **options),
+                      evaluate.score_edits(model, wanted, **options))
             found = [figures(averages(table)[row])[:2] for table, row in
                      zip(tables, ("seen", "seen, both"))]
             print(f"{', '.join(f'{n} {v}' for n, v in zip(names, values)):28}"
