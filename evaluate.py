@@ -132,7 +132,8 @@ def score_edits(model, number=None, seed=0, batch=64, held=(False, True), types=
 
     asked, kept: see edits.score. "seen, dB": PSNR of result and source outside of what the text
     speaks of; "VAE, dB": of source and its round trip through the VAE, which is the most that can
-    be expected; "within 2 dB": the share of pictures that come so near to it. Arguments: as for `score_tasks`, settings: as for `MoS.edit`.
+    be expected; "within 2 dB": the share of pictures that come so near to it. Arguments: as for
+    `score_tasks`, settings: as for `MoS.edit`.
     """
     def results():
         for type, split in product(types, held):

@@ -101,14 +101,14 @@ class TrainConfig:
 
 
 RECIPES = {  # (stage, kind of machine): what its None settings become
-    ("vae", "gpu"): dict(steps=8000, batch=256, lr=2e-3, warmup=200, ema=0.999, eval_every=4000,
+    ("vae", "gpu"): dict(steps=16_000, batch=256, lr=2e-3, warmup=200, ema=0.999, eval_every=4000,
                          save_every=4000),
-    ("understand", "gpu"): dict(steps=2000, batch=512, lr=2e-3, warmup=200, ema=0.995,
-                                eval_every=1000, save_every=1000),
-    ("image", "gpu"): dict(steps=5000, batch=1024, lr=1.5e-3, warmup=500, ema=0.9995,
-                           scenes=400_000, eval_every=2500, save_every=2500),
-    ("edit", "gpu"): dict(steps=5000, batch=1024, lr=1e-3, warmup=200, ema=0.9995,
-                          scenes=200_000, eval_every=2500, save_every=2500),
+    ("understand", "gpu"): dict(steps=6000, batch=512, lr=2e-3, warmup=200, ema=0.995,
+                                eval_every=2000, save_every=2000),
+    ("image", "gpu"): dict(steps=12_000, batch=1024, lr=1.5e-3, warmup=500, ema=0.9995,
+                           scenes=400_000, eval_every=4000, save_every=4000),
+    ("edit", "gpu"): dict(steps=14_000, batch=1024, lr=1e-3, warmup=200, ema=0.9995,
+                          scenes=300_000, eval_every=7000, save_every=3500),
     ("vae", "cpu"): dict(steps=3000, batch=16, lr=2e-3, warmup=200, ema=0.99, eval_every=500,
                          save_every=250),
     ("understand", "cpu"): dict(steps=2000, batch=16, lr=2e-3, warmup=200, ema=0.99, eval_every=500,
