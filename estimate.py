@@ -74,11 +74,12 @@ def count(module, kind=None):
     return sum(p.numel() * (kind or p.dtype).itemsize for p in module.parameters())
 
 
-def forward(model, batch, tokens, size, weights, recompute):
+def forward(model, batch, tokens, size, weights, recompute, edit=False):
     """Bytes that autograd keeps of router and generation tower, and the forward pass's FLOP.
 
-    model: on the meta device, tokens: of each prompt, size: (height, width) of the latents,
-    weights: the type of the parameters inside, recompute: whether activations are checkpointed.
+    model: on the meta device, tokens: of each context, size: (height, width) of the latents,
+    weights: the type of the parameters inside, recompute: whether activations are checkpointed,
+    edit: whether there are latents of a reference, too.
     """
     for block in model.generation.blocks:
         block.recompute = recompute
@@ -103,14 +104,14 @@ def forward(model, batch, tokens, size, weights, recompute):
             explore = torch.empty(batch, tokens, c.und_depth + 1, c.gen_depth)
         with saved_tensors_hooks(pack, lambda x: x), Products() as products, \
                 torch.autocast("cpu", torch.bfloat16):
-            model(z, t, context, explore)
+            model(z, t, context, explore, z if edit else None)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         return sum(s.nbytes() for key, s in kept.items() if key not in own), products.flops()
 
 
-def forward_flops(config, tokens, size):
+def forward_flops(config, tokens, size, edit=False):
     """FLOP of router and generation tower for one picture of latent size (height, width)."""
-    return forward(unfilled(config), 1, tokens, size, torch.float32, False)[1]
+    return forward(unfilled(config), 1, tokens, size, torch.float32, False, edit)[1]
 
 
 def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=128,

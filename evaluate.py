@@ -277,10 +277,10 @@ def same_scene(truth, seen, unit, pixels=2.0):
 
 
 @torch.no_grad()
-def score_judge(number, height=128, width=128, vae=None, seed=0, split="any"):
+def score_judge(number, height=128, width=128, vae=None, seed=0, split="any", style="filled"):
     """How many of `number` fresh renders the judge reads back without a mistake, and the PSNR.
 
-    With a VAE the judge sees the pictures after encoding and decoding.
+    With a VAE the judge sees the pictures after encoding and decoding. style: of all objects.
     """
     unit, right, error = min(height, width), 0, 0.0
     device = "cpu" if vae is None else next(vae.parameters()).device
@@ -289,7 +289,8 @@ def score_judge(number, height=128, width=128, vae=None, seed=0, split="any"):
         for i in range(start, min(start + 50, number)):
             rng = random.Random(f"judge {seed} {i}")
             task = shapes.draw_task(rng)
-            scenes.append(shapes.draw_scene(rng, task, split, width / unit, height / unit))
+            scene = shapes.draw_scene(rng, task, split, width / unit, height / unit)
+            scenes.append(scene._replace(style=style))
         true = shapes.render(shapes.pack(scenes), height, width, device)
         seen = true if vae is None else vae.decode(vae.encode(true))
         error += (seen - true).square().mean((1, 2, 3)).sum().item()
@@ -341,10 +342,14 @@ def score(what, model, args, settings, failures):
 
 
 def score_renders(model, number, seed):
-    """{"right": {"seen": [right, pictures, pictures], ...}, "PSNR": {"seen": dB, ...}}."""
+    """{"right": {"seen": [right, pictures, pictures], ...}, "PSNR": {"seen": dB, ...}}.
+
+    The rows "seen" and "held-out" show filled objects, "outlined" unseen scenes as an edit may.
+    """
     table, size = {"right": {}, "PSNR": {}}, model.config.size
-    for row, split in SCENES.items():
-        right, psnr = score_judge(number, size, size, model.vae, seed, split)
+    for row, (split, style) in {"seen": ("val", "filled"), "held-out": ("held", "filled"),
+                                "outlined": ("val", "outlined")}.items():
+        right, psnr = score_judge(number, size, size, model.vae, seed, split, style)
         table["right"][row], table["PSNR"][row] = [right, number, number], psnr
     return table
 

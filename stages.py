@@ -403,10 +403,14 @@ class ImageStage(Stage):
         return {"bins": each @ bins, "counts": bins.sum(0)}
 
     def flops(self, z0, tokens, *_):
-        shape = tokens.shape[1], tuple(z0.shape[2:])
-        if shape not in self.costs:
-            self.costs[shape] = estimate.forward_flops(self.model.config, *shape)
-        return len(z0) * self.costs[shape]
+        return self.cost(z0, tokens.shape[1])
+
+    def cost(self, z0, length, edit=False):
+        """Forward FLOP of latents, each with so long a context, and in edits with a reference."""
+        key = length, tuple(z0.shape[2:]), edit
+        if key not in self.costs:
+            self.costs[key] = estimate.forward_flops(self.model.config, *key)
+        return len(z0) * self.costs[key]
 
     def report(self, sums, steps):
         means = (sums["bins"] / sums["counts"]).tolist()
@@ -492,8 +496,10 @@ class EditStage(ImageStage):
     def idle(self):
         return [] if "generation" in self.model.config.edit_inputs else super().idle()
 
-    def flops(self, *inputs):
-        return 0
+    def flops(self, scene, prompts, *rest):
+        after, instructions = rest[5:7]
+        return (super().flops(scene, prompts)
+                + self.cost(after, self.front + instructions.shape[1], True))
 
     def count(self, bucket):
         visual, context = super().count(bucket)

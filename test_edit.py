@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 import torch.nn.functional as F
 from PIL import Image
 
@@ -387,6 +388,27 @@ def test_instructions_are_dropped(init, monkeypatch):
             assert (a[:, 1] > 2).all()
         else:
             assert torch.equal(a, b)
+
+
+def test_operations_of_a_step(init, monkeypatch):
+    """What MFU counts: all products of router and generation tower, a reference's tokens too."""
+    validate_on_few(monkeypatch.setattr, 2)
+    stage = make_stage(init, batch=4)
+    stage.start(0)
+    inputs, model = stage.inputs(0), stage.model
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stage(*inputs)
+    tower = FlopCounterMode(display=False)
+    with tower, torch.no_grad():
+        model.understand(inputs[1])
+        model.understand(inputs[8], inputs[5])
+    products = counter.get_total_flops() - tower.get_total_flops()  # without attention on a CPU
+    c, attention = model.config, 0
+    for S, T in ((inputs[1].shape[1], 16), (16 + inputs[8].shape[1], 2 * 16)):
+        L = c.registers + T
+        attention += 2 * 4 * (c.gen_depth * c.gen_width * L * (L + S)
+                              + c.router_depth * c.router_width * (S + T) ** 2)
+    assert stage.flops(*inputs) == pytest.approx(products + attention, rel=0.01)
 
 
 @pytest.mark.parametrize("arm", (("generation",), ("understanding",)))
