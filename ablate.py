@@ -4,7 +4,8 @@
     python ablate.py data-weights  # how much of which data? MoS App. A, data reweighting
     python ablate.py sampling      # steps, guidance, rescale, schedule: MoS App. B.6, Fig. 13
 
-The arms share data, noise, seed and schedule, and differ in the named respect alone.
+The arms of the first two share data, noise, seed and schedule, and differ in the named respect
+alone; the third changes the settings of one checkpoint that can edit.
 """
 
 import contextlib
@@ -150,15 +151,18 @@ def sampling(c, world, prompts=20, wanted=6):
     """The table `sampling`: how many unseen prompts of a task, and edits of a type, come out right.
     """
     model = MoS.from_pretrained(c.init, world.device)
-    print(f"all else: {json.dumps(model.settings())}\n{'':28}{'six tasks':>16}{'nine edits':>16}")
+    why = evaluate.obstacle("edits", c.init, model)
+    if why:
+        raise ValueError(f"{c.init} cannot edit: {why}")
+    print(f"all else: {json.dumps(model.settings())}\n{'':37}{'six tasks':>16}{'nine edits':>16}")
     for names, rows in SAMPLING:
         for values in rows:
-            options = dict(zip(names, values)) | dict(seed=c.seed, batch=60, held=(False,))
+            options = dict(zip(names, values)) | dict(seed=c.seed, held=(False,))
             tables = (evaluate.score_tasks(model, prompts, 1, **options),
                       evaluate.score_edits(model, wanted, **options))
             found = [figures(averages(table)[row])[:2] for table, row in
                      zip(tables, ("seen", "seen, both"))]
-            print(f"{', '.join(f'{n} {v}' for n, v in zip(names, values)):28}"
+            print(f"{', '.join(f'{n} {v}' for n, v in zip(names, values)):37}"
                   + "".join(f"{mean:8.3f} ± {error:.3f}" for mean, error in found), flush=True)
 
 
@@ -171,13 +175,14 @@ def main():
     parser.add_argument("table", choices=tuple(TABLES), help="which ablation")
     parser.add_argument("--init", default=str(Path(__file__).parent / "weights"),
                         help="folder with the trained VAE and tower; for sampling, with all")
-    parser.add_argument("--steps", type=int, default=1000, help="of each arm")
+    parser.add_argument("--steps", type=int, default=1000, help="of each arm that is trained")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
     args = parser.parse_args()
     world = train.World.join(train.TrainConfig().patience)
     c = train.TrainConfig(stage="image", preset="laptop", init=args.init, seed=args.seed, grid=4,
                           steps=args.steps)
-    print(f"{c.steps} steps, seed {c.seed}, torch {torch.__version__}, {world.device.type}, "
+    trained = "" if args.table == "sampling" else f"{c.steps} steps, "
+    print(f"{trained}seed {c.seed}, torch {torch.__version__}, {world.device.type}, "
           f"revision {train.revision()}")
     TABLES[args.table](c, world)
 

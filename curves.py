@@ -1,7 +1,7 @@
 """Is my run right? Its curves over those of other seeds, as a plot and as a table.
 
-    python curves.py runs/laptop                                    # over three of ours
-    python curves.py runs/0 runs/1 runs/2 --save assets/laptop.csv  # how those were kept
+    python curves.py runs/laptop                                  # over three of ours
+    python curves.py "seed 0" "seed 1" "seed 2" --save kept.csv   # keep runs for --beside
 """
 
 import csv
@@ -16,7 +16,7 @@ OURS = Path(__file__).parent / "assets" / "laptop.csv"  # README's laptop recipe
 def read(path):
     """The curves of a CSV: {run: {column: {step: value}}}; without a column "run" it is one run's.
 
-    Raises ValueError if the file is no such log.
+    Raises OSError, or ValueError if the file is no such log.
     """
     runs = {}
     try:
@@ -27,9 +27,9 @@ def read(path):
                     if row.get(name):
                         curves.setdefault(name, {})[int(row["step"])] = float(row[name])
     except FileNotFoundError:
-        raise ValueError(f"no {path.name} in {path.parent}: expected the folder of a run of "
-                         "train.py, or another --stage") from None
-    except (KeyError, ValueError):
+        raise ValueError(f"no {path.name} in {path.parent}: expected what train.py or --save wrote"
+                         ) from None
+    except (KeyError, TypeError, ValueError, csv.Error):
         runs = {}
     if not any(runs.values()):
         raise ValueError(f"{path} is no log of train.py")
@@ -73,34 +73,52 @@ def plot(own, others, path):
     for axis, column in zip(axes, COLUMNS):
         for runs, style in ((others, dict(color="0.6", lw=1)), (own, dict(lw=1.5))):
             for name, curves in runs.items():
-                points = sorted(curves.get(column, {}).items())
-                axis.plot(*zip(*points or [((), ())]), ".-" if len(points) < 30 else "-",
+                curve = curves.get(column, {})
+                axis.plot(list(curve), list(curve.values()), ".-" if len(curve) < 30 else "-",
                           label=name, **style)
         axis.set(title=column, xlabel="step", yscale="log" if "loss" in column else "linear")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+    plt.close(figure)
     print(f"\n{path}")
 
 
-def main():
-    """The command."""
+def parse():
+    """The command line, checked."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py wrote")
-    parser.add_argument("--stage", default="image", help="whose log is read")
+    parser.add_argument("--stage", default="image", choices=("image", "edit"), help="stage whose "
+                        "log is read")
     parser.add_argument("--beside", type=Path, default=OURS, help="a CSV that --save wrote")
     parser.add_argument("--save", type=Path, help="write the runs into this CSV, and draw nothing")
     parser.add_argument("--steps", type=int, nargs="+", help="of the table",
                         default=(50, 500, 1500, 3000, 4500, 6000))
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the plot")
     args = parser.parse_args()
-    own = {str(folder): curves for folder in args.runs
+    for path, suffix in ((args.save, ".csv"), (args.out, ".png")):
+        if path and (path.suffix != suffix or path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"cannot write {path}: expected a file {suffix} in a folder that is "
+                             "there")
+    for folder in args.runs:
+        log = folder / f"{args.stage}.csv"
+        if args.save and args.save.exists() and log.exists() and args.save.samefile(log):
+            raise ValueError(f"--save {args.save} is the log of a run; choose another name")
+    return args
+
+
+def main():
+    """The command."""
+    args = parse()
+    own = {f"{folder}": curves for folder in args.runs
            for curves in read(folder / f"{args.stage}.csv").values()}
     if args.save:
         save(own, args.save)
         return
     others = read(args.beside)
+    if own.keys() & others.keys():
+        own = {f"{name} (yours)": curves for name, curves in own.items()}
     for column in COLUMNS:
         show(column, own | others, args.steps)
     plot(own, others, args.out)

@@ -111,7 +111,7 @@ class Shapes:
 
 
 class Looks(Shapes):
-    """For the VAE: every other scene is outlined, as an edit may make it; it is the harder half."""
+    """For the VAE: every other scene is outlined, as an edit may make it: the harder half."""
 
     def scene(self, index):
         scene, *words = super().scene(index)

@@ -110,7 +110,10 @@ def forward(model, batch, tokens, size, weights, recompute, edit=False):
 
 
 def forward_flops(config, tokens, size, edit=False):
-    """FLOP of router and generation tower for one picture of latent size (height, width)."""
+    """FLOP of router and generation tower for one picture of latent size (height, width).
+
+    tokens, edit: see `forward`.
+    """
     return forward(unfilled(config), 1, tokens, size, torch.float32, False, edit)[1]
 
 

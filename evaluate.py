@@ -146,7 +146,7 @@ def score_edits(model, number=None, seed=0, batch=64, held=(False, True), types=
     table = tabulate(results(), failures)
     for column in table.values():
         column.update({row: decibel(error / count) for row, (error, count, _) in column.items()
-                       if row.endswith(", dB")})
+                       if row.endswith(", dB")})  # not "within 2 dB", a share
     return table
 
 

@@ -10,7 +10,6 @@ Lengths are in units of the picture's shorter side, x to the right and y downwar
 import math
 import random
 import zlib
-from collections import Counter
 from itertools import combinations, permutations
 from typing import NamedTuple
 
@@ -253,9 +252,8 @@ def ask(rng, scene):
     kinds += ["colour"] * 2 if shapes.count(o.shape) == 1 else []
     kinds += ["shape"] * 2 if colours.count(o.colour) == 1 else []
     unique = [p for p in scene.objects if shapes.count(p.shape) == 1]
-    true = [(a, r, b) for a, b in permutations(unique, 2) for r in RELATIONS if related(a, r, b)]
-    pairs = Counter((a, b) for a, _, b in true)
-    true = [(a, r, b) for a, r, b in true if pairs[a, b] == 1]  # on a diagonal two are right
+    right = [(a, [r for r in RELATIONS if related(a, r, b)], b) for a, b in permutations(unique, 2)]
+    true = [(a, r[0], b) for a, r, b in right if len(r) == 1]  # on a diagonal two are right
     kinds += ["relation"] * 2 if true else []
     kind = rng.choice(kinds)
     if kind == "background":

@@ -496,9 +496,9 @@ class EditStage(ImageStage):
     def idle(self):
         return [] if "generation" in self.model.config.edit_inputs else super().idle()
 
-    def flops(self, scene, prompts, *rest):
-        after, instructions = rest[5:7]
-        return (super().flops(scene, prompts)
+    def flops(self, *inputs):
+        after, instructions = inputs[7:9]
+        return (super().flops(*inputs[:2])
                 + self.cost(after, self.front + instructions.shape[1], True))
 
     def count(self, bucket):

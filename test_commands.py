@@ -268,11 +268,12 @@ def test_grid(draw, tmp_path):
 @pytest.mark.parametrize("flags, name", (
     ("--prompt 'a red circle above a blue square'", "golden.png"),
     ("--image assets/golden.png --prompt 'make the circle green'", "golden_edit.png")))
-def test_golden_pictures(flags, name, command, tmp_path):
+def test_golden_pictures(flags, name, command, tmp_path, monkeypatch):
     """On a CPU weights/ draw and edit as they were shipped: no value is off by more than 8 of 255.
 
     Guidance 2.9 instead of 3.0 is off by 38, 49 steps instead of 50 by 5.
     """
+    monkeypatch.setattr(sample, "pick_device", lambda: torch.device("cpu"))
     command(sample, "--out", "a.png", *shlex.split(flags.replace("assets", f"{ROOT}/assets")))
     pictures = [evaluate.to_tensor(Image.open(path))
                 for path in (tmp_path / "a.png", ROOT / "assets" / name)]
@@ -300,13 +301,19 @@ def test_curves(command, refuse, capsys, tmp_path):
     ours = capsys.readouterr().out
     assert "seed 0     1.4523   0.9887" in ours and "two        0.5000        -" in ours
     command(curves, "two", "--beside", "kept.csv", "--steps", 100, "--out", "b.png")
+    table = "\n{:13}      100\ntwo (yours)          -\none             {}\ntwo                  -\n"
     assert capsys.readouterr().out == (
-        "\nloss        100\ntwo           -\none      0.2500\n"
-        "\nval_loss        100\ntwo               -\none          0.7500\n\nb.png\n")
+        table.format("loss", "0.2500") + table.format("val_loss", "0.7500") + "\nb.png\n")
     assert Image.open(tmp_path / "b.png").size == (1500, 340)
     (tmp_path / "one" / "image.csv").write_text("no log\n")
     refuse("one/image.csv is no log of train.py", curves, "one")
     refuse("no edit.csv in two", curves, "two", "--stage", "edit")
+    refuse("two/image.csv is the log of a run", curves, "two", "--save", "two/image.csv")
+    refuse("cannot write missing/a.png", curves, "two", "--out", "missing/a.png")
+    refuse("kept.png", curves, "two", "--save", "kept.png")
+    (tmp_path / "two").rename(tmp_path / "seed 0")  # a name of ours
+    command(curves, "seed 0", "--steps", 50)
+    assert "seed 0 (yours)     0.5000\nseed 0             1.4523" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module, names", (
@@ -358,7 +365,8 @@ def test_readme_commands(script, flags, command, monkeypatch):
         raise Reached
     module = importlib.import_module(script.removesuffix(".py"))
     for owner, name in ((MoS, "from_pretrained"), (train.World, "join"), (evaluate, "score_judge"),
-                        (sample, "random_model"), (sample, "read_picture"), (estimate, "show")):
+                        (sample, "random_model"), (sample, "read_picture"), (estimate, "show"),
+                        (curves, "read")):
         monkeypatch.setattr(owner, name, reached)
     if script == "drill.py":
         monkeypatch.setattr(module, "start", reached)

@@ -93,11 +93,14 @@ def test_patches(dtype, autocast):
 
 
 def test_patches_start():
-    """At first pictures differ in their tokens about as much as the places do."""
+    """At first pictures show in their tokens, and do not drown the places."""
     torch.manual_seed(0)
     tower = Understanding(10, 160, 1, 5, 1, 64, vision=Patches(16, 160))
     tokens = tower.vision(2 * torch.rand(64, 3, 32, 32) - 1)
     assert 0.1 < tokens.std(0).mean() < 1 and not tower.vision[0].bias.any()
+    for width in (8, 18, 170):
+        with pytest.raises(ValueError, match=f"und_width .* got {width}"):
+            Patches(16, width)
 
 
 # ------------------------------------------------------------------------------------------------

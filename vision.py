@@ -20,10 +20,14 @@ from kernels import apply_rope, attention
 class Patches(nn.Sequential):
     """The small world's encoder: convolutions that halve, then each token's place. NOTE (ours).
 
-    patch: side of an image token in pixels, a power of two; width: Du.
+    patch: side of an image token in pixels, a power of two; width: Du. Raises ValueError for a
+    width that cannot be halved so often, or not be shared by sines and cosines of two places.
     """
 
     def __init__(self, patch, width):
+        if width % 4 or width < patch:
+            raise ValueError(f"und_width must be a multiple of 4 and at least {patch} for a tower "
+                             f"that reads pictures, got {width}")
         halvings = patch.bit_length() - 1
         widths = [3, *(width >> i for i in reversed(range(halvings)))]
         convs = [nn.Conv2d(*pair, 3, 2, 1) for pair in zip(widths, widths[1:])]
@@ -32,7 +36,10 @@ class Patches(nn.Sequential):
 
     def start(self, name, p):
         """Give the parameter of this name its first values, by which signals keep their size."""
-        p.zero_() if p.ndim == 1 else p.normal_(0, (2 / p[0].numel()) ** 0.5)
+        if p.ndim == 1:
+            p.zero_()
+        else:
+            p.normal_(0, (2 / p[0].numel()) ** 0.5)
 
     def forward(self, images):
         """Tokens (B, P, Du) of pictures (B, 3, H, W) in [-1, 1]."""
