@@ -514,8 +514,9 @@ def test_everything(small, command, tmp_path):
     assert list(data["scores"]) == list(evaluate.SCORES)
     for what, table in data["scores"].items():
         assert evaluate.SCORES[what][0] in printed
-        assert {row.split(",")[0] for _, row in rows(table)} == (
-            {"renders"} if what == "judge" else {"seen", "held-out"}), what
+        assert {row.split(",")[0] for _, row in rows(table)} == {
+            "judge": {"renders"}, "vae": {"seen", "held-out", "outlined"}}.get(
+                what, {"seen", "held-out"}), what
     tasks = data["scores"]["tasks"]
     assert list(tasks) == [*shapes.TASKS, "overall", "overall of 5"]
     assert list(data["scores"]["edits"]) == [*edits.TYPES, "overall"]
