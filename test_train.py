@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -54,6 +55,9 @@ common.run(train.main)
 """
 LONG = dict(steps=20, lr=1e-3, warmup=0, ema=0.9)
 every_stage = pytest.mark.parametrize("stage", train.STAGES)
+first_and_last = pytest.mark.parametrize("stage", (  # the others' inputs are compared in any case
+    "vae", "edit", *(pytest.param(stage, marks=pytest.mark.slow)
+                     for stage in ("understand", "image"))))
 
 
 def alone(rank=0, size=1):
@@ -97,9 +101,10 @@ def validate_on_few(patch, most=8):
 
 
 def lighten(patch):
-    """Cheap validations, no plots, and the small world's words without drawing 5,000 scenes."""
+    """Cheap validations, no plots, no FLOP counted, the world's words without 5,000 scenes."""
     validate_on_few(patch)
     patch(train.Log, "plot", lambda _: None)
+    patch(estimate, "forward_flops", lambda *_: 1)
     own = train.build_tokenizer
     words = [*read_vocabulary(ROOT / "weights").words, *edits.words(), *"in detail : drawn".split()]
     patch(train, "build_tokenizer", lambda dataset: own(dataset) if not dataset.scenes
@@ -165,27 +170,20 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def straight(trained, tmp_path_factory):
-    """Each stage in one go with light validations: what other ways of running must equal."""
-    folder = tmp_path_factory.mktemp("straight")
-    with pytest.MonkeyPatch.context() as patch:
-        lighten(patch.setattr)
-        assert all(go(stage, folder / stage, init=str(trained)) for stage in train.STAGES)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def precise(trained, tmp_path_factory):
-    """Each stage in one process in float64, 20 steps."""
-    folder = tmp_path_factory.mktemp("precise")
-    with pytest.MonkeyPatch.context() as patch:
-        lighten(patch.setattr)
-        torch.set_default_dtype(torch.float64)
-        try:
-            assert all(go(stage, folder, init=str(trained), **LONG) for stage in train.STAGES)
-        finally:
-            torch.set_default_dtype(torch.float32)
-    return folder
+    """precise(stage): the folder of that stage in one process in float64, 20 steps."""
+    @cache
+    def run(stage):
+        folder = tmp_path_factory.mktemp(stage)
+        with pytest.MonkeyPatch.context() as patch:
+            lighten(patch.setattr)
+            torch.set_default_dtype(torch.float64)
+            try:
+                assert go(stage, folder, init=str(trained), **LONG)
+            finally:
+                torch.set_default_dtype(torch.float32)
+        return folder
+    return run
 
 
 def test_all_stages(trained):
@@ -216,10 +214,12 @@ def test_all_stages(trained):
     assert torch.equal(model.vae.encoder.conv_in.weight, average.bfloat16().float())
 
 
-@every_stage
-def test_resume_is_exact(stage, light, trained, straight, tmp_path, monkeypatch, capsys):
+@first_and_last
+def test_resume_is_exact(stage, light, trained, tmp_path, monkeypatch, capsys):
     """Ctrl-C in step 3 of 6 saves and says how to go on; resumed, all ends bit-identical."""
-    whole, init, handler = straight / stage, {"init": str(trained)}, signal.getsignal(signal.SIGINT)
+    whole, tmp_path = tmp_path / "whole", tmp_path / "resumed"
+    init, handler = {"init": str(trained)}, signal.getsignal(signal.SIGINT)
+    assert go(stage, whole, **init)
     with monkeypatch.context() as patch:
         at_step(patch, stage, 2, ctrl_c)
         assert not go(stage, tmp_path, **init) and state(tmp_path, stage)[0] == 3
@@ -245,7 +245,7 @@ def near(folder, other, stage, tolerance):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=name)
 
 
-@every_stage
+@first_and_last
 def test_accumulation(stage, light, trained, tmp_path):
     """The gradient of two micro-batches is one batch's, in float64 to 1e-9 of its norm."""
     torch.set_default_dtype(torch.float64)
@@ -302,13 +302,14 @@ def test_estimate():
 FSDP = dict(parallel="fsdp", micro_batch=1, recompute="")
 
 
-@pytest.mark.parametrize("flags", (dict(parallel="ddp"), dict(FSDP, stage="image"),
-                                   pytest.param(FSDP, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("flags", (
+    dict(parallel="ddp", stage="edit"), dict(FSDP, stage="image"),
+    *(pytest.param(flags, marks=pytest.mark.slow) for flags in (dict(parallel="ddp"), FSDP))))
 def test_two_processes(flags, trained, precise, tmp_path):
     """Two processes, whole models or shards, accumulating or not, do what one does."""
     launch(tmp_path, 2, "1", init=trained, **LONG, **flags)
     for stage in [flags["stage"]] if "stage" in flags else train.STAGES:
-        near(precise, tmp_path, stage, 1e-10)
+        near(precise(stage), tmp_path, stage, 1e-10)
 
 
 @pytest.mark.slow
@@ -318,7 +319,7 @@ def test_four_processes(trained, precise, tmp_path):
     four, one, hsdp = tmp_path / "four", tmp_path / "one", dict(parallel="hsdp", shards=2)
     four.mkdir()
     launch(four, 4, "1", **flags, **hsdp)
-    near(precise, four, "image", 1e-10)
+    near(precise("image"), four, "image", 1e-10)
     _, whole = state(four, "image")
     shutil.rmtree(four / "image.states" / "00000020")
     shutil.copytree(four, one)
@@ -326,7 +327,7 @@ def test_four_processes(trained, precise, tmp_path):
     step, again = state(four, "image")
     assert step == 20 and all(torch.equal(whole[name], again[name]) for name in whole)
     launch(one, 1, "1", resume="", **flags)
-    near(precise, one, "image", 1e-10)
+    near(precise("image"), one, "image", 1e-10)
 
 
 def test_killed(light, tmp_path):
@@ -547,7 +548,7 @@ def test_no_second_start(held, light, tmp_path):
 
 @pytest.mark.parametrize("text, message", (("A red star.", ""), ("a zebra", "unknown word 'zebra'"),
                                            ("", "caption"), ("a " * 90, "91 tokens")))
-def test_own_pictures(text, message, trained, tmp_path):
+def test_own_pictures(text, message, light, trained, tmp_path):
     """Own pictures train tower and image stage; an unusable caption is one line before any work."""
     (tmp_path / "own").mkdir()
     for i in range(6):
