@@ -23,8 +23,9 @@ from PIL import Image
 import evaluate
 import train
 from common import CommandLine, autocast, run
+from config import SCHEDULES, MoSConfig
 from data import Mixture, Shapes
-from mos import SCHEDULES, MoS, MoSConfig
+from mos import MoS
 from report import averages, figures
 from stages import ImageStage
 from towers import Understanding

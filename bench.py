@@ -37,9 +37,10 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from common import CommandLine, autocast, randomise, replacing, run
+from config import PRESETS
 from estimate import Products, estimate, forward_flops
 from latency import bench_latency, bench_loading
-from mos import PRESETS, Context
+from mos import Context
 from timing import (DEVICE, DTYPE, SETS, call_time, ceilings, device_time, header, large_model,
                     normal, replay_time, save, show_profile)
 from train import LARGE, TrainConfig, World, complete, prepare

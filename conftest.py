@@ -12,7 +12,8 @@ import torch
 if not torch.cuda.is_available():  # before the first import of Triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from mos import MoS, MoSConfig
+from config import MoSConfig
+from mos import MoS
 from towers import Tokenizer
 
 ROOT = Path(__file__).parent

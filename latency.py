@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from common import autocast, randomise
+from config import PRESETS, MoSConfig
 from folders import load_tower
-from mos import PRESETS, MoSConfig, unfilled
+from mos import unfilled
 from timing import DEVICE, DTYPE, header, normal, replay_time, save, whole_time
 from vae import VAE
 

@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from common import CommandLine, pick_device, randomise, replacing, run, tqdm_or_none
-from mos import PRESETS, SCHEDULES, MoS, MoSConfig, check_size, unfilled
+from config import PRESETS, SCHEDULES, MoSConfig, check_size
+from mos import MoS, unfilled
 
 
 def parse_size(text):

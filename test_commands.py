@@ -19,9 +19,10 @@ import evaluate
 import sample
 import train
 from common import run
+from config import MoSConfig
 from conftest import ROOT, make_model, run_script
 from data import Shapes
-from mos import MoS, MoSConfig, read_vocabulary
+from mos import MoS, read_vocabulary
 
 README = (ROOT / "README.md").read_text()
 

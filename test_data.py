@@ -19,10 +19,11 @@ import stages
 import states
 import train
 from buckets import Batch, Bucket, assign, fit, make_plan, resolutions
+from config import MoSConfig
 from conftest import ROOT, make_model
 from data import Mixture, Pictures, Reader, parse_mixture
 from index import Where
-from mos import MoS, MoSConfig, read_vocabulary
+from mos import MoS, read_vocabulary
 from test_train import MODEL, launch, lighten, near, settings
 
 SIZES = ((64, 64), (96, 64), (64, 100), (70, 70), (140, 64))  # four buckets at 64 pixels

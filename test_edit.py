@@ -19,9 +19,10 @@ import edits
 import shapes
 import train
 from captions import read_caption
+from config import MoSConfig
 from conftest import ROOT, make_model, same
 from data import Edits, Lessons, Looks, Mixture, Shapes, build_tokenizer, in_detail
-from mos import Context, MoS, MoSConfig, guide, read_vocabulary, to_pixels
+from mos import Context, MoS, guide, read_vocabulary, to_pixels
 from stages import EditStage
 from test_train import MODEL, alone, settings, validate_on_few
 from towers import Tokenizer

@@ -10,9 +10,9 @@ import torch
 
 import edits
 import shapes
+from config import MoSConfig
 from edits import TYPES, draw_edit, edit_benchmark, instruct, outside, score, words
 from evaluate import judge_in_parts, same_scene
-from mos import MoSConfig
 from shapes import (BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES, Object, Prompt, Scene,
                     coverage, held_out, is_validation, pack, render, satisfies)
 from test_shapes import AREAS, FEW, thing

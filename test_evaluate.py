@@ -21,10 +21,11 @@ import report
 import shapes
 from captions import dense_benchmark, in_words, read_caption, statements
 from common import run
+from config import MoSConfig
 from conftest import ROOT, SMALL
 from data import Shapes
 from evaluate import Result, to_image, to_tensor
-from mos import MoS, MoSConfig, read_vocabulary
+from mos import MoS, read_vocabulary
 from shapes import Object, Scene, benchmark, satisfies
 from stages import ImageStage
 from test_shapes import facts, shows_held

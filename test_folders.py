@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
+from config import MoSConfig
 from conftest import SMALL
 from folders import FolderTokenizer, load_tower, load_wan
-from mos import MoS, MoSConfig, read_tokenizer
+from mos import MoS, read_tokenizer
 from towers import Bytes, Tokenizer, Understanding
 from vae import VAE
 

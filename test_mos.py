@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import mos
+from config import PRESETS, SCHEDULES, MoSConfig
 from conftest import make_model, same
 from kernels import apply_rope, mix_states, rope_table
-from mos import (PRESETS, MoS, MoSConfig, guide, make_schedule, mode_density, sample_t,
-                 shift_time)
+from mos import MoS, guide, make_schedule, mode_density, sample_t, shift_time
 from router import routing_weights, select
 from towers import Tokenizer
 
@@ -294,7 +294,7 @@ def test_hand_crafted_routing_is_one_hot_routing(model):
 
 # --- D. flow -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("schedule", mos.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 5])
 def test_euler_is_exact_on_a_straight_line(schedule, steps):
     """The true constant velocity leads from noise to z0 in any number of steps of any schedule."""

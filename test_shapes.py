@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import shapes
+from config import MoSConfig
 from conftest import ROOT
 from data import Collate, Mixture, Shapes, build_tokenizer, sequence
 from evaluate import same_scene, score_judge
-from mos import MoSConfig
 from shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS, HELD_TRIPLES,
                     INVERSE, NUMBERS, RELATIONS, SHAPES, SIZES, TASKS, Object, Prompt, Scene,
                     benchmark, judge, pack, related, render, satisfies)

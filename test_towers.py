@@ -9,8 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import conftest
+from config import MoSConfig
 from folders import FolderTokenizer, fill_tower, load_tower
-from mos import MoS, MoSConfig
+from mos import MoS
 from towers import Tokenizer
 
 transformers = pytest.importorskip("transformers")

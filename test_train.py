@@ -27,9 +27,10 @@ import estimate
 import evaluate
 import stages
 import train
+from config import PRESETS, MoSConfig
 from conftest import ROOT, SMALL
 from data import WORLDS, Mixture, Shapes
-from mos import PRESETS, MoS, MoSConfig, read_vocabulary
+from mos import MoS, read_vocabulary
 from towers import Tokenizer
 
 MODEL = {**SMALL, "max_tokens": 80}

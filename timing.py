@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels
 from common import randomise, replacing, replayed
-from mos import PRESETS, MoSConfig, unfilled
+from config import PRESETS, MoSConfig
+from mos import unfilled
 from train import revision
 
 DEVICE, DTYPE = "cuda", torch.bfloat16

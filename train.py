@@ -33,9 +33,10 @@ import estimate
 import shapes
 from common import (CommandLine, autocast, held, initialise, pick_device, replacing, run, setting,
                     tqdm_or_none, whole)
+from config import PRESETS, MoSConfig, read_config
 from data import build_tokenizer, open_sources
 from kernels import fused
-from mos import PRESETS, MoS, MoSConfig, read_config, read_tokenizer
+from mos import MoS, read_tokenizer
 from stages import KINDS
 
 PART = {"vae": "vae", "understand": "understanding", "image": "mos", "edit": "mos"}  # their files
