@@ -119,6 +119,10 @@ def main():
     others = read(args.beside)
     if own.keys() & others.keys():
         own = {f"{name} (yours)": curves for name, curves in own.items()}
+    logged = {step for curves in (own | others).values() for one in curves.values() for step in one}
+    if not logged & set(args.steps):
+        raise ValueError(f"--steps: nothing was logged at {', '.join(map(str, args.steps))}; "
+                         f"expected steps such as {', '.join(map(str, sorted(logged)[:3]))}")
     for column in COLUMNS:
         show(column, own | others, args.steps)
     plot(own, others, args.out)

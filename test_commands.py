@@ -312,6 +312,7 @@ def test_curves(command, refuse, capsys, tmp_path):
     refuse("two/image.csv is the log of a run", curves, "two", "--save", "two/image.csv")
     refuse("cannot write missing/a.png", curves, "two", "--out", "missing/a.png")
     refuse("kept.png", curves, "two", "--save", "kept.png")
+    refuse("nothing was logged at 7; expected steps such as 50", curves, "two", "--steps", 7)
     (tmp_path / "two").rename(tmp_path / "seed 0")  # a name of ours
     command(curves, "seed 0", "--steps", 50)
     assert "seed 0 (yours)     0.5000\nseed 0             1.4523" in capsys.readouterr().out

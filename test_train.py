@@ -518,7 +518,8 @@ def test_export(light, trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table, rows", (("scale-trap", 12), ("data-weights", 2)))
+@pytest.mark.parametrize("table, rows", (("scale-trap", 12), ("data-weights", 2),
+                                         ("sampling", 3)))
 def test_ablations(table, rows, light, trained, monkeypatch, capsys):
     """Each table of ablate.py has its rows, with numbers."""
     monkeypatch.setitem(train.RECIPES, ("image", "cpu"), dict(
@@ -526,6 +527,8 @@ def test_ablations(table, rows, light, trained, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "laptop", {name: value for name, value in MODEL.items()
                                             if not name.startswith(("vae_", "und_"))})
     monkeypatch.setattr(ablate, "SHARES", (0.1, 0.9))
+    monkeypatch.setattr(ablate, "SAMPLING", ablate.SAMPLING[1:2])
+    monkeypatch.setitem(ablate.TABLES, "sampling", lambda *a: ablate.sampling(*a, 1, 1))
     monkeypatch.setattr(ablate, "MoSConfig", lambda: MoSConfig(**MODEL))
     monkeypatch.setattr(ablate, "pack", lambda *a, own=ablate.pack: own(*a[:2], 6))
     monkeypatch.setattr(sys, "argv", f"ablate.py {table} --steps 2 --init {trained}".split())
