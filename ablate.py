@@ -37,7 +37,8 @@ SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 1.0), "post, bias 0": ("post", 0
 WEIGHED, SHARES = ("colours", "position"), (0.1, 0.3, 0.5, 0.7, 0.9)
 # Settings that are changed, one or two at a time, while the others are the checkpoint's own:
 SAMPLING = ((("schedule", "steps"), [(how, n) for how in SCHEDULES for n in (4, 8, 16, 25, 50)]),
-            (("guidance",), [(1.0,), (2.0,), (5.0,)]), (("rescale",), [(0.0,), (1.0,)]))
+            (("guidance",), [(1.0,), (1.5,), (2.0,), (3.0,), (5.0,)]),
+            (("rescale",), [(0.0,), (1.0,)]))
 KEPT = "latents tokens rows first lengths val".split()  # what arms share of the first one's stage
 
 
@@ -155,7 +156,8 @@ def sampling(c, world, prompts=20, wanted=6):
     why = evaluate.obstacle("edits", c.init, model)
     if why:
         raise ValueError(f"{c.init} cannot edit: {why}")
-    print(f"all else: {json.dumps(model.settings())}\n{'':37}{'six tasks':>16}{'nine edits':>16}")
+    print(f"all else: {json.dumps(model.settings())}, edits {json.dumps(model.settings(True))}\n"
+          f"{'':37}{'six tasks':>16}{'nine edits':>16}")
     for names, rows in SAMPLING:
         for values in rows:
             options = dict(zip(names, values)) | dict(seed=c.seed, held=(False,))

@@ -56,6 +56,7 @@ class MoSConfig:
     shift: float = setting(3.0, "moves training times and the uniform schedule towards noise")
     sampling_steps: int = setting(50, "denoising steps")
     guidance: float = setting(3.0, "guidance scale")
+    edit_guidance: float = setting(1.5, "guidance scale of edits, towards the instruction")
     rescale: float = setting(0.7, "guidance rescale")
     image_guidance: float = setting(1.0, "guidance scale of an edit's picture; 1: none")
     schedule: str = setting("uniform", "sampling schedule: uniform or linear-quadratic")
@@ -71,8 +72,8 @@ class MoSConfig:
             if f.type is int and f.name not in ("k", "registers", "und_vocabulary") and value < 1:
                 raise ValueError(f"{f.name} must be at least 1, got {value}")
         check_size(self.size)
-        check_sampling(self.sampling_steps, self.guidance, self.rescale, self.schedule,
-                       self.image_guidance)
+        check_sampling(self.sampling_steps, self.rescale, self.schedule, guidance=self.guidance,
+                       edit_guidance=self.edit_guidance, image_guidance=self.image_guidance)
         if not self.edit_inputs or set(self.edit_inputs) - set(TOWERS):
             raise ValueError(f"edit_inputs must be one or both of {', '.join(TOWERS)}, got "
                              f"{' '.join(map(str, self.edit_inputs)) or 'none'}")
@@ -98,7 +99,7 @@ class MoSConfig:
 SHARED = dict(vae_folder="parts/Wan2.2-TI2V-5B-Diffusers/vae", vae_channels=48, vae_width=160,
               vae_decoder_width=256, und_images=False, und_kv_heads=8, gen_hidden=8192,
               gen_kv_heads=8, gen_patch=2, state_norm="pre", max_tokens=128, size=512,
-              t_sampling="logit-normal", shift=1.0, guidance=5.0)
+              t_sampling="logit-normal", shift=1.0, guidance=5.0, edit_guidance=5.0)
 PRESETS = {
     "tiny": {},
     "laptop": dict(gen_width=192, gen_depth=6, gen_heads=6, gen_kv_heads=3, gen_hidden=512,
@@ -127,13 +128,13 @@ def check_size(size):
     return height, width
 
 
-def check_sampling(steps, guidance, rescale, schedule, image_guidance=1.0):
-    """Raise ValueError for settings that cannot give a picture."""
+def check_sampling(steps, rescale, schedule, **scales):
+    """Raise ValueError for settings that cannot give a picture. scales: of any guidance."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number from 1, got {steps}")
-    for name, scale in (("guidance", guidance), ("image_guidance", image_guidance)):
+    for name, scale in scales.items():
         if not math.isfinite(scale):
             raise ValueError(f"{name} must be a finite number, got {scale}")
     if not 0 <= rescale <= 1:

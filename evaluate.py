@@ -321,7 +321,6 @@ def score(what, model, args, settings, failures):
     if what == "edits":
         table = score_edits(model, number, **drawing)
         return table | {"overall": averages(table)}
-    del drawing["image_guidance"]
     if what == "tasks":
         table = score_tasks(model, number, args.pictures, tasks=args.tasks or shapes.TASKS,
                             **drawing)
@@ -426,7 +425,6 @@ def parse(arguments=None):
 
 def export(model, args, settings, device):
     """Draw GenEval's prompts into its folders."""
-    settings = {name: value for name, value in settings.items() if name != "image_guidance"}
     prompts = report.read_prompts(args.prompts)[:args.number]
     made = report.made_by(args.checkpoint, args.prompts, args.pictures, args.seed, settings)
     report.check_export(args.export, made)
@@ -439,8 +437,9 @@ def main():
     args, device = parse(), pick_device()
     args.batch = args.batch or (512 if device.type == "cuda" else 64)
     model = MoS.from_pretrained(args.checkpoint, device, None, ())  # nothing is loaded yet
-    settings = model.settings(**{name: getattr(args, name) for name in (
-        "steps", "guidance", "rescale", "schedule", "image_guidance")})
+    given = {name: getattr(args, name) for name in ("steps", "guidance", "rescale", "schedule")}
+    settings = model.settings(**given)
+    edit_settings = model.settings(True, **given, image_guidance=args.image_guidance)
     if args.export:
         export(model, args, settings, device)
         return
@@ -453,7 +452,8 @@ def main():
     needed = {part for what, why in hurdles.items() if not why for part in SCORES[what][1]}
     model.load(args.checkpoint, needed, device)
     about = {"checkpoint": args.checkpoint, "seed": args.seed, "pictures": args.pictures,
-             "settings": settings, "device": device.type, "torch": torch.__version__,
+             "settings": settings, "edit_settings": edit_settings, "device": device.type,
+             "torch": torch.__version__,
              "parameters": sum(p.numel() for module in (model.router, model.generation)
                                for p in module.parameters())}
     print(json.dumps(about))
@@ -463,7 +463,8 @@ def main():
         if why:
             print(f"\n{title}: left out, {why}")
         else:
-            scores[what] = score(what, model, args, settings, failures.setdefault(what, []))
+            scores[what] = score(what, model, args, edit_settings if what == "edits" else settings,
+                                 failures.setdefault(what, []))
             report.show(title, scores[what])
     if args.json:
         with replacing(args.json) as path:

@@ -252,8 +252,8 @@ class MoS(nn.Module):
         image_guidance, where it is not 1, moves towards what the picture does beside no picture at
         all. The rest: as for `generate`. Raises ValueError for what cannot be edited.
         """
-        settings = self.settings(steps=steps, guidance=guidance, rescale=rescale, schedule=schedule,
-                                 image_guidance=image_guidance)
+        settings = self.settings(True, steps=steps, guidance=guidance, rescale=rescale,
+                                 schedule=schedule, image_guidance=image_guidance)
         pixels = to_pixels(images)                                    # (B, 3, H, W)
         three = settings["image_guidance"] != 1
         both = three or settings["guidance"] != 1
@@ -266,11 +266,13 @@ class MoS(nn.Module):
         return self._draw(context, settings, seed, len(images), pixels.shape[2:], progress,
                           reference, blank)
 
-    def settings(self, **given):
+    def settings(self, edit=False, **given):
         """All settings of sampling: the config's where None is given. Raises ValueError."""
         c = self.config
         own = dict(steps=c.sampling_steps, guidance=c.guidance, rescale=c.rescale,
-                   schedule=c.schedule, image_guidance=c.image_guidance)
+                   schedule=c.schedule)
+        if edit:
+            own |= dict(guidance=c.edit_guidance, image_guidance=c.image_guidance)
         found = own | {name: value for name, value in given.items() if value is not None}
         check_sampling(**found)
         return found
@@ -290,7 +292,7 @@ class MoS(nn.Module):
             step = partial(self.step, self.project(context), settings["guidance"],
                            settings["rescale"], reference=reference,
                            blank=blank and self.project(blank),
-                           image_guidance=settings["image_guidance"])
+                           image_guidance=settings.get("image_guidance", 1.0))
             step = replayed(step, z, *sigmas[:2])
             for now, then in (progress or iter)(list(zip(sigmas, sigmas[1:]))):
                 z = step(z, now, then)                                # (B, C, h, w)

@@ -191,10 +191,9 @@ def main():
     """The command."""
     args, device = parse(), pick_device()
     model = open_model(args, device)
-    settings = model.settings(steps=args.steps, guidance=args.guidance, rescale=args.rescale,
-                              schedule=args.schedule, image_guidance=args.image_guidance)
-    if not args.image:
-        del settings["image_guidance"]
+    settings = model.settings(bool(args.image), steps=args.steps, guidance=args.guidance,
+                              rescale=args.rescale, schedule=args.schedule,
+                              image_guidance=args.image_guidance)
     texts = args.prompt
     if args.rewrite:
         texts = [model.rewrite(prompt, args.temperature, args.seed) for prompt in args.prompt]

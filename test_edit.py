@@ -222,6 +222,8 @@ def test_edit(painter):
                    dict(negative="blue star"), dict(guidance=5.0), dict(image_guidance=2.0),
                    dict(rescale=1.0), dict(steps=3), dict(schedule="linear-quadratic")):
         assert not same(both, painter.edit(**{**call, **change})), change
+    painter.config.guidance, painter.config.edit_guidance = 5.0, 3.0  # edits have their own
+    assert same(both, painter.edit(**{**call, "guidance": None}))
     assert not same(both, painter.generate(TEXTS, seed=3, steps=2, guidance=3.0, rescale=0.0,
                                            size=(32, 64)))
 
