@@ -37,7 +37,7 @@ SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 1.0), "post, bias 0": ("post", 0
 WEIGHED, SHARES = ("colours", "position"), (0.1, 0.3, 0.5, 0.7, 0.9)
 # Settings that are changed, one or two at a time, while the others are the checkpoint's own:
 SAMPLING = ((("schedule", "steps"), [(how, n) for how in SCHEDULES for n in (4, 8, 16, 25, 50)]),
-            (("guidance",), [(1.0,), (1.5,), (2.0,), (3.0,), (5.0,)]),
+            (("guidance",), [(1.0,), (2.0,), (3.0,), (5.0,)]),
             (("rescale",), [(0.0,), (1.0,)]))
 KEPT = "latents tokens rows first lengths val".split()  # what arms share of the first one's stage
 

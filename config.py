@@ -55,7 +55,7 @@ class MoSConfig:
     t_sampling: str = setting("mode", "training times: logit-normal or mode")
     shift: float = setting(3.0, "moves training times and the uniform schedule towards noise")
     sampling_steps: int = setting(50, "denoising steps")
-    guidance: float = setting(3.0, "guidance scale")
+    guidance: float = setting(3.0, "guidance scale of pictures from text")
     edit_guidance: float = setting(1.5, "guidance scale of edits, towards the instruction")
     rescale: float = setting(0.7, "guidance rescale")
     image_guidance: float = setting(1.0, "guidance scale of an edit's picture; 1: none")

@@ -240,6 +240,10 @@ class MoS(nn.Module):
         size = check_size(self.config.size if size is None else size)
         both = settings["guidance"] != 1  # the unguided branch is needed
         context = context or self.read(prompts, negative if both else None)
+        if len(context.inputs) != (1 + both) * len(prompts):
+            raise ValueError(f"a context of {len(context.inputs)} texts does not fit guidance "
+                             f"{settings['guidance']} and {len(prompts)} prompts: read as many "
+                             "negative ones, too, but none for guidance 1")
         return self._draw(context, settings, seed, len(prompts), size, progress)
 
     @torch.no_grad()
@@ -250,7 +254,8 @@ class MoS(nn.Module):
         images: PIL images of one size, sides multiples of 32, which is also that of what comes out;
         nothing is pasted from them. Guidance moves away from the negative text with the picture;
         image_guidance, where it is not 1, moves towards what the picture does beside no picture at
-        all. The rest: as for `generate`. Raises ValueError for what cannot be edited.
+        all. Guidance left out is the config's edit_guidance. The rest: as for `generate`.
+        Raises ValueError for what cannot be edited.
         """
         settings = self.settings(True, steps=steps, guidance=guidance, rescale=rescale,
                                  schedule=schedule, image_guidance=image_guidance)
