@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (HuggingFaceStorageReader,
-                                                     HuggingFaceStorageWriter)
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
@@ -33,7 +35,7 @@ class Writer:
     """Writes states into a folder while training goes on, one at a time; the last `keep` stay."""
 
     def __init__(self, folder, world, keep):
-        self.folder, self.world, self.keep = folder, world.behind(), keep
+        self.folder, self.world, self.keep = folder, world.for_background(), keep
         self.thread, self.pending = ThreadPoolExecutor(1), None
 
     def save(self, step, tensors):
@@ -121,7 +123,7 @@ def newest(folder, world):
         if problem is None:
             break
         faults.append(problem)
-        world.say(f"{state} is damaged ({problem}): passed over")
+        world.print0(f"{state} is damaged ({problem}): passed over")
     good = found[len(faults):]
     verdict = world.gather({"name": good[0].name if good else None, "fault": faults[:1]}
                            if world.first else {})

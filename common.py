@@ -10,17 +10,14 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parent  # the repository
+
 
 def pick_device():
     """cuda, else mps, else cpu."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def autocast(device):
-    """bf16 matrix products on a GPU, fp32 elsewhere. MoS App. A."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def replayed(function, *inputs):
@@ -53,12 +50,7 @@ def move(tensor, device):
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
-def wide(x):
-    """x in fp32 for what must not be rounded to less; fp64, in which tests compare, stays."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def whole(tensor):
+def full_tensor(tensor):
     """A tensor that is sharded over processes put together (all must ask), any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -84,7 +76,7 @@ def initialise(tower, seed=None):
         if seed is not None:
             torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         values = torch.empty(p.shape, device="meta" if p.is_meta else "cpu")
-        tower.start(name, values)
+        tower.init_parameter(name, values)
         place(p, values)
 
 
@@ -96,7 +88,7 @@ def randomise(device, *modules):
             p.normal_(1.0 if p.ndim == 1 else 0.0, 0.02)
 
 
-def start(name, p, depth):
+def init_parameter(name, p, depth):
     """First values of a parameter in a tower of so many blocks: norms 1, biases 0, the rest random.
 
     NOTE (ours): normal(0, 0.02), what a residual branch ends in scaled by 1/sqrt(2 depth).
@@ -114,7 +106,7 @@ def checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def held(tensor):
+def local_bytes(tensor):
     """Bytes that this process holds of a tensor, which may be sharded."""
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
 

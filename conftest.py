@@ -59,8 +59,9 @@ def painter():
 
 
 def run_script(script, *arguments, timeout=120, **environment):
-    """Run one of the commands in a process of its own, single-threaded."""
+    """Run a command, "train.py" or "tools.evaluate", in a process of its own, single-threaded."""
+    command = [ROOT / script] if script.endswith(".py") else ["-m", script]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     env.pop("TRITON_INTERPRET", None)  # for tests that call kernels themselves
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], env=env,
+    return subprocess.run([sys.executable, *map(str, (*command, *arguments))], env=env, cwd=ROOT,
                           capture_output=True, text=True, timeout=timeout)

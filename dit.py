@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import initialise, start
+from common import init_parameter, initialise
 from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
 
 
@@ -88,7 +88,7 @@ class Generation(nn.Module):
         self.head = nn.Linear(width, channels * patch * patch, bias=False)
         initialise(self)
 
-    def start(self, name, p):
+    def init_parameter(self, name, p):
         """Give the parameter of this name its first values. NOTE (ours)."""
         if name == "head.weight":
             p.zero_()
@@ -97,7 +97,7 @@ class Generation(nn.Module):
             # the router's gradient.
             p.normal_(0, 0.02)
         else:
-            start(name, p, len(self.blocks))
+            init_parameter(name, p, len(self.blocks))
 
     def patchify(self, z, reference=None):
         """Latents to tokens (B, T, Dg) and positions (image index, y, x): (T, 3). MoS Fig. 4.

@@ -21,8 +21,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from common import wide
-
 try:
     import triton
     import triton.language as tl
@@ -35,6 +33,24 @@ PLAIN = os.environ.get("MOS_PLAIN", "0") == "1" or not hasattr(tl, "load")
 def fused(x):
     """Whether the Triton kernels take this tensor."""
     return x.is_cuda and not PLAIN
+
+
+def autocast(device):
+    """bf16 matrix products on a GPU, fp32 elsewhere. MoS App. A."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def at_least_fp32(x):
+    """x in fp32 for what must not be rounded to less; fp64, in which tests compare, stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def cast(*tensors):
+    """The tensors as autocast hands them to a matrix product."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 def operator(fake):
@@ -67,9 +83,9 @@ def rms_norm_twin(x, weight, residual=None, eps=1e-6):
     and y, s in the wider type of the two.
     """
     s = x if residual is None else x + residual
-    n = wide(s)
+    n = at_least_fp32(s)
     scale = torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
-    y = (n * scale * wide(weight)).type_as(x)
+    y = (n * scale * at_least_fp32(weight)).type_as(x)
     return y if residual is None else (s, y)
 
 
@@ -221,7 +237,7 @@ def rope_table(positions, axes, theta=1e4, slow=None):
 def apply_rope(x, rope):
     """Rotate the channel pairs (i, i + Dh/2) of x: (B, L, H, Dh) by the table's angles, in fp32."""
     cos, sin = (a[:, None] for a in rope)                                    # (L, 1, Dh/2) each
-    a, b = wide(x).chunk(2, -1)                                              # (B, L, H, Dh/2) each
+    a, b = at_least_fp32(x).chunk(2, -1)                                              # (B, L, H, Dh/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)       # (B, L, H, Dh)
 
 
@@ -538,14 +554,6 @@ def feed_forward(x, gate_up, down, recompute=False):
     return feed_forward_twin(x, gate_up, down)
 
 
-def cast(*tensors):
-    """The tensors as autocast hands them to a matrix product."""
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
-
-
 class SwiGLU(nn.Module):
     """`feed_forward` with its learned weights, without biases."""
 
@@ -571,8 +579,8 @@ def mix_states_twin(states, index, weight, bias=None):
     """
     rows = index[..., None].expand(-1, -1, -1, states.shape[-1])                  # (B, S, K, D)
     chosen = states.gather(2, rows)                                               # (B, S, K, D)
-    mixture = (wide(chosen) * wide(weight[..., None])).sum(2)                     # (B, S, D)
-    return (mixture if bias is None else mixture + wide(bias)).type_as(states)
+    mixture = (at_least_fp32(chosen) * at_least_fp32(weight[..., None])).sum(2)                     # (B, S, D)
+    return (mixture if bias is None else mixture + at_least_fp32(bias)).type_as(states)
 
 
 @triton.jit
@@ -681,7 +689,7 @@ def channel_norm_twin(x, gamma):
 
     x: (B, C, H, W) of any float type, gamma: (C, 1, 1). Returns x's shape and type.
     """
-    y = F.normalize(wide(x), dim=1).type_as(x) * (gamma * gamma.shape[0] ** 0.5)
+    y = F.normalize(at_least_fp32(x), dim=1).type_as(x) * (gamma * gamma.shape[0] ** 0.5)
     return F.silu(y).type_as(x)
 
 

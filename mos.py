@@ -26,15 +26,21 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from common import autocast, move, replacing, replayed, whole, wide
+from common import full_tensor, move, replacing, replayed
 from config import check_sampling, check_size, read_config, require
 from dit import Generation, rope_axes
-from folders import FolderTokenizer, copy_tensors, fill_tower, fill_vae, read_tower, read_vae
-from kernels import cast, keys_behind, mix_project, mix_states, rms_norm
+from kernels import at_least_fp32, autocast, cast, keys_behind, mix_project, mix_states, rms_norm
+from pretrained.folders import (
+    FolderTokenizer,
+    copy_tensors,
+    fill_tower,
+    fill_vae,
+    read_tower,
+    read_vae,
+)
 from router import Router, routing_weights, select
-from towers import Bytes, Tokenizer, Understanding
+from towers import Bytes, Patches, Tokenizer, Understanding
 from vae import VAE
-from vision import Patches
 
 
 class Context(NamedTuple):
@@ -172,7 +178,7 @@ class MoS(nn.Module):
         z = (1 - at) * z0 + at * z1                                   # MoS sec. 3.1
         context = context or self.understand(tokens, images)
         v = self(z, t, context, uniform, reference)                   # (B, C, h, w)
-        return (wide(v) - (z1 - z0)).square().mean((1, 2, 3))        # MoS eq. (1)
+        return (at_least_fp32(v) - (z1 - z0)).square().mean((1, 2, 3))        # MoS eq. (1)
 
     @torch.no_grad()
     def read(self, prompts, negative=None, images=None):
@@ -315,9 +321,9 @@ class MoS(nn.Module):
         """
         both = len(context.inputs) > len(z)
         zz = torch.cat((z, z)) if both else z              # (2*B, C, h, w), or (B, C, h, w)
-        v = wide(self(zz, now.expand(len(zz)), context, reference=reference))
+        v = at_least_fp32(self(zz, now.expand(len(zz)), context, reference=reference))
         if both:
-            v_0 = None if blank is None else wide(self(z, now.expand(len(z)), blank))
+            v_0 = None if blank is None else at_least_fp32(self(z, now.expand(len(z)), blank))
             v = guide(*v.chunk(2), guidance, rescale, v_0, image_guidance)  # (B, C, h, w)
         return z + (then - now) * v
 
@@ -338,7 +344,7 @@ class MoS(nn.Module):
         for part, own in tensors.items():
             for module in self.PARTS[part]:
                 for name, p in getattr(self, module).named_parameters():
-                    p = whole(p.detach())
+                    p = full_tensor(p.detach())
                     if write:
                         own[f"{module}.{name}"] = p.bfloat16().contiguous().cpu()
                 for name, p in getattr(self, module).named_buffers():

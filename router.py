@@ -9,15 +9,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import initialise, start, wide
-from kernels import RMSNorm, SwiGLU, attention, keys_behind, queries_keys, rope_table
+from common import init_parameter, initialise
+from kernels import RMSNorm, SwiGLU, at_least_fp32, attention, keys_behind, queries_keys, rope_table
 
 INPUTS = ("prompt", "latent", "time")
 
 
 def routing_weights(logits):
     """Softmax over the understanding layers in fp32. MoS eq. (3). (B, S, M, N) to the same."""
-    return wide(logits).softmax(2)                                          # MoS eq. (3)
+    return at_least_fp32(logits).softmax(2)                                          # MoS eq. (3)
 
 
 def select(weights, k, epsilon=0.0, uniform=None, renormalize=False):
@@ -103,10 +103,10 @@ class Router(nn.Module):
         self.logits = nn.Linear(width, layers * blocks)
         initialise(self)
 
-    def start(self, name, p):
+    def init_parameter(self, name, p):
         """Give the parameter of this name its first values."""
         # NOTE (ours): also the logit layer's are random. Zeros would break every tie the same way.
-        start(name, p, len(self.blocks))
+        init_parameter(name, p, len(self.blocks))
         if name == "cls":
             p.normal_(0, 0.02)
 
@@ -142,5 +142,5 @@ class Router(nn.Module):
         readout = x[:, -S:] if self.cls is None else x[:, E - 1:E].expand(-1, S, -1)
         head = self.logits
         with torch.autocast(x.device.type, enabled=False):
-            w = F.linear(wide(self.norm(readout)), wide(head.weight), wide(head.bias))
+            w = F.linear(at_least_fp32(self.norm(readout)), at_least_fp32(head.weight), at_least_fp32(head.bias))
         return w.unflatten(-1, (self.layers, -1))                           # (B, S, M, N)

@@ -16,20 +16,26 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-import edits
-import estimate
-import evaluate
-import shapes
-from buckets import Batch, Bucket
-from common import autocast, move, replacing
-from data import Collate, Mixture, Reader, count_tokens, loader
-from kernels import cast
-from latents import (Stored, broken_samples, check_made, end_store, read_stored, shard_path,
-                     with_digest, write_made, write_shard)
+from common import move, replacing
+from data.buckets import Batch, Bucket
+from data.latents import (
+    Stored,
+    broken_samples,
+    check_made,
+    end_store,
+    read_stored,
+    shard_path,
+    with_digest,
+    write_made,
+    write_shard,
+)
+from data.sources import Collate, Mixture, Reader, count_tokens, loader
+from data.states import Cache, Producer
+from kernels import autocast, cast
 from mos import Context, sample_t
-from states import Cache, Producer
-from towers import Tokenizer
-from vision import Patches
+from tools import estimate, evaluate
+from towers import Patches, Tokenizer
+from world import edits, shapes
 
 
 class Stage(nn.Module):
@@ -70,7 +76,7 @@ class Stage(nn.Module):
     def start(self, step):
         """Say what the buckets are, and follow the plan from `step` on. Returns the Plan."""
         plan = self.plan()
-        self.world.say(f"buckets ({len(plan.buckets)}): " + ", ".join(
+        self.world.print0(f"buckets ({len(plan.buckets)}): " + ", ".join(
             f"{b.height}x{b.width}" + f" with {b.length} tokens" * (b.length > 0)
             for b in plan.buckets[:8]) + ", ..." * (len(plan.buckets) > 8))
         self.batches = self.follow(plan.batches(step, self.c.steps))
@@ -264,7 +270,7 @@ class ImageStage(Stage):
             self.states = Cache(c.states, self.model, texts, c.init, self.world)
         plan, batch = super().start(step), self.c.batch
         visual, context = (batch * max(counts) for counts in zip(*map(self.count, plan.buckets)))
-        self.world.say(f"tokens a step, at most: {visual:,} visual, {context:,} context (with "
+        self.world.print0(f"tokens a step, at most: {visual:,} visual, {context:,} context (with "
                        "padding)")
 
     def count(self, bucket):
@@ -317,7 +323,7 @@ class ImageStage(Stage):
         self.tokens = tokens.to(self.world.device)
         lengths = (tokens != Tokenizer.PAD).sum(1).numpy()
         self.lengths = np.split(lengths, self.first[1:-1])
-        self.world.say(f"encoded {len(tokens)} samples in {time.time() - begin:.0f} s")
+        self.world.print0(f"encoded {len(tokens)} samples in {time.time() - begin:.0f} s")
 
     def number(self, batch):
         """Where the samples of a batch stand among those of all sources."""
@@ -351,7 +357,7 @@ class ImageStage(Stage):
         if world.first:
             end_store(folder, data, pieces)
         world.wait()
-        world.say(f"{folder}: {len(pieces)} shards of latents, {len(mine)} encoded by this process "
+        world.print0(f"{folder}: {len(pieces)} shards of latents, {len(mine)} encoded by this process "
                   f"in {time.time() - begin:.0f} s")
         self.dataset = Mixture(read_stored(folder, data.made), data.weights, data.scenes)
         self.lengths, self.broken = self.count_lengths(), {}

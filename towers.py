@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import initialise, start, wide
-from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
+from common import init_parameter, initialise
+from kernels import RMSNorm, SwiGLU, at_least_fp32, attention, queries_keys, rope_table
 
 
 class Tokenizer:
@@ -104,6 +104,48 @@ class Bytes(Tokenizer):
         return known.decode(errors="replace")
 
 
+class Patches(nn.Sequential):
+    """The small world's encoder: convolutions that halve, then each token's place. NOTE (ours).
+
+    patch: side of an image token in pixels, a power of two; width: Du. Raises ValueError for a
+    width that cannot be halved so often, or not be shared by sines and cosines of two places.
+    """
+
+    def __init__(self, patch, width):
+        if width % 4 or width < patch:
+            raise ValueError(f"und_width must be a multiple of 4 and at least {patch} for a tower "
+                             f"that reads pictures, got {width}")
+        halvings = patch.bit_length() - 1
+        widths = [3, *(width >> i for i in reversed(range(halvings)))]
+        convs = [nn.Conv2d(*pair, 3, 2, 1) for pair in zip(widths, widths[1:])]
+        super().__init__(*[layer for conv in convs for layer in (conv, nn.GELU())][:-1])
+        self.patch = patch
+
+    def init_parameter(self, name, p):
+        """Give the parameter of this name its first values, by which signals keep their size."""
+        if p.ndim == 1:
+            p.zero_()
+        else:
+            p.normal_(0, (2 / p[0].numel()) ** 0.5)
+
+    def forward(self, images):
+        """Tokens (B, P, Du) of pictures (B, 3, H, W) in [-1, 1]."""
+        x = super().forward(images.type_as(self[0].weight))               # (B, Du, h, w)
+        x = x.permute(0, 2, 3, 1)                                         # (B, h, w, Du)
+        x = x + self._places(*x.shape[1:])
+        return x.flatten(1, 2)                                            # (B, h*w, Du)
+
+    def _places(self, height, width, channels):
+        """Sinusoids of row and column, half of the channels each: (h, w, Du). NOTE (ours)."""
+        like, quarter = self[0].weight, channels // 4
+        rate = 100.0 ** (-torch.arange(quarter, device=like.device) / quarter)
+        waves = [torch.cat((a.cos(), a.sin()), -1) for a in
+                 (torch.arange(n, device=like.device)[:, None] * rate for n in (height, width))]
+        rows = waves[0][:, None].expand(-1, width, -1)                    # (h, w, Du/2)
+        columns = waves[1][None].expand(height, -1, -1)                   # (h, w, Du/2)
+        return torch.cat((rows, columns), -1).type_as(like)               # (h, w, Du)
+
+
 class DecoderBlock(nn.Module):
     """Pre-norm, causal grouped-query attention with RoPE, SwiGLU: the Llama block.
 
@@ -168,14 +210,14 @@ class Understanding(nn.Module):
         self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
         initialise(self)
 
-    def start(self, name, p):
+    def init_parameter(self, name, p):
         """Give the parameter of this name its first values."""
-        if name.startswith("vision.") and hasattr(self.vision, "start"):
-            self.vision.start(name.removeprefix("vision."), p)
+        if name.startswith("vision.") and hasattr(self.vision, "init_parameter"):
+            self.vision.init_parameter(name.removeprefix("vision."), p)
         elif name == "embedding.weight":
             p.normal_(0, 0.1)  # far apart, and so they stay
         else:
-            start(name, p, len(self.blocks))
+            init_parameter(name, p, len(self.blocks))
 
     def embed(self, tokens, images=None):
         """Input embeddings (B, S, Du), pictures (B, 3, H, W) in [-1, 1] among them.
@@ -212,7 +254,7 @@ class Understanding(nn.Module):
     def logits(self, states):
         """Next-token scores (B, S, V) in fp32 from the last state."""
         head = self.head or self.embedding
-        return wide(F.linear(self.norm(states[:, :, -1]), head.weight))     # (B, S, V)
+        return at_least_fp32(F.linear(self.norm(states[:, :, -1]), head.weight))     # (B, S, V)
 
     def loss(self, tokens, target, images=None):
         """Next-token cross entropy: the mean of a sample's targets (not -100), then of samples.

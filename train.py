@@ -24,20 +24,28 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import estimate
-import shapes
-from common import (CommandLine, autocast, held, initialise, pick_device, replacing, run, setting,
-                    tqdm_or_none, whole)
+from common import (
+    CommandLine,
+    full_tensor,
+    initialise,
+    local_bytes,
+    pick_device,
+    replacing,
+    run,
+    setting,
+    tqdm_or_none,
+)
 from config import PRESETS, MoSConfig, read_config
-from data import build_tokenizer, open_sources
-from kernels import fused
+from data.sources import build_tokenizer, open_sources
+from kernels import autocast, fused
 from mos import MoS, read_tokenizer
 from stages import KINDS
+from tools import estimate
+from world import shapes
 
 PART = {"vae": "vae", "understand": "understanding", "image": "mos", "edit": "mos"}  # their files
 STAGES = tuple(PART)
@@ -166,7 +174,7 @@ class World:
                            for seconds in (15, patience))
         return cls(dist.get_rank(), dist.get_world_size(), device, others, writers)
 
-    def behind(self):
+    def for_background(self):
         """The same processes, for threads that must not disturb training."""
         return replace(self, group=self.writers)
 
@@ -175,7 +183,7 @@ class World:
         """Whether this process is the one that writes and speaks."""
         return self.rank == 0
 
-    def say(self, text):
+    def print0(self, text):
         """Print, once for all processes."""
         if self.first:
             print(text, flush=True)
@@ -202,7 +210,7 @@ class World:
         if self.size > 1:
             dist.barrier(self.group)
 
-    def blame(self, error):
+    def explain_hang(self, error):
         """The error of a step; where processes do not answer, one that names them instead."""
         reason = f"{error} ".splitlines()[0]
         if self.size == 1 or not (isinstance(error, dist.DistError)
@@ -453,7 +461,7 @@ class Run:
             group["lr"] = learning_rate(step, self.c)
         metrics = self.backward(step)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.c.clip)
-        metrics["grad_norm"] = whole(norm)
+        metrics["grad_norm"] = full_tensor(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(step)
@@ -490,7 +498,7 @@ class Run:
         norm = (self.sums.pop("grad_norm") / steps).item()
         if not math.isfinite(loss + norm):
             self.writer.wait()
-            world.say(f"the loss is {loss}, its gradient's norm {norm} at step {done}; the last "
+            world.print0(f"the loss is {loss}, its gradient's norm {norm} at step {done}; the last "
                       f"good state is kept in {self.states}; try a smaller --lr")
             sys.exit(1)
         sums = {name: world.sum(value) for name, value in self.sums.items()}
@@ -522,7 +530,7 @@ class Run:
             self.log.plot()
             told = ", ".join(f"{name} {value:.4g}" for name, value in values.items()
                              if not name.startswith(("usage", "entropy")))
-            self.world.say(f"\n{self.c.stage} step {done}: {told}")
+            self.world.print0(f"\n{self.c.stage} step {done}: {told}")
         self.world.wait()
         self.clock = time.time()
 
@@ -541,7 +549,7 @@ def fit(run, c, world):
         run.validate(run.start)
         return False
     if run.start >= c.steps:
-        world.say(f"stage {c.stage}: finished at step {run.start} already")
+        world.print0(f"stage {c.stage}: finished at step {run.start} already")
         return True
     introduce(run)
     run.begin()
@@ -562,11 +570,11 @@ def fit(run, c, world):
             if last or stop:
                 run.writer.wait()
             if stop:
-                world.say(f"\nstopped at step {done}; go on with --resume")
+                world.print0(f"\nstopped at step {done}; go on with --resume")
                 return last
     if run.bar:
         run.bar.close()
-    world.say(f"peak memory {peak_memory(world.device) / 2**30:.2f} GiB")
+    world.print0(f"peak memory {peak_memory(world.device) / 2**30:.2f} GiB")
     return True
 
 
@@ -609,7 +617,7 @@ def introduce(run):
     say(f"training {json.dumps(asdict(c))}")
     say(f"parameters: {trainable:,} trainable, {everything - trainable:,} frozen | global batch "
         f"{c.batch} = {run.world.size} processes x {run.accumulate} accumulated")
-    states = sum(held(p) * (5 if p.requires_grad else 1) for p in run.model.parameters()
+    states = sum(local_bytes(p) * (5 if p.requires_grad else 1) for p in run.model.parameters()
                  if not p.is_meta)
     say(f"memory estimate: weights, gradients, AdamW and average {states / 2**20:.0f} MiB a "
         "process, activations on top")
@@ -732,7 +740,7 @@ def train_stage(c, overrides, world):
         stage.folder.mkdir(parents=True, exist_ok=True)
         return fit(stage, c, world)
     except RuntimeError as e:
-        blame = world.blame(e)
+        blame = world.explain_hang(e)
         if blame is e:
             raise
         raise blame from None

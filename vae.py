@@ -11,8 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import initialise, wide
-from kernels import channel_norm
+from common import initialise
+from kernels import at_least_fp32, channel_norm
 
 TILE = 64  # side of a tile in latent pixels
 WHOLE = 72 * 72  # latent pixels that are not cut into tiles: 1024x1024, and its bucket
@@ -26,7 +26,7 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x):
-        return F.normalize(wide(x), dim=1).type_as(x) * (self.gamma * self.gamma.shape[0] ** 0.5)
+        return F.normalize(at_least_fp32(x), dim=1).type_as(x) * (self.gamma * self.gamma.shape[0] ** 0.5)
 
 
 class NormSiLU(ChannelNorm):
@@ -268,7 +268,7 @@ class VAE(nn.Module):
         self.register_buffer("latents_std", torch.ones(latent_channels, 1, 1))
         initialise(self)
 
-    def start(self, name, p):
+    def init_parameter(self, name, p):
         """Give the parameter of this name its first values: PyTorch's own, but biases 0."""
         if p.ndim < 2 or "gamma" in name:
             p.fill_(1.0 if "gamma" in name else 0.0)
@@ -282,7 +282,7 @@ class VAE(nn.Module):
         super()._apply(function, recurse)
         for name, values in before.items():
             after = getattr(self, name)
-            if wide(after) is not after:
+            if at_least_fp32(after) is not after:
                 setattr(self, name, values.to(after.device))
         return self
 
@@ -319,7 +319,7 @@ class VAE(nn.Module):
     def decode(self, z):
         """Pictures in [-1, 1] of normalised latents (B, C, h, w): (B, 3, 16h, 16w)."""
         z = z * self.latents_std + self.latents_mean
-        return wide(self.reconstruct(z)).clamp(-1, 1)                     # (B, 3, H, W)
+        return at_least_fp32(self.reconstruct(z)).clamp(-1, 1)                     # (B, 3, H, W)
 
     def reconstruct(self, z):
         """The decoder without normalisation and clamping: (B, C, h, w) to (B, 3, 16h, 16w)."""
@@ -334,9 +334,9 @@ class VAE(nn.Module):
         Returns the loss and {"psnr": decibel, "kl": nats per latent value}.
         """
         mean, log_variance = self.posterior(x)
-        mean, log_variance = wide(mean), wide(log_variance).clamp(-30, 20)
+        mean, log_variance = at_least_fp32(mean), at_least_fp32(log_variance).clamp(-30, 20)
         z = mean + (0.5 * log_variance).exp() * noise
-        error = wide(self.reconstruct(z)) - x
+        error = at_least_fp32(self.reconstruct(z)) - x
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         psnr = 10 * (math.log10(4) - error.detach().square().mean().log10())
         return error.abs().mean() + kl_weight * kl, {"psnr": psnr, "kl": kl.detach()}

@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import edits
-import report
-import shapes
-from captions import CATEGORIES, dense_benchmark, in_words, read_caption, statements
-from common import CommandLine, autocast, pick_device, replacing, run
-from data import Collate, Shapes
+from common import ROOT, CommandLine, pick_device, replacing, run
+from data.sources import Collate, Shapes
+from kernels import autocast
 from mos import MoS
-from report import Result, averages, tabulate
+from tools import report
+from tools.report import Result, averages, tabulate
+from world import edits, shapes
+from world.captions import CATEGORIES, dense_benchmark, in_words, read_caption, statements
 
 GENEVAL_COUNTS = dict(zip(shapes.TASKS, (80, 99, 80, 94, 100, 100)))
 DENSE_COUNT, EDIT_COUNT = 1065, 100  # DPG's number of prompts; about ImgEdit's of each type
@@ -383,7 +383,7 @@ def obstacle(what, folder, model):
 def parse(arguments=None):
     """The command line, checked."""
     parser = CommandLine(__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoint", nargs="?", default=str(Path(__file__).parent / "weights"),
+    parser.add_argument("checkpoint", nargs="?", default=str(ROOT / "weights"),
                         help="folder of a trained model")
     parser.add_argument("--what", nargs="+", choices=(*SCORES, "all"), help="what to score; all "
                         "that the checkpoint can do, or tasks if --tasks is given")

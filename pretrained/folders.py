@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common import place
+from pretrained.encoders import read_vision
 from towers import Tokenizer, Understanding
 from vae import VAE
-from vision import read_vision
 
 
 def as_tuple(own):

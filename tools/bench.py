@@ -36,13 +36,26 @@ from torch.autograd import grad
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from common import CommandLine, autocast, randomise, replacing, run
+from common import ROOT, CommandLine, randomise, replacing, run
 from config import PRESETS
-from estimate import Products, estimate, forward_flops
-from latency import bench_latency, bench_loading
+from kernels import autocast
 from mos import Context
-from timing import (DEVICE, DTYPE, SETS, call_time, ceilings, device_time, header, large_model,
-                    normal, replay_time, save, show_profile)
+from tools.estimate import Products, estimate, forward_flops
+from tools.latency import bench_latency, bench_loading
+from tools.timing import (
+    DEVICE,
+    DTYPE,
+    SETS,
+    call_time,
+    ceilings,
+    device_time,
+    header,
+    large_model,
+    normal,
+    replay_time,
+    save,
+    show_profile,
+)
 from train import LARGE, TrainConfig, World, complete, prepare
 
 try:
@@ -459,7 +472,7 @@ def bench_small(preset, result, steps=100):
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as out:
             c = TrainConfig(stage="image", preset=preset, out=out, compile=compiled, scenes=20_000,
-                            init=str(Path(__file__).parent / "weights"))
+                            init=str(ROOT / "weights"))
             training = prepare(complete(c, "image", torch.device(DEVICE)), {}, World.join(600))
             training.begin()
             for i in range(20 + steps):

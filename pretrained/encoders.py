@@ -4,7 +4,7 @@
     L its tokens: a class token, if it has one, and h*w patches, row by row
     n rows and columns of patches in the pictures that it was trained with
 
-The small world's `Patches`, and the vision transformers of PLM and InternVL with their projectors.
+The vision transformers of PLM and InternVL with their projectors.
 """
 
 import re
@@ -13,50 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import initialise, start, wide
-from kernels import apply_rope, attention
-
-
-class Patches(nn.Sequential):
-    """The small world's encoder: convolutions that halve, then each token's place. NOTE (ours).
-
-    patch: side of an image token in pixels, a power of two; width: Du. Raises ValueError for a
-    width that cannot be halved so often, or not be shared by sines and cosines of two places.
-    """
-
-    def __init__(self, patch, width):
-        if width % 4 or width < patch:
-            raise ValueError(f"und_width must be a multiple of 4 and at least {patch} for a tower "
-                             f"that reads pictures, got {width}")
-        halvings = patch.bit_length() - 1
-        widths = [3, *(width >> i for i in reversed(range(halvings)))]
-        convs = [nn.Conv2d(*pair, 3, 2, 1) for pair in zip(widths, widths[1:])]
-        super().__init__(*[layer for conv in convs for layer in (conv, nn.GELU())][:-1])
-        self.patch = patch
-
-    def start(self, name, p):
-        """Give the parameter of this name its first values, by which signals keep their size."""
-        if p.ndim == 1:
-            p.zero_()
-        else:
-            p.normal_(0, (2 / p[0].numel()) ** 0.5)
-
-    def forward(self, images):
-        """Tokens (B, P, Du) of pictures (B, 3, H, W) in [-1, 1]."""
-        x = super().forward(images.type_as(self[0].weight))               # (B, Du, h, w)
-        x = x.permute(0, 2, 3, 1)                                         # (B, h, w, Du)
-        x = x + self._places(*x.shape[1:])
-        return x.flatten(1, 2)                                            # (B, h*w, Du)
-
-    def _places(self, height, width, channels):
-        """Sinusoids of row and column, half of the channels each: (h, w, Du). NOTE (ours)."""
-        like, quarter = self[0].weight, channels // 4
-        rate = 100.0 ** (-torch.arange(quarter, device=like.device) / quarter)
-        waves = [torch.cat((a.cos(), a.sin()), -1) for a in
-                 (torch.arange(n, device=like.device)[:, None] * rate for n in (height, width))]
-        rows = waves[0][:, None].expand(-1, width, -1)                    # (h, w, Du/2)
-        columns = waves[1][None].expand(height, -1, -1)                   # (h, w, Du/2)
-        return torch.cat((rows, columns), -1).type_as(like)               # (h, w, Du)
+from common import init_parameter, initialise
+from kernels import apply_rope, at_least_fp32, attention
 
 
 class EncoderBlock(nn.Module):
@@ -103,14 +61,14 @@ class VisionTransformer(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, cls + self.side ** 2, width))
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, hidden, eps) for _ in range(depth))
 
-    def start(self, name, p):
+    def init_parameter(self, name, p):
         """Give the parameter of this name its first values; LayerScale's are those of both."""
         if "scale" in name:
             p.fill_(0.1)
         elif name.endswith("bias"):
             p.zero_()
         else:
-            start(name, p, len(self.blocks))
+            init_parameter(name, p, len(self.blocks))
 
     def fit(self, images):
         """Pictures (B, 3, H, W) as tiles of the size that the encoder knows, and tokens of each.
@@ -241,7 +199,7 @@ class InternVision(VisionTransformer):
     def forward(self, images):
         """Tokens (B, P, Du) of pictures (B, 3, H, W) in [-1, 1]."""
         images = torch.stack([(c / 2 + 0.5 - mean) / deviation for c, mean, deviation in zip(
-            wide(images).unbind(1), self.MEAN, self.DEVIATION)], 1)       # (B, 3, H, W)
+            at_least_fp32(images).unbind(1), self.MEAN, self.DEVIATION)], 1)       # (B, 3, H, W)
         x, h, w = self.embed(images, "bicubic")                           # (B, L, Dv)
         for block in self.blocks:
             x = block(x)

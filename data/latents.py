@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import checksum, move, replacing
-from index import Texts, Unreadable
+from data.pictures import Texts, Unreadable
 
 
 def shard_path(folder, number):

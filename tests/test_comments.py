@@ -12,21 +12,24 @@ import re
 import runpy
 import sys
 import tokenize
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
 
-import data
 import kernels
-import shapes
 import train
 import vae
-import vision
 from conftest import ROOT, make_model
+from data import sources
+from pretrained import encoders
+from towers import Patches
+from world import shapes
 
-FILES = "mos.py router.py dit.py towers.py kernels.py vae.py shapes.py data.py vision.py".split()
+FILES = ("mos.py router.py dit.py towers.py kernels.py vae.py world/shapes.py data/sources.py "
+         "pretrained/encoders.py").split()
 UNREACHED = set()  # "file.py: commented source text" that no run on the CPU can reach
 ONE = r"\([^()]*,[^()]*\)"
 COMMENT = re.compile(rf"# ({ONE}(?:,(?: or)? {ONE})*)( each)?")
@@ -195,7 +198,7 @@ def run_everything(watch, folder):
     for i in range(2):
         Image.new("RGB", (40 + i, 50)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text("a star")
-    own = data.Pictures(folder, [32], train.World(0, 1, torch.device("cpu")))
+    own = sources.Pictures(folder, [32], train.World(0, 1, torch.device("cpu")))
     for height, width in ((64, 96), (96, 32)):
         watch({}, own.item, 0, height, width)
     letters = {"kernels.py": dict(B=2, S=10, D=48, F=64, K=3, Du=48, Dg=32)}
@@ -207,12 +210,12 @@ def run_everything(watch, folder):
                   else a for a in inputs]
         y = watch(letters, function.apply, *inputs)
         watch(letters, y.sum().backward)
-    watch({"vision.py": dict(B=2, p=16, Du=44)}, vision.Patches(16, 44), images)
-    letters = {"vision.py": dict(B=2, P=12, Du=44, Dv=24, Dh=8, n=4),
-               "vision.py EncoderBlock": dict(H=3)}
-    for encoder in (vision.PerceptionEncoder(24, 1, 3, 40, 44, True, 56),
-                    vision.PerceptionEncoder(24, 1, 3, 40, 44, False, 56),
-                    vision.InternVision(24, 1, 3, 40, 44, 56)):
+    watch({"towers.py": dict(B=2, p=16, Du=44)}, Patches(16, 44), images)
+    letters = {"encoders.py": dict(B=2, P=12, Du=44, Dv=24, Dh=8, n=4),
+               "encoders.py EncoderBlock": dict(H=3)}
+    for encoder in (encoders.PerceptionEncoder(24, 1, 3, 40, 44, True, 56),
+                    encoders.PerceptionEncoder(24, 1, 3, 40, 44, False, 56),
+                    encoders.InternVision(24, 1, 3, 40, 44, 56)):
         watch(letters, encoder, torch.rand(2, 3, 84, 112))
 
 
@@ -223,7 +226,7 @@ def test_shape_comments(tmp_path):
     print(f"{len(checker.checked)} shape comments checked")
     assert not checker.errors, "\n".join(checker.errors.values())
     assert {note.code for note in checker.unreached} == UNREACHED
-    assert {place.split(":")[0] for place in checker.checked} == set(FILES)
+    assert {place.split(":")[0] for place in checker.checked} == {Path(file).name for file in FILES}
 
 
 TOY = """

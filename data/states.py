@@ -19,10 +19,11 @@ import torch.multiprocessing as multiprocessing
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import autocast, checksum, move, replacing
-from folders import weights_of
-from latents import read_lines
+from common import checksum, move, replacing
+from data.latents import read_lines
+from kernels import autocast
 from mos import MoS
+from pretrained.folders import weights_of
 from towers import Tokenizer
 
 SHARD = 256  # prompts in a file
@@ -125,7 +126,7 @@ class Cache:
         for i in mine:
             self.write(i, *read(model.tokenizer.batch(parts[i])))
         world.wait()
-        world.say(f"{folder}: states of {len(texts):,} prompts, {len(missing)} of {len(parts)} "
+        world.print0(f"{folder}: states of {len(texts):,} prompts, {len(missing)} of {len(parts)} "
                   "shards made now")
 
     def path(self, number):

@@ -14,22 +14,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from test_shapes import facts, shows_held
 
-import edits
-import evaluate
-import report
-import shapes
-from captions import dense_benchmark, in_words, read_caption, statements
 from common import run
 from config import MoSConfig
 from conftest import ROOT, SMALL
-from data import Shapes
-from evaluate import Result, to_image, to_tensor
+from data.sources import Shapes
 from mos import MoS, read_vocabulary
-from shapes import Object, Scene, benchmark, satisfies
 from stages import ImageStage
-from test_shapes import facts, shows_held
+from tools import evaluate, report
+from tools.evaluate import Result, to_image, to_tensor
 from towers import Tokenizer
+from world import edits, shapes
+from world.captions import dense_benchmark, in_words, read_caption, statements
+from world.shapes import Object, Scene, benchmark, satisfies
 
 SIZE = 96  # the smallest for which the judge is tested, and the fastest
 

@@ -20,24 +20,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
-import ablate
 import checkpoint
-import edits
-import estimate
-import evaluate
 import stages
 import train
 from config import PRESETS, MoSConfig
 from conftest import ROOT, SMALL
-from data import WORLDS, Mixture, Shapes
+from data.sources import WORLDS, Mixture, Shapes
 from mos import MoS, read_vocabulary
+from tools import ablate, estimate, evaluate
 from towers import Tokenizer
+from world import edits
 
 MODEL = {**SMALL, "max_tokens": 80}
 QUICK = dict(steps=6, batch=4, lr=3e-4, warmup=2, scenes=16, log_every=1, eval_every=100,
              save_every=100, eval_prompts=1)
 DRIVER = f"""import os, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch, common, train, test_train
 if os.environ.get("DOUBLE"):
     torch.set_default_dtype(torch.float64)

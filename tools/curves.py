@@ -7,10 +7,10 @@
 import csv
 from pathlib import Path
 
-from common import CommandLine, replacing, run
+from common import ROOT, CommandLine, replacing, run
 
 COLUMNS = ("loss", "val_loss", "score", "grad_norm")
-OURS = Path(__file__).parent / "assets" / "laptop.csv"  # README's laptop recipe, three seeds
+OURS = ROOT / "assets" / "laptop.csv"  # README's laptop recipe, three seeds
 
 
 def read(path):

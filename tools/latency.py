@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from common import autocast, randomise
+from common import ROOT, randomise
 from config import PRESETS, MoSConfig
-from folders import load_tower
+from kernels import autocast
 from mos import unfilled
-from timing import DEVICE, DTYPE, header, normal, replay_time, save, whole_time
+from pretrained.folders import load_tower
+from tools.timing import DEVICE, DTYPE, header, normal, replay_time, save, whole_time
 from vae import VAE
 
 TOKENS, STEPS, SIZES = 128, 50, (512, 1024, 2048)
@@ -369,7 +370,7 @@ def bench_loading(folder):
             del tower
         torch.cuda.empty_cache()
         for flags in (["--drop-tower", "--vae-dtype", "bfloat16"], ["--drop-tower"], []):
-            command = [sys.executable, str(Path(__file__).parent / "sample.py"), "--prompt",
+            command = [sys.executable, str(ROOT / "sample.py"), "--prompt",
                        "a fox", "--checkpoint", str(home), "--size", "1024", "--out",
                        str(folder / "loading.png"), *flags]
             begin = time.time()

@@ -13,19 +13,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_train import MODEL, alone, settings, validate_on_few
 from torch.utils.flop_counter import FlopCounterMode
 
-import edits
-import shapes
 import train
-from captions import read_caption
 from config import MoSConfig
 from conftest import ROOT, make_model, same
-from data import Edits, Lessons, Looks, Mixture, Shapes, build_tokenizer, in_detail
+from data.sources import (
+    Edits,
+    Mixture,
+    OutlinedShapes,
+    Shapes,
+    TowerTexts,
+    build_tokenizer,
+    in_detail,
+)
 from mos import Context, MoS, guide, read_vocabulary, to_pixels
 from stages import EditStage
-from test_train import MODEL, alone, settings, validate_on_few
 from towers import Tokenizer
+from world import edits, shapes
+from world.captions import read_caption
 
 TEXTS = ["a red circle", "two stars on the gray background"]
 FRONT = 8  # image tokens of 32x64 pixels
@@ -260,7 +267,7 @@ WORDS = Tokenizer([*read_vocabulary(ROOT / "weights").words, *edits.words(),
 
 def test_lessons():
     """Texts alone and texts about a picture, half and half and in thirds; all answers are true."""
-    world, kinds = Lessons(64, 3), Counter()
+    world, kinds = TowerTexts(64, 3), Counter()
     for i in range(300):
         scene, prompt, question, answer = world.scene(i)
         packed, text, about, told, detail = world[i]
@@ -307,7 +314,7 @@ def test_ambiguous_objects_are_not_related():
 def test_longest_text():
     """The default max_tokens holds lessons, by far not too many; the words are those of any item.
     """
-    world, longest = Lessons(64, 1), 0
+    world, longest = TowerTexts(64, 1), 0
     tokenizer = build_tokenizer(Mixture([Shapes(64, 0)]), 500)
     for i in range(1500):
         _, text, about, told, detail = world[i]
@@ -328,7 +335,7 @@ def test_worlds():
     pictures = world.draw(torch.stack([packed, packed]), "cpu")
     assert pictures.shape == (2, 3, 3, 32, 32)
     assert torch.equal(pictures[1], drawn.draw(packed, "cpu"))
-    styles = [Looks(32, 5).scene(i)[0].style for i in range(8)]
+    styles = [OutlinedShapes(32, 5).scene(i)[0].style for i in range(8)]
     assert styles == ["outlined", "filled"] * 4
     assert {Edits(32, 5, split).edit(7).text for split in ("train", "val")} != {edit.text}
 

@@ -18,13 +18,12 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-import edits
-import shapes
-from buckets import STRIDE, Batch, Bucket, assign, fit, make_plan
 from common import move
-from index import Broken, Sample, Texts, Unreadable, Where, find, read_tar
-from latents import made_by, read_stored
+from data.buckets import STRIDE, Batch, Bucket, assign, fit, make_plan
+from data.latents import made_by, read_stored
+from data.pictures import Broken, Sample, Texts, Unreadable, Where, find, read_tar
 from towers import Tokenizer
+from world import edits, shapes
 
 
 class Shapes:
@@ -110,7 +109,7 @@ class Shapes:
         return pictures.unflatten(0, packed.shape[:-1])
 
 
-class Looks(Shapes):
+class OutlinedShapes(Shapes):
     """For the VAE: every other scene is outlined, as an edit may make it: the harder half."""
 
     def scene(self, index):
@@ -118,7 +117,7 @@ class Looks(Shapes):
         return scene._replace(style="filled" if index % 2 else "outlined"), *words
 
 
-class Lessons(Shapes):
+class TowerTexts(Shapes):
     """For the understanding tower: (picture, text, question, answer, answer to the text)."""
 
     def __getitem__(self, index):
@@ -137,7 +136,7 @@ class Edits(Shapes):
         return shapes.pack([edit.source, edit.target, scene]), prompt.text, edit.text, None
 
 
-WORLDS = {"vae": Looks, "understand": Lessons, "image": Shapes, "edit": Edits}  # of each stage
+WORLDS = {"vae": OutlinedShapes, "understand": TowerTexts, "image": Shapes, "edit": Edits}  # of each stage
 
 
 def in_detail(rng, scene, said=None):
@@ -189,11 +188,11 @@ class Pictures:
         self.total, self.broken = len(found), dict(b for b in found if isinstance(b, Broken))
         check_broken(path, self.broken, self.total, max_broken)
         if self.broken:
-            world.say(f"{path}: left out of {self.total:,}: {tally(self.broken.values())}")
+            world.print0(f"{path}: left out of {self.total:,}: {tally(self.broken.values())}")
         if where:
             faults = [where.fault(sample.fields) for sample in good]
             good = [sample for sample, fault in zip(good, faults) if not fault]
-            world.say(f"{path}: --where keeps {len(good):,} of {len(faults):,}; of the others "
+            world.print0(f"{path}: --where keeps {len(good):,} of {len(faults):,}; of the others "
                       + (tally(filter(None, faults)) or "there are none"))
         if not good:
             raise ValueError(f"{path}: none of its {self.total} samples " + (

@@ -12,17 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import curves
-import drill
-import estimate
-import evaluate
 import sample
 import train
 from common import run
 from config import MoSConfig
 from conftest import ROOT, make_model, run_script
-from data import Shapes
+from data.sources import Shapes
 from mos import MoS, read_vocabulary
+from tools import curves, drill, estimate, evaluate
 
 README = (ROOT / "README.md").read_text()
 

@@ -7,16 +7,30 @@ from itertools import combinations, permutations
 
 import pytest
 import torch
-
-import edits
-import shapes
-from config import MoSConfig
-from edits import TYPES, draw_edit, edit_benchmark, instruct, outside, score, words
-from evaluate import judge_in_parts, same_scene
-from shapes import (BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES, Object, Prompt, Scene,
-                    coverage, held_out, is_validation, pack, render, satisfies)
 from test_shapes import AREAS, FEW, thing
+
+from config import MoSConfig
+from tools.evaluate import judge_in_parts, same_scene
 from towers import Tokenizer
+from world import edits, shapes
+from world.edits import TYPES, draw_edit, edit_benchmark, instruct, outside, score, words
+from world.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    STYLES,
+    Object,
+    Prompt,
+    Scene,
+    coverage,
+    held_out,
+    is_validation,
+    pack,
+    render,
+    satisfies,
+)
 
 NOUN = (rf"\b(?:the|an?) ((?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}) )?"
         rf"(?:{'|'.join(SHAPES)}))\b")

@@ -20,14 +20,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import evaluate
 import train
-from common import CommandLine, autocast, run
+from common import ROOT, CommandLine, run
 from config import SCHEDULES, MoSConfig
-from data import Mixture, Shapes
+from data.sources import Mixture, Shapes
+from kernels import autocast
 from mos import MoS
-from report import averages, figures
 from stages import ImageStage
+from tools import evaluate
+from tools.report import averages, figures
 from towers import Understanding
 
 # A block's norm removes the scale of the mixture that Proj hands it, unless Proj has a bias or the
@@ -176,7 +177,7 @@ def main():
     """The command."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("table", choices=tuple(TABLES), help="which ablation")
-    parser.add_argument("--init", default=str(Path(__file__).parent / "weights"),
+    parser.add_argument("--init", default=str(ROOT / "weights"),
                         help="folder with the trained VAE and tower; for sampling, with all")
     parser.add_argument("--steps", type=int, default=1000, help="of each arm that is trained")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise")

@@ -13,12 +13,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import shapes
 import vae
 from conftest import ROOT
-from folders import load_wan
 from mos import MoS
+from pretrained.folders import load_wan
 from vae import VAE, ChannelNorm, DoublingConv, NormSiLU
+from world import shapes
 
 SMALL = dict(base_dim=8, decoder_base_dim=12, z_dim=6, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
              temperal_downsample=[False, True, True], is_residual=True, patch_size=2,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from towers import Understanding
-from vision import InternVision, Patches, PerceptionEncoder, read_vision
+from pretrained.encoders import InternVision, PerceptionEncoder, read_vision
+from towers import Patches, Understanding
 
 WIDTH, HEADS, HIDDEN, OUT, SIDE = 32, 2, 48, 40, 4  # small encoders: two blocks, a 4x4 grid
 INTERN = dict(model_type="internvl_vision", hidden_size=WIDTH, num_hidden_layers=2,

@@ -11,20 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_train import MODEL, launch, lighten, near, settings
 
-import buckets
-import data
-import index
 import stages
-import states
 import train
-from buckets import Batch, Bucket, assign, fit, make_plan, resolutions
 from config import MoSConfig
 from conftest import ROOT, make_model
-from data import Mixture, Pictures, Reader, parse_mixture
-from index import Where
+from data import buckets, pictures, sources, states
+from data.buckets import Batch, Bucket, assign, fit, make_plan, resolutions
+from data.pictures import Where
+from data.sources import Mixture, Pictures, Reader, parse_mixture
 from mos import MoS, read_vocabulary
-from test_train import MODEL, launch, lighten, near, settings
 
 SIZES = ((64, 64), (96, 64), (64, 100), (70, 70), (140, 64))  # four buckets at 64 pixels
 
@@ -251,7 +248,7 @@ def test_layouts(tmp_path):
 def test_orientation(tmp_path):
     """A photo's EXIF orientation is heeded, in the index and in the pixels."""
     exif = Image.Exif()
-    exif[index.ORIENTATION] = 6
+    exif[pictures.ORIENTATION] = 6
     image = Image.new("RGB", (96, 64))
     image.paste("white", (0, 0, 48, 64))
     image.save(tmp_path / "a.jpg", exif=exif)
@@ -408,7 +405,7 @@ def test_broken_body_is_replaced(tmp_path):
         (path / f"{i}.png").write_bytes(whole[:len(whole) // 2])
     own = read(path)
     assert own.total == 6 and not own.broken
-    collate = data.Collate("image", make_model().tokenizer)
+    collate = sources.Collate("image", make_model().tokenizer)
     batch = Batch(np.zeros(6, int), np.array([5, 2, 3, 0, 4, 1]), Bucket(1, 64, 64, 16))
     whole = Reader(Mixture([own]), collate)[batch]
     order = [5, 0, 0, 0, 4, 1]
@@ -486,7 +483,7 @@ def test_latents_three_ways(world, light, tmp_path, monkeypatch, capsys):
     assert len(rows) == 19 and rows[0]["fields"].keys() == {"score", "width", "height"}
     assert {row["text"] for row in rows} == {caption(0), caption(1)}
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("opened a picture"))
-    monkeypatch.setattr(data, "find", lambda *_: pytest.fail("looked at the sources"))
+    monkeypatch.setattr(sources, "find", lambda *_: pytest.fail("looked at the sources"))
     monkeypatch.setattr(type(make_model().vae), "encode", lambda *_: pytest.fail("encoded"))
     again, _ = go(world, tmp_path / "again", latents=str(folder), **{**changes, "workers": 1})
     assert again == disk
@@ -607,7 +604,7 @@ def test_processes_share_the_encoding(world, light, tmp_path):
     c = settings("image", tmp_path, init=str(world / "init"), data="shapes", scenes=9,
                  latents=str(tmp_path / "z"))
     (tmp_path / "z").mkdir()
-    dataset = data.open_sources(c, 32, alone())
+    dataset = sources.open_sources(c, 32, alone())
     dataset.pieces = lambda length: Mixture.pieces(dataset, length, 2 * 32 * 32)
     stage = stages.ImageStage(MoS.from_pretrained(world / "init"), dataset, c, Second(1, 2, "cpu"))
     with pytest.raises(OSError):  # the others' are missing
@@ -656,8 +653,8 @@ def test_first_stages_follow_the_plan(stage, world, light, tmp_path):
     assert all(("padding" in row) == (stage == "understand") for row in rows)
     kind = train.KINDS[stage]
     c = settings(stage, tmp_path, batch=4, data=changes["data"], steps=6)
-    dataset = data.open_sources(c, 64, alone())
-    model = MoS(MoSConfig(**MODEL), data.build_tokenizer(dataset, 300))
+    dataset = sources.open_sources(c, 64, alone())
+    model = MoS(MoSConfig(**MODEL), sources.build_tokenizer(dataset, 300))
     inputs = [kind(model, dataset, c, alone(r, n)) for n in (1, 2, 4) for r in range(n)]
     for one in inputs:
         one.start(3)

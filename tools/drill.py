@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint import fault, states
-from common import CommandLine, run, tqdm_or_none
+from common import ROOT, CommandLine, run, tqdm_or_none
 
 SMALL = dict(vae_channels=6, vae_width=4, vae_decoder_width=4, und_width=40, und_depth=5,
              und_heads=5, und_kv_heads=1, und_hidden=48, gen_width=64, gen_depth=3, gen_heads=2,
@@ -40,7 +40,7 @@ def start(folder, args, steps):
                  log_every=1, eval_every=steps + 1, warmup=0, final_lr=1, out=folder, **SMALL)
     launcher = [] if args.processes == 1 else [
         "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
-    command = [sys.executable, *launcher, Path(__file__).with_name("train.py"), "--resume",
+    command = [sys.executable, *launcher, ROOT / "train.py", "--resume",
                *(["--parallel", args.parallel] if args.processes > 1 else [])]
     command += [str(a) for k, v in flags.items() for a in ("--" + k.replace("_", "-"), v)]
     with open(folder / "log.txt", "a") as log:

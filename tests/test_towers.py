@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import conftest
 from config import MoSConfig
-from folders import FolderTokenizer, fill_tower, load_tower
 from mos import MoS
+from pretrained.folders import FolderTokenizer, fill_tower, load_tower
 from towers import Tokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -13,14 +13,34 @@ from itertools import combinations, permutations, product
 import pytest
 import torch
 
-import shapes
 from config import MoSConfig
 from conftest import ROOT
-from data import Collate, Mixture, Shapes, build_tokenizer, sequence
-from evaluate import same_scene, score_judge
-from shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS, HELD_TRIPLES,
-                    INVERSE, NUMBERS, RELATIONS, SHAPES, SIZES, TASKS, Object, Prompt, Scene,
-                    benchmark, judge, pack, related, render, satisfies)
+from data.sources import Collate, Mixture, Shapes, build_tokenizer, sequence
+from tools.evaluate import same_scene, score_judge
+from world import shapes
+from world.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_COLOURS,
+    HELD_COUNTS,
+    HELD_PAIRS,
+    HELD_TRIPLES,
+    INVERSE,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TASKS,
+    Object,
+    Prompt,
+    Scene,
+    benchmark,
+    judge,
+    pack,
+    related,
+    render,
+    satisfies,
+)
 
 OTHER = ((96, 96), (160, 160), (256, 256), (128, 256))
 HOW_MANY = {word: n for n, word in NUMBERS.items()} | {"one": 1}

@@ -13,8 +13,8 @@ import sample
 import train
 from config import MoSConfig
 from conftest import SMALL
-from folders import FolderTokenizer, load_tower, load_wan
 from mos import MoS, read_tokenizer
+from pretrained.folders import FolderTokenizer, load_tower, load_wan
 from towers import Bytes, Tokenizer, Understanding
 from vae import VAE
 
@@ -28,7 +28,8 @@ MODEL = {name: value for name, value in SMALL.items() if not name.startswith(("v
 
 def write_tower(folder):
     """A random Qwen2 in Hugging Face's layout, with its tokenizer."""
-    from tokenizers import AddedToken, Tokenizer as Library
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Library
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing

@@ -1,0 +1,1 @@
+"""Published towers and VAEs, read from folders in the layouts of Hugging Face and diffusers."""

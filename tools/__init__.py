@@ -1,0 +1,1 @@
+"""Commands that measure, compare and explain: `python -m tools.NAME --help`."""

@@ -1,0 +1,1 @@
+"""The small world: scenes of coloured shapes, edits of them, their captions, and an exact judge."""
