@@ -9,6 +9,7 @@ from dataclasses import field, fields
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parent  # the repository
 
@@ -109,6 +110,51 @@ def checksum(path):
 def local_bytes(tensor):
     """Bytes that this process holds of a tensor, which may be sharded."""
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
+
+
+def to_tensor(image):
+    """A PIL image in RGB as a tensor (3, H, W) in [-1, 1]."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_image(picture):
+    """A tensor (3, H, W) in [-1, 1] as a PIL image in RGB."""
+    pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.cpu().contiguous().numpy())
+
+
+def contact_sheet(rows, labels=(), gutter=4):
+    """One PIL image of rows of PIL images of one size, white between them, labels above the rows.
+
+    rows: a list of lists. labels: a text for each row, cut after its second line. gutter: pixels.
+    """
+    width, height = rows[0][0].size
+    font, above = ImageFont.load_default(12), 32 if labels else 0
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", (columns * (width + gutter) - gutter,
+                              len(rows) * (height + gutter + above) - gutter), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        top = r * (height + gutter + above)
+        if labels:
+            text = "\n".join(wrap(labels[r], sheet.width - 8, draw, font)[:2])
+            draw.multiline_text((4, top + 1), text, "black", font, spacing=2)
+        for i, image in enumerate(row):
+            sheet.paste(image, (i * (width + gutter), top + above))
+    return sheet
+
+
+def wrap(text, width, draw, font):
+    """The lines of a text that are at most `width` pixels wide; a longer word stays whole."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer, font) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def tqdm_or_none(**options):

@@ -605,7 +605,7 @@ def export(model, stage, folder, world):
 
 def introduce(run):
     """The first lines of a log: what runs, on what, and what it will need."""
-    c, say, device = run.c, run.world.say, run.world.device
+    c, say, device = run.c, run.world.print0, run.world.device
     trainable = sum(p.numel() for p in run.module.parameters())
     everything = sum(p.numel() for p in run.model.parameters())
     first = next(run.module.parameters())

@@ -6,16 +6,22 @@ and a condition on the samples' fields may leave out more.
 
 import ast
 import glob
+import io
 import json
 import operator
 import os
 import tarfile
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
+
+from common import move
+from data.buckets import assign, fit
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LEAST_SIDE, LARGEST_RATIO = 32, 8  # of a picture; PIL itself refuses more than 178 M pixels
@@ -263,3 +269,86 @@ class Where:
                 values = [self.value(part, fields) for part in (left, *rest)]
                 return all(self.COMPARE[type(op)](a, b)
                            for op, a, b in zip(ops, values, values[1:]))
+
+
+# ------------------------------------------------------------------------------------------------
+# The data set
+
+def check_broken(name, broken, total, most):
+    """Raise ValueError if more than the share `most` of samples is broken ({name: reason})."""
+    if len(broken) > most * total:
+        listed = ", ".join(f"{one}: {reason}" for one, reason in list(broken.items())[:20])
+        raise ValueError(f"{name}: {len(broken)} of {total} samples cannot be used, more than "
+                         f"--max-broken {most} allows: {listed}" + ", ..." * (len(broken) > 20))
+
+
+class Pictures:
+    """Own pictures with captions: a folder, or tar shards in WebDataset's layout.
+
+    path: a folder with `metadata.jsonl` (file_name, text and any fields a line), or with name.png
+    beside name.txt, or with *.tar; or a pattern of tar shards. A tar holds 0001.jpg with 0001.txt
+    or with 0001.json ("text" or "caption" and any fields). sizes: see buckets.assign. where: keeps
+    the samples whose fields fulfil it. The processes of `world` share the work, and all get the
+    same index, of 40 bytes and three texts a sample.
+    Raises ValueError for a missing caption file, a malformed line, for more than the share
+    `max_broken` of samples that cannot be used, and where none is left.
+    """
+
+    kind = 1
+
+    def __init__(self, path, sizes, world, where=None, max_broken=0.05):
+        self.name, (pieces, read) = str(path), find(path)
+        own = {i: list(read(piece)) for i, piece in enumerate(pieces)
+               if i % world.size == world.rank}
+        found = [one for _, part in sorted(world.gather(own).items()) for one in part]
+        good = [one for one in found if isinstance(one, Sample)]
+        self.total, self.broken = len(found), dict(b for b in found if isinstance(b, Broken))
+        check_broken(path, self.broken, self.total, max_broken)
+        if self.broken:
+            world.print0(f"{path}: left out of {self.total:,}: {tally(self.broken.values())}")
+        if where:
+            faults = [where.fault(sample.fields) for sample in good]
+            good = [sample for sample, fault in zip(good, faults) if not fault]
+            world.print0(f"{path}: --where keeps {len(good):,} of {len(faults):,}; of the others "
+                      + (tally(filter(None, faults)) or "there are none"))
+        if not good:
+            raise ValueError(f"{path}: none of its {self.total} samples " + (
+                f"fulfils --where {where.text!r}" if where else "can be used"))
+        self.paths, self.captions, self.fields = (Texts(column) for column in (
+            [s.path for s in good], [s.text for s in good], [json.dumps(s.fields) for s in good]))
+        self.places = np.array([s[1:3] for s in good])  # offset and size
+        self.sides = assign(*np.array([s[3:5] for s in good]).T, sizes)
+        names = [s.path for s in good]
+        self.shard = np.unique(names, return_inverse=True)[1] if read is read_tar else None
+
+    def title(self, index):
+        """What messages call a sample."""
+        place = self.places[index, 0]
+        return self.paths[index] + (f" at byte {place}" if place else "")
+
+    def texts(self, _):
+        """All captions, for a vocabulary."""
+        return self.captions
+
+    def item(self, index, height, width):
+        """The item of one index, its bytes (3, height, width). Raises Unreadable."""
+        try:
+            offset, size = map(int, self.places[index])
+            with open(self.paths[index], "rb") as file:
+                file.seek(offset)
+                image = Image.open(io.BytesIO(file.read(size)))
+            image, = fit([ImageOps.exif_transpose(image).convert("RGB")], height, width)
+        except Exception as e:  # PIL raises nearly anything at broken files
+            raise Unreadable(" ".join(str(e).split())) from None
+        flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        picture = flat.view(height, width, 3).permute(2, 0, 1)            # (3, height, width)
+        return picture, self.captions[index], None, None
+
+    def draw(self, pictures, device):
+        """Bytes (B, 3, H, W) to pictures in [-1, 1] on the device."""
+        return move(pictures, device) / 127.5 - 1
+
+
+def tally(reasons):
+    """Counts of reasons, the most frequent first, as one text."""
+    return ", ".join(f"{number:,} {reason}" for reason, number in Counter(reasons).most_common())

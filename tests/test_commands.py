@@ -17,9 +17,9 @@ import train
 from common import run
 from config import MoSConfig
 from conftest import ROOT, make_model, run_script
-from data.sources import Shapes
 from mos import MoS, read_vocabulary
 from tools import curves, drill, estimate, evaluate
+from world.dataset import Shapes
 
 README = (ROOT / "README.md").read_text()
 

@@ -23,12 +23,12 @@ import kernels
 import train
 import vae
 from conftest import ROOT, make_model
-from data import sources
+from data.pictures import Pictures
 from pretrained import encoders
 from towers import Patches
 from world import shapes
 
-FILES = ("mos.py router.py dit.py towers.py kernels.py vae.py world/shapes.py data/sources.py "
+FILES = ("mos.py router.py dit.py towers.py kernels.py vae.py world/shapes.py data/pictures.py "
          "pretrained/encoders.py").split()
 UNREACHED = set()  # "file.py: commented source text" that no run on the CPU can reach
 ONE = r"\([^()]*,[^()]*\)"
@@ -198,7 +198,7 @@ def run_everything(watch, folder):
     for i in range(2):
         Image.new("RGB", (40 + i, 50)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text("a star")
-    own = sources.Pictures(folder, [32], train.World(0, 1, torch.device("cpu")))
+    own = Pictures(folder, [32], train.World(0, 1, torch.device("cpu")))
     for height, width in ((64, 96), (96, 32)):
         watch({}, own.item, 0, height, width)
     letters = {"kernels.py": dict(B=2, S=10, D=48, F=64, K=3, Du=48, Dg=32)}

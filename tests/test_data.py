@@ -19,8 +19,8 @@ from config import MoSConfig
 from conftest import ROOT, make_model
 from data import buckets, pictures, sources, states
 from data.buckets import Batch, Bucket, assign, fit, make_plan, resolutions
-from data.pictures import Where
-from data.sources import Mixture, Pictures, Reader, parse_mixture
+from data.pictures import Pictures, Where
+from data.sources import Mixture, Reader, parse_mixture
 from mos import MoS, read_vocabulary
 
 SIZES = ((64, 64), (96, 64), (64, 100), (70, 70), (140, 64))  # four buckets at 64 pixels
@@ -483,7 +483,7 @@ def test_latents_three_ways(world, light, tmp_path, monkeypatch, capsys):
     assert len(rows) == 19 and rows[0]["fields"].keys() == {"score", "width", "height"}
     assert {row["text"] for row in rows} == {caption(0), caption(1)}
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("opened a picture"))
-    monkeypatch.setattr(sources, "find", lambda *_: pytest.fail("looked at the sources"))
+    monkeypatch.setattr(pictures, "find", lambda *_: pytest.fail("looked at the sources"))
     monkeypatch.setattr(type(make_model().vae), "encode", lambda *_: pytest.fail("encoded"))
     again, _ = go(world, tmp_path / "again", latents=str(folder), **{**changes, "workers": 1})
     assert again == disk

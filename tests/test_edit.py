@@ -19,20 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from config import MoSConfig
 from conftest import ROOT, make_model, same
-from data.sources import (
-    Edits,
-    Mixture,
-    OutlinedShapes,
-    Shapes,
-    TowerTexts,
-    build_tokenizer,
-    in_detail,
-)
+from data.sources import Mixture, build_tokenizer
 from mos import Context, MoS, guide, read_vocabulary, to_pixels
 from stages import EditStage
 from towers import Tokenizer
 from world import edits, shapes
 from world.captions import read_caption
+from world.dataset import Edits, OutlinedShapes, Shapes, TowerTexts, in_detail
 
 TEXTS = ["a red circle", "two stars on the gray background"]
 FRONT = 8  # image tokens of 32x64 pixels

@@ -19,7 +19,6 @@ from test_shapes import facts, shows_held
 from common import run
 from config import MoSConfig
 from conftest import ROOT, SMALL
-from data.sources import Shapes
 from mos import MoS, read_vocabulary
 from stages import ImageStage
 from tools import evaluate, report
@@ -27,6 +26,7 @@ from tools.evaluate import Result, to_image, to_tensor
 from towers import Tokenizer
 from world import edits, shapes
 from world.captions import dense_benchmark, in_words, read_caption, statements
+from world.dataset import Shapes
 from world.shapes import Object, Scene, benchmark, satisfies
 
 SIZE = 96  # the smallest for which the judge is tested, and the fastest

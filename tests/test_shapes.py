@@ -15,9 +15,10 @@ import torch
 
 from config import MoSConfig
 from conftest import ROOT
-from data.sources import Collate, Mixture, Shapes, build_tokenizer, sequence
+from data.sources import Collate, Mixture, build_tokenizer, sequence
 from tools.evaluate import same_scene, score_judge
 from world import shapes
+from world.dataset import Shapes
 from world.shapes import (
     BACKGROUNDS,
     COLOURS,

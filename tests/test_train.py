@@ -25,11 +25,12 @@ import stages
 import train
 from config import PRESETS, MoSConfig
 from conftest import ROOT, SMALL
-from data.sources import WORLDS, Mixture, Shapes
+from data.sources import Mixture
 from mos import MoS, read_vocabulary
 from tools import ablate, estimate, evaluate
 from towers import Tokenizer
 from world import edits
+from world.dataset import WORLDS, Shapes
 
 MODEL = {**SMALL, "max_tokens": 80}
 QUICK = dict(steps=6, batch=4, lr=3e-4, warmup=2, scenes=16, log_every=1, eval_every=100,

@@ -23,13 +23,14 @@ from PIL import Image
 import train
 from common import ROOT, CommandLine, run
 from config import SCHEDULES, MoSConfig
-from data.sources import Mixture, Shapes
+from data.sources import Mixture
 from kernels import autocast
 from mos import MoS
 from stages import ImageStage
 from tools import evaluate
 from tools.report import averages, figures
 from towers import Understanding
+from world.dataset import Shapes
 
 # A block's norm removes the scale of the mixture that Proj hands it, unless Proj has a bias or the
 # states are normalised one by one. (state_norm, factor on the start of Proj's bias) of each arm:

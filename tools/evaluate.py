@@ -23,13 +23,14 @@ import torch
 from PIL import Image
 
 from common import ROOT, CommandLine, pick_device, replacing, run
-from data.sources import Collate, Shapes
+from data.sources import Collate
 from kernels import autocast
 from mos import MoS
 from tools import report
 from tools.report import Result, averages, tabulate
 from world import edits, shapes
 from world.captions import CATEGORIES, dense_benchmark, in_words, read_caption, statements
+from world.dataset import Shapes
 
 GENEVAL_COUNTS = dict(zip(shapes.TASKS, (80, 99, 80, 94, 100, 100)))
 DENSE_COUNT, EDIT_COUNT = 1065, 100  # DPG's number of prompts; about ImgEdit's of each type
