@@ -1,9 +1,13 @@
-"""Training states on disk: safetensors in shards, whole or not there at all.
+"""The files of a model and of its training: safetensors, written beside their place and renamed.
 
-The state of a step is a folder of its own: what every process holds of the tensors, in files of its
-own, and `manifest.json` with a checksum of each. It is written under a temporary name and renamed
-when complete, in the background. torch.distributed.checkpoint cuts and joins the tensors, so that
-a state loads on any number of processes, however they share the model.
+A model's folder is what `MoS.from_pretrained` reads: config.json, vocab.json and a bf16 file for
+each of PARTS. Parts that the configuration names a published folder for stay there.
+
+A training checkpoint is what `train.py --resume` goes on from: a folder for each step with all
+tensors in full precision, one file from every process that holds some, and manifest.json with a
+checksum of each file. It is written under a temporary name, in the background, and renamed when it
+is complete. torch.distributed.checkpoint cuts and joins the tensors, so that a checkpoint loads on
+any number of processes, however they share the model.
 """
 
 import json
@@ -11,99 +15,291 @@ import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.tensor import DTensor
+import torch
+from safetensors.torch import save_file
 
-from common import checksum
+from common import checksum, full_tensor, initialise, replacing
+from config import GENERATING, loads_own_weights, read_config, require
+from pretrained.folders import copy_tensors
+from towers import Patches, Tokenizer, Understanding
+from vae import VAE
+
+# The files of a model, and the modules that each of them holds.
+PARTS = {"vae": ("vae",), "understanding": ("understanding",), "mos": ("router", "generation")}
+# What a stage trains, and what it writes: stages of the generation tower complete the folder.
+TRAINED = {"vae": "vae", "understand": "understanding", "image": "mos", "edit": "mos"}
+PARTS_OF = {"vae": ("vae",), "understand": ("understanding",), "image": tuple(PARTS),
+            "edit": tuple(PARTS)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Models
+
+def frozen_parts(c, tokenizer):
+    """Return the understanding tower and the VAE of a MoSConfig, without trained weights.
+
+    Each is the small world's, or the one of a published folder. Raises ValueError where a folder
+    holds another one than the configuration says, and where the tokenizer is not the tower's.
+    """
+    if c.und_folder:
+        from pretrained.folders import read_tower
+        tower = read_tower(c.und_folder, c.und_images)
+        check_folder(c, c.und_folder, und_width=len(tower.norm.weight), und_depth=len(tower.blocks))
+    else:
+        tower = Understanding(
+            vocabulary=c.und_vocabulary or len(tokenizer), width=c.und_width, depth=c.und_depth,
+            heads=c.und_heads, kv_heads=c.und_kv_heads, hidden=c.und_hidden, tied=c.und_tied,
+            vision=Patches(16, c.und_width) if c.und_images else None)
+    if len(tokenizer) > tower.embedding.num_embeddings:
+        raise ValueError(f"the tokenizer of {c.und_folder} has {len(tokenizer)} tokens, its tower "
+                         f"only {tower.embedding.num_embeddings}: not of one model")
+    if c.vae_folder:
+        from pretrained.folders import read_vae
+        vae = read_vae(c.vae_folder)
+        check_folder(c, c.vae_folder, vae_channels=len(vae.latents_mean))
+    else:
+        vae = VAE(c.vae_channels, c.vae_width, c.vae_decoder_width)
+    return tower, vae
+
+
+def check_folder(c, folder, **found):
+    """Raise ValueError unless the configuration says what was found in a published folder."""
+    expected = {name: getattr(c, name) for name in found}
+    if found != expected:
+        raise ValueError(f"{folder} has {found}, but the configuration {expected}: give another "
+                         "folder, or other settings")
+
+
+def read_tokenizer(c, folder):
+    """Return the tokenizer of a MoSConfig's published tower, or else that of the model's folder."""
+    if not c.und_folder:
+        return read_vocabulary(folder)
+    from pretrained.folders import FolderTokenizer
+    return FolderTokenizer(c.und_folder, c.und_chat)
+
+
+def read_vocabulary(folder):
+    """Return the Tokenizer of a model's folder.
+
+    Raises FileNotFoundError, or ValueError for broken JSON.
+    """
+    path = require(Path(folder) / "vocab.json")
+    try:
+        return Tokenizer.load(path)
+    except ValueError as e:
+        raise ValueError(f"{path} is not a vocabulary: {e}") from None
+
+
+def save_model(model, folder, parts=tuple(PARTS), write=True):
+    """Write the folder of a model: config.json, vocab.json and a safetensors file for each part.
+
+    Where parameters are sharded every process must call it, and all but one without `write`.
+    """
+    c, folder = model.config, Path(folder)
+    published = {"understanding": c.und_folder, "vae": c.vae_folder}
+    files = {part: {} for part in parts if not published.get(part)}
+    for part, tensors in files.items():
+        for module in PARTS[part]:
+            for name, p in getattr(model, module).named_parameters():
+                p = full_tensor(p.detach())
+                if write:
+                    tensors[f"{module}.{name}"] = p.bfloat16().contiguous().cpu()
+            for name, buffer in getattr(model, module).named_buffers():
+                tensors[f"{module}.{name}"] = buffer.contiguous().cpu()  # statistics stay fp32
+    if not write:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, tensors in files.items():
+        with replacing(folder / f"{part}.safetensors") as path:
+            save_file(tensors, path)
+    with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps(asdict(c), indent=1))
+    if not c.und_folder:
+        with replacing(folder / "vocab.json") as path:
+            model.tokenizer.save(path)
+
+
+def load_model(kind, folder, device="cpu", tower_device=None, parts=tuple(PARTS),
+               vae_dtype=torch.float32, **changes):
+    """Return the model (`kind` is MoS) of a folder that `save_model` wrote, ready to sample.
+
+    Weights are stored in bf16. On a GPU towers and router stay in bf16, and so does a published
+    tower anywhere; the VAE gets vae_dtype, all else fp32. tower_device: of the understanding tower;
+    None: the others'. parts: what to load; the rest has no memory until `load_parts` is called.
+    changes: of the configuration. Raises FileNotFoundError or ValueError that names what is
+    missing, broken or misshaped.
+    """
+    config = replace(read_config(folder), **changes)
+    with torch.device("meta"):
+        model = kind(config, read_tokenizer(config, folder))
+    load_parts(model, folder, parts, device, tower_device, vae_dtype)
+    return model
+
+
+def load_parts(model, folder, parts, device, tower_device=None, vae_dtype=torch.float32):
+    """Give parts of a model on the meta device memory and the values of a folder."""
+    for part in parts:
+        tower = part == "understanding"
+        place = torch.device(tower_device or device if tower else device)
+        half = place.type == "cuda" or tower and model.config.und_folder
+        dtype = vae_dtype if part == "vae" else torch.bfloat16 if half else torch.float32
+        for module in PARTS[part]:
+            getattr(model, module).to(dtype).to_empty(device=place)
+        load_part(model, folder, part)
+    model.vae.to(memory_format=torch.channels_last)  # or convolutions would reorder at each call
+    model.eval()
+
+
+def load_part(model, folder, part):
+    """Load one of PARTS from a model's folder, or from the published one that it names instead.
+
+    Raises FileNotFoundError, or ValueError for a damaged file and for names or shapes that differ
+    from the configuration's.
+    """
+    c = model.config
+    if part == "understanding" and c.und_folder:
+        from pretrained.folders import fill_tower
+        fill_tower(model.understanding, c.und_folder)
+    elif part == "vae" and c.vae_folder:
+        from pretrained.folders import fill_vae
+        fill_vae(model.vae, c.vae_folder)
+    else:
+        targets = {}
+        for module in PARTS[part]:
+            targets |= getattr(model, module).state_dict(prefix=module + ".")
+        copy_tensors(targets, [require(Path(folder) / f"{part}.safetensors")])
+
+
+def load_or_initialise(stage, c):
+    """Allocate the parts that a stage needs, then load their weights or initialise them."""
+    model = stage.model
+    stage.to_empty(device=stage.world.device)
+    loaded = []
+    if c.stage in GENERATING:
+        model.vae.to_empty(device=stage.world.device)
+        loaded = ["vae", "understanding"]
+    if loads_own_weights(c):
+        loaded.append(TRAINED[c.stage])
+    for part in loaded:
+        load_part(model, c.init, part)
+    if not loads_own_weights(c):
+        for module in PARTS[TRAINED[c.stage]]:
+            initialise(getattr(model, module), c.seed)
+    if c.stage == "vae":  # until validation measures them
+        model.vae.set_statistics(torch.zeros(model.config.vae_channels),
+                                 torch.ones(model.config.vae_channels))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training checkpoints
 
 MANIFEST = "manifest.json"
 
 
-def run_alone(tensors):
-    """Whether each process holds all of the tensors: then one can write or read without others."""
-    return not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+def folder_of(c):
+    """Return the folder of a stage's training checkpoints."""
+    return Path(c.out) / "checkpoints" / c.stage
+
+
+def check_free(c):
+    """Raise ValueError where --out already holds a run of this stage."""
+    folder = Path(c.out)
+    made = [folder_of(c), folder / f"{TRAINED[c.stage]}.safetensors"]
+    if c.stage == "edit" and folder_of(replace(c, stage="image")).is_dir():
+        made.pop()  # stage image's, which `--export --stage image` writes again
+    if any(path.exists() for path in made):
+        raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
+                         "or choose another --out")
+
+
+def is_replicated(tensors):
+    """Return whether every process holds all of the tensors: then one can write or read alone."""
+    return not any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
 
 
 class Writer:
-    """Writes states into a folder while training goes on, one at a time; the last `keep` stay."""
+    """Writes checkpoints into a folder while training goes on; the last `keep` stay."""
 
     def __init__(self, folder, world, keep):
         self.folder, self.world, self.keep = folder, world.for_background(), keep
         self.thread, self.pending = ThreadPoolExecutor(1), None
 
     def save(self, step, tensors):
-        """Copy {name: tensor} to the host's memory and begin to write it. Raises as `wait`."""
+        """Copy {name: tensor} to host memory and begin to write it. Raises OSError as `wait`."""
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
         self.wait()
         copies = BlockingAsyncStager().stage(tensors)
         self.pending = self.thread.submit(save, self.folder, step, copies, self.world, self.keep)
 
     def wait(self):
-        """Until the last state is written. Raises OSError where it could not be."""
+        """Wait until the last checkpoint is written. Raises OSError where it could not be."""
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
 
     def check(self):
-        """Raise OSError where the last state could not be written, as far as that is known."""
+        """Raise OSError if it is known by now that the last checkpoint could not be written."""
         if self.pending and self.pending.done():
             self.wait()
 
 
 def save(folder, step, tensors, world, keep):
-    """Write {name: tensor} as the state of a step, then delete all but the newest `keep`.
+    """Write {name: tensor} as the checkpoint of a step, then delete all but the newest `keep`.
 
-    Later states, which were passed over as damaged, go, too. Every process calls it. Raises OSError
-    where it fails; older states stay as they are.
+    Every process calls it. Later checkpoints, which were passed over as damaged, are deleted, too.
+    Raises OSError where it fails; older checkpoints stay as they are.
     """
-    final, temporary = folder / f"{step:08d}", folder / f".{step:08d}"
-    alone = run_alone(tensors)
+    import torch.distributed.checkpoint as dcp  # it takes most of a second
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    final = folder / f"{step:08d}"
+    temporary = folder / f".{step:08d}"
+    replicated = is_replicated(tensors)
     try:
         if world.first:
-            for torn in folder.glob(".[0-9]*"):  # by a save that was killed
-                shutil.rmtree(torn)
+            for unfinished in folder.glob(".[0-9]*"):  # by a save that was killed
+                shutil.rmtree(unfinished)
             temporary.mkdir(parents=True)
         world.wait()
-        if world.first or not alone:
+        if world.first or not replicated:
+            writer = HuggingFaceStorageWriter(temporary, save_distributed=True)
             with warnings.catch_warnings(action="ignore"):  # "distributed is unavailable": yes
                 dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()},
-                         storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True),
-                         process_group=world.group, no_dist=alone)
+                         storage_writer=writer, process_group=world.group, no_dist=replicated)
             # Each process that wrote reads its share of the files.
-            mine = slice(None) if alone else slice(world.rank, None, world.size)
-            sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())[mine]}
-            sums = sums if alone else world.gather(sums)
+            share = slice(None) if replicated else slice(world.rank, None, world.size)
+            sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())[share]}
+            sums = sums if replicated else world.gather(sums)
         if world.first:
             (temporary / MANIFEST).write_text(json.dumps(sums, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
-            found = states(folder)
-            for old in found[:found.index(final)] + found[found.index(final) + keep:]:
+            existing = checkpoints(folder)
+            position = existing.index(final)
+            for old in existing[:position] + existing[position + keep:]:
                 shutil.rmtree(old)
     except (OSError, CheckpointException) as e:
         if world.first:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"the state of step {step} could not be written to {folder}, older ones are "
-                      f"kept: {(str(e) or 'no reason').splitlines()[-1]}") from None
+        reason = (str(e) or "no reason").splitlines()[-1]
+        raise OSError(f"the checkpoint of step {step} could not be written to {folder}, older ones "
+                      f"are kept: {reason}") from None
     world.wait()
 
 
-def states(folder):
-    """Folders of the states in a folder, the newest first."""
+def checkpoints(folder):
+    """Return the folders of the checkpoints in a folder, the newest first."""
     return sorted(folder.glob("[0-9]*"), reverse=True)
 
 
-def fault(state):
-    """What is wrong with a state on disk, or None."""
+def find_fault(checkpoint):
+    """Return what is wrong with a checkpoint on disk, or None."""
     try:
-        for name, expected in json.loads((state / MANIFEST).read_text()).items():
-            if checksum(state / name) != expected:
+        for name, expected in json.loads((checkpoint / MANIFEST).read_text()).items():
+            if checksum(checkpoint / name) != expected:
                 return f"{name} is not what was written"
     except OSError as e:
         return str(e)
@@ -112,41 +308,43 @@ def fault(state):
 
 
 def newest(folder, world):
-    """The newest state that is as it was written, or None where there is none at all.
+    """Return the newest checkpoint that is as it was written, or None where there is none at all.
 
-    The first process looks, and says which ones are passed over. Raises ValueError where all are
+    The first process looks, and prints which ones are passed over. Raises ValueError where all are
     damaged.
     """
-    found, faults = states(folder) if world.first else [], []
-    for state in found:
-        problem = fault(state)
-        if problem is None:
+    result = {"name": None, "fault": None}
+    for checkpoint in checkpoints(folder) if world.first else []:
+        fault = find_fault(checkpoint)
+        if fault is None:
+            result["name"] = checkpoint.name
             break
-        faults.append(problem)
-        world.print0(f"{state} is damaged ({problem}): passed over")
-    good = found[len(faults):]
-    verdict = world.gather({"name": good[0].name if good else None, "fault": faults[:1]}
-                           if world.first else {})
-    if verdict["name"]:
-        return folder / verdict["name"]
-    if verdict["fault"]:
-        raise ValueError(f"no state in {folder} can be read ({verdict['fault'][0]}); "
+        result["fault"] = result["fault"] or fault
+        world.print0(f"{checkpoint} is damaged ({fault}): passed over")
+    result = world.gather(result if world.first else {})
+    if result["name"]:
+        return folder / result["name"]
+    if result["fault"]:
+        raise ValueError(f"no checkpoint in {folder} can be read ({result['fault']}); "
                          "train into another --out")
 
 
-def load(state, tensors):
-    """Read a state into {name: tensor}, in place; returns its step. Every process calls it.
+def load(checkpoint, tensors):
+    """Read a checkpoint into {name: tensor}, in place; return its step. Every process calls it.
 
-    Raises ValueError where names or shapes are others.
+    Raises ValueError where names or shapes differ.
     """
-    reader = HuggingFaceStorageReader(state)
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    reader = HuggingFaceStorageReader(checkpoint)
     try:
         surplus = reader.read_metadata().state_dict_metadata.keys() - tensors.keys()
         if surplus:
             raise ValueError(f"it also holds {min(surplus)}")
         with warnings.catch_warnings(action="ignore"):
-            dcp.load(tensors, storage_reader=reader, no_dist=run_alone(tensors))
+            dcp.load(tensors, storage_reader=reader, no_dist=is_replicated(tensors))
     except (ValueError, CheckpointException) as e:
-        raise ValueError(f"{state} does not fit this run ({str(e).splitlines()[-1]}); "
+        raise ValueError(f"{checkpoint} does not fit this run ({str(e).splitlines()[-1]}); "
                          "train into another --out") from None
-    return int(state.name)
+    return int(checkpoint.name)

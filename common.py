@@ -1,15 +1,26 @@
 """What the commands share: the device, safe file writing, and errors of one line."""
 
 import argparse
+import contextlib
 import hashlib
+import json
+import math
 import os
+import re
+import resource
+import signal
+import subprocess
 import sys
+import time
 import zlib
-from dataclasses import field, fields
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 
 ROOT = Path(__file__).parent  # the repository
 
@@ -20,6 +31,138 @@ def pick_device():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
+
+# ------------------------------------------------------------------------------------------------
+# Processes
+
+@dataclass
+class World:
+    """This process among all that train together; rank 0 writes and prints."""
+    rank: int
+    size: int
+    device: torch.device
+    watchers: object = None  # a process group for finding out who does not answer any more
+    writers: object = None  # a process group for writing checkpoints in the background
+    group: object = None  # the one that `wait` and `gather` use; None: that of training
+
+    @classmethod
+    def join(cls, patience):
+        """Join the process group that torchrun announces, or stay alone. patience: in seconds."""
+        device = pick_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if not dist.is_torchelastic_launched():
+            return cls(0, 1, device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+        watchers = dist.new_group(backend="gloo", timeout=timedelta(seconds=15))
+        writers = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        return cls(dist.get_rank(), dist.get_world_size(), device, watchers, writers)
+
+    def for_background(self):
+        """Return the same processes for a background thread, with a process group of its own."""
+        return replace(self, group=self.writers)
+
+    @property
+    def first(self):
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def print0(self, text):
+        """Print in the first process only."""
+        if self.first:
+            print(text, flush=True)
+
+    def share(self, batch):
+        """Return this process's slice of a global batch."""
+        return slice(self.rank * batch // self.size, (self.rank + 1) * batch // self.size)
+
+    def sum(self, tensor):
+        """Return the sum of a tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, interrupted, step):
+        """Return whether any process was interrupted; several ask each other every ten steps."""
+        if self.size == 1:
+            return bool(interrupted)
+        count = torch.tensor(float(len(interrupted)), device=self.device)
+        return step % 10 == 0 and bool(self.sum(count))
+
+    def wait(self):
+        """Wait until all processes have come here."""
+        if self.size > 1:
+            dist.barrier(self.group)
+
+    def explain_hang(self, error):
+        """Return the error of a step, or one that names the process that does not answer."""
+        reason = f"{error} ".splitlines()[0]
+        if self.size == 1 or not (isinstance(error, dist.DistError)
+                                  or re.search("gloo|NCCL", str(error))):
+            return error
+        try:
+            dist.monitored_barrier(self.watchers, timedelta(seconds=10), wait_all_ranks=True)
+        except RuntimeError as e:
+            silent = re.findall(r"Ranks? ([\d, ]+) failed", str(e))
+            who = "process 0 does not answer any more, or says which one does not"
+            if silent:
+                who = f"process {silent[0]} of {self.size} does not answer any more"
+            return OSError(f"{who}; start again with --resume ({reason})")
+        return error
+
+    def gather(self, values):
+        """Return the union of the dicts of all processes."""
+        parts = [values]
+        if self.size > 1:
+            parts = [None] * self.size
+            dist.all_gather_object(parts, values, self.group)
+        return {key: value for part in parts for key, value in part.items()}
+
+
+@contextlib.contextmanager
+def interruption():
+    """Yield a list that is no longer empty once Ctrl-C was pressed: steps are never cut in two."""
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def peak_memory(device):
+    """Return the most bytes that this process has held: tensors on a GPU, everything on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def product_rate(device):
+    """Return the FLOP/s of a large matrix product, the best of a few: MFU is a share of it."""
+    side, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(side, side, device=device, dtype=kind)
+    best = math.inf
+    for _ in range(8):
+        a.sum().item()  # waits until all work is done
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * side**3 / best
+
+
+def revision():
+    """Return the git revision of this folder, or "unknown"."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ------------------------------------------------------------------------------------------------
+# Tensors
 
 def replayed(function, *inputs):
     """The function of tensors, on a GPU as a CUDA graph for inputs of these shapes.
@@ -166,11 +309,6 @@ def tqdm_or_none(**options):
     return tqdm(dynamic_ncols=True, **options)
 
 
-def setting(default, text):
-    """A dataclass field with the help text of its flag."""
-    return field(default=default, metadata={"help": text})
-
-
 class replacing:
     """`with replacing(path) as temporary:` writes beside the path, then renames onto it."""
 
@@ -181,37 +319,76 @@ class replacing:
     def __enter__(self):
         return self.temporary
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         if kind is None:
             os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+            return
+        self.temporary.unlink(missing_ok=True)
+        if kind is SafetensorError:
+            raise OSError(f"cannot write {self.path}: {error}") from None
+
+
+# A folder of things that are made once, latents for example, says in made.json what from.
+
+def check_made(folder, made, what):
+    """Raise ValueError unless a folder is free for `what`, or holds what was made from the same.
+
+    made: {name: value}, as JSON keeps it; names that only one side knows are not compared.
+    """
+    path = Path(folder) / "made.json"
+    if not path.is_file():
+        if any(not entry.name.startswith(".") for entry in path.parent.glob("*")):
+            raise ValueError(f"{what}: {folder} holds something else; choose a new folder")
+        return
+    before, = read_lines(path)
+    for name in made:
+        if name in before and before[name] != made[name]:
+            raise ValueError(f"{what}: {folder} was made with another {name} ({before[name]}, now "
+                             f"{made[name]}); choose another folder")
+
+
+def write_made(folder, made):
+    """Write made.json into a folder, which need not exist yet."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with replacing(Path(folder) / "made.json") as path:
+        path.write_text(json.dumps(made))
+
+
+def read_lines(path):
+    """Return the JSON value of each line of a file. Raises ValueError where it is damaged."""
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}); delete its folder and start again") from None
 
 
 class CommandLine(argparse.ArgumentParser):
     """A parser whose errors are one line, exit code 2, and that reads dataclasses."""
 
-    def __init__(self, description):
+    def __init__(self, description, **options):
         super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
 
     def error(self, message):
         print(f"error: {message}; see --help", file=sys.stderr)
         sys.exit(2)
 
-    def add_dataclass(self, kind, title):
-        """One flag for each field; a field that is not given stays out of the namespace."""
+    def add_settings(self, kind, title, values):
+        """Add a flag for each field of a configuration; values: {field: what --help shows}.
+
+        A flag that is not given stays out of the parsed namespace.
+        """
         group = self.add_argument_group(title)
         for f in fields(kind):
-            default = "by stage and machine" if f.default is None else f.default
-            options = dict(default=argparse.SUPPRESS,
-                           help=f"{f.metadata.get('help', '')} (default: {default})".strip())
+            choices = [choice for choice in f.metadata["choices"] or () if choice]
+            text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+            options = dict(default=argparse.SUPPRESS, help=f"{text} [{values.get(f.name, '')}]")
             if f.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             elif f.type is tuple:
-                options.update(type=str, nargs="+")
+                options.update(type=str, nargs="+", metavar=f.name.upper())
             else:
-                options["type"] = f.type
+                options.update(type=f.type, metavar=f.name.upper())
             group.add_argument("--" + f.name.replace("_", "-"), **options)
 
 

@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():  # before the first import of Triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from config import MoSConfig
+from config import MoSConfig, read_recipe
 from mos import MoS
 from towers import Tokenizer
 
@@ -27,10 +27,15 @@ SMALL = dict(vae_channels=6, vae_width=4, vae_decoder_width=4, und_width=40, und
              max_tokens=16, size=64, sampling_steps=3)
 
 
+def make_config(**changes):
+    """A MoSConfig with the values of recipe tiny but for `changes`."""
+    return MoSConfig(**read_recipe("tiny")["model"] | changes)
+
+
 def make_model(seed=0, **changes):
     """A small MoS with random weights everywhere, its output layer and norms included."""
     torch.manual_seed(seed)
-    model = MoS(MoSConfig(**{**SMALL, **changes}), Tokenizer(WORDS)).eval()
+    model = MoS(make_config(**SMALL | changes), Tokenizer(WORDS)).eval()
     with torch.no_grad():
         for name, p in [*model.generation.named_parameters(), *model.router.named_parameters()]:
             p.add_(0.05 * torch.randn_like(p))

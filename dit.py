@@ -13,7 +13,7 @@ from kernels import RMSNorm, SwiGLU, attention, queries_keys, rope_table
 
 
 def rope_axes(head_width):
-    """Channels of a head for the axes (image index, y, x): 1/8, 7/16, 7/16, all even."""
+    """Return the channels of a head for the axes (image index, y, x): 1/8, 7/16, 7/16, all even."""
     if head_width % 32:  # NOTE (ours): the shares of the axes
         raise ValueError(f"heads are {head_width} wide in generation tower or router; expected a "
                          "multiple of 32, to be cut into even axes of 1/8, 7/16 and 7/16")
@@ -28,41 +28,43 @@ class Block(nn.Module):
     needs a norm, a key and a value, and neither query nor feed-forward network.
     """
 
-    recompute = False  # activation checkpointing (MoS App. A): keep only what comes in
+    recompute = False  # activation checkpointing (MoS App. A): keep only the block's inputs
 
     def __init__(self, width, heads, kv_heads, hidden):
         super().__init__()
-        self.heads, self.head_width = heads, width // heads
-        self.norm1, self.norm_context, self.norm2 = RMSNorm(width), RMSNorm(width), RMSNorm(width)
+        self.heads = heads
+        self.head_width = width // heads
+        self.norm1 = RMSNorm(width)
+        self.norm_context = RMSNorm(width)
+        self.norm2 = RMSNorm(width)
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(self.head_width), RMSNorm(self.head_width)
+        self.q_norm = RMSNorm(self.head_width)
+        self.k_norm = RMSNorm(self.head_width)
         self.k_norm_context = RMSNorm(self.head_width)
         self.out = nn.Linear(width, width, bias=False)
         self.ffn = SwiGLU(width, hidden)
 
-    def forward(self, x, h, context, rope, mask=None, runs=None):
-        """x: the residual stream (B, R+T, Dg), h: like x, what is still to be added to it,
-        context: (B, S, Dg), mask and runs: as in `kernels.attention`, for R+T+S keys.
+    def forward(self, x, context, rope, keys=None):
+        """Return the next residual stream (B, R+T, Dg) from x (B, R+T, Dg).
 
-        Returns the next x and h: the sum is left to the next norm, which is one pass over memory.
+        context: (B, S, Dg), rope: `rope_table` of the R+T tokens, keys: `kernels.Keys` of R+T+S.
         """
-        inputs = x, h, context, rope, mask, runs
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return self.compute(*inputs)
+            return checkpoint(self.compute, x, context, rope, keys, use_reentrant=False,
+                              preserve_rng_state=False)
+        return self.compute(x, context, rope, keys)
 
-    def compute(self, x, h, context, rope, mask, runs):
-        """What `forward` returns."""
-        x, y = self.norm1(h, x)                                                # (B, R+T, Dg) each
-        qkv = self.qkv(y).unflatten(-1, (-1, self.head_width))                 # (B, R+T, H+2Hk, Dh)
+    def compute(self, x, context, rope, keys):
+        """Compute what `forward` returns."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))     # (B, R+T, H+2Hk, Dh)
         kv_rows = self.qkv.weight[self.heads * self.head_width:]               # (2*Hk*Dh, Dg)
         kv = F.linear(self.norm_context(context), kv_rows)                     # (B, S, 2*Hk*Dh)
         kv = kv.unflatten(-1, (-1, self.head_width))                           # (B, S, 2*Hk, Dh)
         norms = (self.q_norm.weight, self.k_norm.weight, self.k_norm_context.weight)
         q, k, v = queries_keys(qkv, rope, self.heads, norms, kv)  # k and v: (B, R+T+S, Hk, Dh)
-        a = attention(q, k, v, mask, runs)                                     # (B, R+T, Dg)
-        x, y = self.norm2(self.out(a), x)                                      # (B, R+T, Dg) each
-        return x, self.ffn(y)                                                  # (B, R+T, Dg) each
+        a = attention(q, k, v, keys)                                           # (B, R+T, Dg)
+        x, y = self.norm2.add(x, self.out(a))                                  # (B, R+T, Dg) each
+        return x + self.ffn(y)                                                 # (B, R+T, Dg)
 
 
 class Generation(nn.Module):
@@ -77,12 +79,13 @@ class Generation(nn.Module):
         if width % heads or heads % kv_heads:
             raise ValueError(f"the generation tower's width {width} must be a multiple of its "
                              f"{heads} heads, and those of its {kv_heads} key-value heads")
-        self.patch, self.axes = patch, rope_axes(width // heads)
+        self.patch = patch
+        self.axes = rope_axes(width // heads)
         self.embed = nn.Linear(channels * patch * patch, width, bias=False)
         # MoS eq. (4): Proj. NOTE (ours): one for all blocks.
         self.proj = nn.Linear(context_width, width)
         self.registers = nn.Parameter(torch.empty(registers, width))
-        self.reference = nn.Parameter(torch.empty(width))  # what marks tokens of a reference
+        self.reference = nn.Parameter(torch.empty(width))  # added to a reference picture's tokens
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, hidden) for _ in range(depth))
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, channels * patch * patch, bias=False)
@@ -100,36 +103,58 @@ class Generation(nn.Module):
             init_parameter(name, p, len(self.blocks))
 
     def patchify(self, z, reference=None):
-        """Latents to tokens (B, T, Dg) and positions (image index, y, x): (T, 3). MoS Fig. 4.
+        """Return tokens (B, T, Dg) and positions (image index, y, x): (T, 3). MoS Fig. 4.
 
-        z: (B, C, h, w), reference: clean latents of a reference picture, whose tokens stand behind.
+        z: latents (B, C, h, w), reference: clean latents of a reference picture, whose tokens
+        follow those of z.
         """
-        x, places = self.tokens(z, 0)                                       # (B, T', Dg), (T', 3)
+        x, positions = self.tokens(z, 0)                                    # (B, T', Dg), (T', 3)
         if reference is None:
-            return x, places
-        y, there = self.tokens(reference, 1)                                # (B, T', Dg), (T', 3)
-        y = y + self.reference.type_as(y)
-        return torch.cat((x, y), 1), torch.cat((places, there))                # (B, T, Dg), (T, 3)
+            return x, positions
+        y, positions_y = self.tokens(reference, 1)                          # (B, T', Dg), (T', 3)
+        y = y + self.reference.type_as(y)                                   # (B, T', Dg)
+        return torch.cat((x, y), 1), torch.cat((positions, positions_y))       # (B, T, Dg), (T, 3)
 
     def tokens(self, z, image):
-        """T' tokens and positions of the latents of one picture, which has this image index."""
+        """Return the T' tokens and positions of one picture's latents, with this image index."""
         patches = F.pixel_unshuffle(z, self.patch)                            # (B, C*p*p, h/p, w/p)
         rows, columns = (torch.arange(n, device=z.device) for n in patches.shape[2:])
-        places = torch.cartesian_prod(torch.full_like(rows[:1], image), rows, columns)  # (T', 3)
-        return self.embed(patches.flatten(2).mT), places                    # (B, T', Dg), (T', 3)
+        image = torch.full_like(rows[:1], image)
+        positions = torch.cartesian_prod(image, rows, columns)                 # (T', 3)
+        return self.embed(patches.flatten(2).mT), positions                 # (B, T', Dg), (T', 3)
 
-    def add_registers(self, x, places):
+    def add_registers(self, x, positions):
         """Put the R registers before the visual tokens. MoS App. A. Returns x and a rope table."""
         R = len(self.registers)
-        x = torch.cat((self.registers.type_as(x).expand(x.shape[0], -1, -1), x), 1)  # (B, R+T, Dg)
-        return x, rope_table(F.pad(places, (0, 0, R, 0)), self.axes)           # position 0: no turn
+        registers = self.registers.type_as(x).expand(x.shape[0], -1, -1)       # (B, R, Dg)
+        x = torch.cat((registers, x), 1)                                       # (B, R+T, Dg)
+        positions = F.pad(positions, (0, 0, R, 0))  # position 0 does not rotate
+        return x, rope_table(positions, self.axes)
 
     def unpatchify(self, x, height, width):
         """Drop registers and reference, read the velocity off: x (B, R+T, Dg) to (B, C, h, w).
 
         height, width: h and w.
         """
-        first, grid = len(self.registers), (height // self.patch, width // self.patch)
+        first = len(self.registers)
+        grid = height // self.patch, width // self.patch
         x = x[:, first:first + grid[0] * grid[1]]                              # (B, T', Dg)
         v = self.head(self.norm(x)).mT.unflatten(2, grid)                     # (B, C*p*p, h/p, w/p)
         return F.pixel_shuffle(v, self.patch)                                  # (B, C, h, w)
+
+    def flops(self, S, T, target):
+        """Return the forward FLOP of one sample: matrix products and attention.
+
+        S: context tokens, T: visual tokens, target: those of them whose velocity is read off. A
+        product costs 2 FLOP for each token and weight, attention 4 for each pair and channel.
+        """
+        block = self.blocks[0]
+        L = T + len(self.registers)
+        Dg = self.embed.out_features
+        kv = block.qkv.out_features - Dg  # channels of keys and values together
+        weights = (block.qkv.weight, block.out.weight, *block.ffn.parameters())
+        tokens = L * sum(w.numel() for w in weights)
+        context = S * (self.proj.weight.numel() + kv * Dg)
+        pairs = 2 * L * (L + S) * Dg
+        ends = T * self.embed.weight.numel() + target * self.head.weight.numel()
+        return 2 * (len(self.blocks) * (tokens + context + pairs) + ends)

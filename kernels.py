@@ -13,6 +13,7 @@ add to one sum, each writes a row of partial sums and no atomics are used: same 
 import os
 from functools import wraps
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -212,8 +213,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x, residual=None):
-        return rms_norm(x, self.weight, residual, self.eps)
+    def forward(self, x):
+        return rms_norm(x, self.weight, None, self.eps)
+
+    def add(self, x, branch):
+        """Return x + branch and its norm: the end of a residual branch, one pass over memory."""
+        return rms_norm(branch, self.weight, x, self.eps)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -732,13 +737,31 @@ def channel_norm(x, gamma):
 # ------------------------------------------------------------------------------------------------
 # Attention stays the library's
 
-def attention(q, k, v, mask=None, runs=None, causal=False):
-    """Softmax attention with grouped heads; q: (B, L, H, Dh), k, v: (B, L', Hk, Dh).
+class Keys(NamedTuple):
+    """Which keys are real, in one of two ways.
 
-    mask: (B, 1, 1, L') True at real keys. A mask rules out the fastest kernels, so where the real
-    keys are known to come first, give runs instead: pairs (samples, keys) of neighbouring samples
-    that have the same number of them. Returns (B, L, H*Dh).
+    mask: (B, L') True at real keys. runs: where the real keys come first, pairs (samples, keys) of
+    neighbouring samples that have the same number of them; a mask rules out the fastest kernels.
     """
+    mask: torch.Tensor | None
+    runs: list | None = None
+
+
+def pad_keys(before, keys):
+    """Return the Keys where `before` real keys stand in front of those of `keys`."""
+    if keys.runs:
+        return Keys(None, [(samples, before + count) for samples, count in keys.runs])
+    return Keys(F.pad(keys.mask, (before, 0), value=True))
+
+
+def attention(q, k, v, keys=None, causal=False):
+    """Return softmax attention with grouped heads, (B, L, H*Dh).
+
+    q: (B, L, H, Dh), k, v: (B, L', Hk, Dh), keys: which of the L' keys are real; None: all.
+    """
+    mask, runs = keys or (None, None)
+    mask = None if mask is None else mask[:, None, None]                          # (B, 1, 1, L')
+
     def attend(q, k, v):
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
         return y.transpose(1, 2).flatten(2)
@@ -748,12 +771,5 @@ def attention(q, k, v, mask=None, runs=None, causal=False):
     if not runs:
         return attend(q, k, v)                                                    # (B, L, H*Dh)
     parts = zip(*(a.split([samples for samples, _ in runs]) for a in (q, k, v)), runs)
-    return torch.cat([attend(q, k[:, :, :keys], v[:, :, :keys])
-                      for q, k, v, (_, keys) in parts])                           # (B, L, H*Dh)
-
-
-def keys_behind(before, mask, runs):
-    """`mask` and `runs` of attention where `before` real keys stand before those of mask (B, S)."""
-    if runs:
-        return None, [(samples, before + keys) for samples, keys in runs]
-    return F.pad(mask, (before, 0), value=True)[:, None, None], None              # (B, 1, 1, L')
+    return torch.cat([attend(q, k[:, :, :count], v[:, :, :count])
+                      for q, k, v, (_, count) in parts])                          # (B, L, H*Dh)

@@ -4,7 +4,6 @@
     python sample.py --prompt "three stars" "a white ring" --num 4 --out grid.png
     python sample.py --prompt "two rings" --rewrite --temperature 1
     python sample.py --image out.png --prompt "make the circle green"
-    python sample.py --prompt "a fox" --preset mos_s --random-weights --size 1024
 """
 
 import math
@@ -12,11 +11,12 @@ import os
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
-from common import CommandLine, pick_device, randomise, replacing, run, tqdm_or_none
-from config import PRESETS, SCHEDULES, MoSConfig, check_size
-from mos import MoS, unfilled
+from checkpoint import PARTS, load_parts
+from common import ROOT, CommandLine, contact_sheet, pick_device, replacing, run, tqdm_or_none
+from config import SCHEDULES, check_size
+from mos import MoS
 
 
 def parse_size(text):
@@ -43,26 +43,6 @@ def read_picture(path):
     return picture
 
 
-def label_grid(rows, labels):
-    """Rows of pictures under each other, each under its prompt."""
-    width, height = rows[0][0].size
-    font = ImageFont.load_default(12)
-    sheet = Image.new("RGB", (width * len(rows[0]), (height + 32) * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, (row, label) in enumerate(zip(rows, labels)):
-        lines, line = [], ""
-        for word in label.split():
-            if line and draw.textlength(f"{line} {word}", font) > sheet.width - 8:
-                lines, line = lines + [line], word
-            else:
-                line = f"{line} {word}".strip()
-        text = "\n".join((lines + [line])[:2])  # two lines at most; the metadata has it all
-        draw.multiline_text((4, r * (height + 32) + 1), text, "black", font, spacing=2)
-        for i, image in enumerate(row):
-            sheet.paste(image, (i * width, r * (height + 32) + 32))
-    return sheet
-
-
 def check_writable(out):
     """Raise before any work is done if the picture could not be written."""
     if out.suffix.lower() != ".png":
@@ -76,29 +56,13 @@ def progress(steps):
     return tqdm_or_none(iterable=steps, desc="denoising", unit="step") or steps
 
 
-def random_model(preset, device, vae_dtype):
-    """A preset at its full size, random all over: what it draws is noise, what it costs is real."""
-    model = unfilled(MoSConfig(**PRESETS[preset]))
-    for name in ("understanding", "router", "generation", "vae"):
-        kind = vae_dtype if name == "vae" else \
-            torch.bfloat16 if device.type == "cuda" else torch.float32
-        randomise(device, getattr(model, name).to(kind))
-    ones = torch.ones(model.config.vae_channels, device=device)
-    model.vae.set_statistics(0 * ones, ones)
-    model.vae.to(memory_format=torch.channels_last)
-    return model.eval()
-
-
 def open_model(args, device):
-    """The model that the flags ask for; with --drop-tower only the part that reads prompts."""
-    vae_dtype = getattr(torch, args.vae_dtype)
-    if args.random_weights:
-        return random_model(args.preset, device, vae_dtype)
-    changes = {name: getattr(args, name) for name in ("und_folder", "vae_folder")
-               if getattr(args, name) is not None}
-    parts = ("understanding",) if args.drop_tower else tuple(MoS.PARTS)
-    return MoS.from_pretrained(args.checkpoint, device, args.tower_device, parts, vae_dtype,
-                               **changes)
+    """Return the model of --checkpoint; with --drop-tower only the part that reads prompts."""
+    folders = {"und_folder": args.und_folder, "vae_folder": args.vae_folder}
+    changes = {name: folder for name, folder in folders.items() if folder is not None}
+    parts = ("understanding",) if args.drop_tower else tuple(PARTS)
+    return MoS.from_pretrained(args.checkpoint, device, tower_device=args.tower_device, parts=parts,
+                               vae_dtype=getattr(torch, args.vae_dtype), **changes)
 
 
 def read_flags(arguments):
@@ -122,7 +86,7 @@ def read_flags(arguments):
     parser.add_argument("--size", help="SIDE or HEIGHTxWIDTH in pixels, multiples of 32")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture, then one more")
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="file to write")
-    parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "weights",
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights",
                         help="folder of a trained model")
     parser.add_argument("--und-folder", help="folder of its understanding tower, if that is a "
                         "published model; this and the next default to the checkpoint's own words")
@@ -133,30 +97,22 @@ def read_flags(arguments):
                         "cpu; default: where the rest does")
     parser.add_argument("--drop-tower", action="store_true", help="load the rest only after the "
                         "prompts are read and the understanding tower is gone: both need not fit")
-    parser.add_argument("--preset", choices=PRESETS, help="of --random-weights; default: mos_s")
-    parser.add_argument("--random-weights", action="store_true", help="draw noise with an "
-                        "untrained model, to see what a preset costs")
     return parser.parse_args(arguments)
 
 
 def parse(arguments=None):
     """The flags, checked and completed. Raises ValueError for those that make no picture."""
     args = read_flags(arguments)
-    if args.random_weights:
-        args.prompt = args.prompt or ["a text"]
     if not args.prompt:
         raise ValueError("--prompt is missing: say what to draw")
     for name, given, flags in (
             ("with --image", args.image, "rewrite drop_tower size"),
             ("without --image", not args.image, "image_guidance"),
-            ("without --rewrite", not args.rewrite, "temperature"),
-            ("without --random-weights", not args.random_weights, "preset"),
-            ("with --random-weights", args.random_weights,
-             "drop_tower tower_device und_folder vae_folder")):
+            ("without --rewrite", not args.rewrite, "temperature")):
         for flag in flags.split():
             if given and getattr(args, flag) not in (None, False):
                 raise ValueError(f"--{flag.replace('_', '-')} does not go {name}")
-    args.preset, args.temperature = args.preset or "mos_s", args.temperature or 0.0
+    args.temperature = args.temperature or 0.0
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
     if not 0 <= args.temperature < math.inf:
@@ -182,7 +138,8 @@ def draw(model, args, prompts, settings, device):
     context = model.read(prompts, args.negative if settings["guidance"] != 1 else None)
     if args.drop_tower:
         model.understanding.to("meta")
-        model.load(args.checkpoint, ("vae", "mos"), device, None, getattr(torch, args.vae_dtype))
+        load_parts(model, args.checkpoint, ("vae", "mos"), device,
+                   vae_dtype=getattr(torch, args.vae_dtype))
     return model.generate(prompts, **settings, seed=args.seed, size=args.size, context=context,
                           progress=progress)
 
@@ -202,17 +159,16 @@ def main():
     prompts = [text for text in texts for _ in range(args.num)]
     images = draw(model, args, prompts, settings, device)
     rows = [images[i:i + args.num] for i in range(0, len(images), args.num)]
-    picture = images[0] if len(images) == 1 else label_grid(rows, args.prompt)
+    picture = images[0] if len(images) == 1 else contact_sheet(rows, args.prompt)
     info = PngImagePlugin.PngInfo()
-    told = dict(prompt=" | ".join(args.prompt), negative=args.negative, seed=args.seed, **settings,
+    settings_text = dict(prompt=" | ".join(args.prompt), negative=args.negative, seed=args.seed, **settings,
                 size="x".join(map(str, images[0].size[::-1])),
-                checkpoint=f"random {args.preset}" if args.random_weights else
-                args.checkpoint.name, torch=torch.__version__)
+                checkpoint=args.checkpoint.name, torch=torch.__version__)
     if args.image:
-        told["image"] = args.image.name
+        settings_text["image"] = args.image.name
     if args.rewrite:
-        told["rewritten"] = " | ".join(texts)
-    for key, value in told.items():
+        settings_text["rewritten"] = " | ".join(texts)
+    for key, value in settings_text.items():
         info.add_text(key, str(value))
     with replacing(args.out) as path:
         # Three times as fast as the default, and the file is hardly larger.

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import mos
-from config import PRESETS, SCHEDULES, MoSConfig
+from checkpoint import PARTS
+from config import SCHEDULES, MoSConfig, read_recipe
 from conftest import make_model, same
-from kernels import apply_rope, mix_states, rope_table
+from kernels import Keys, apply_rope, mix_states, rope_table
 from mos import MoS, guide, make_schedule, mode_density, sample_t, shift_time
 from router import routing_weights, select
 from towers import Tokenizer
@@ -40,7 +42,7 @@ def draw(model, height=4, width=6):
 
 
 def logits_of(model, context, z, t):
-    return model.router(context.inputs, context.mask, *model.generation.patchify(z), t)
+    return model.router(context.inputs, context.keys, *model.generation.patchify(z), t)
 
 
 def explore(weights, k, epsilon):
@@ -169,8 +171,9 @@ def test_what_is_never_read(projected, monkeypatch):
     unrouted = torch.ones(context.states.shape[:3]).scatter(2, chosen[0][0].flatten(2), 0).bool()
     holed = context.states.masked_fill(unrouted[..., None], torch.nan)
     assert unrouted.any(2).all() and torch.equal(velocity(context, states=holed), expected)
-    assert (~context.mask).any() and torch.equal(garbage(~context.mask), expected)
-    assert not torch.allclose(garbage(context.mask), expected, rtol=1e-2)
+    real = context.keys.mask
+    assert (~real).any() and torch.equal(garbage(~real), expected)
+    assert not torch.allclose(garbage(real), expected, rtol=1e-2)
     close(velocity(model.understand(F.pad(tokens, (0, 5), value=Tokenizer.PAD))), expected, **TIGHT)
 
 
@@ -197,7 +200,7 @@ def test_impossible_settings_are_refused():
     """Too many states, unknown inputs and options, widths that do not fit: clear ValueErrors."""
     with pytest.raises(ValueError, match="k=6 .* M=5"):
         select(torch.rand(1, 1, 5, 1), 6)
-    for match, changes in (("k=6 .* und_depth=5", dict(k=6)), ("k=0", dict(k=0)),
+    for match, changes in (("k=6 .* und_depth=5", dict(k=6)), ("k must .* 0", dict(k=0)),
                            ("state_norm .* pre, post.*'both'", dict(state_norm="both")),
                            ("epsilon .*1.5", dict(epsilon=1.5)), ("schedule", dict(schedule="no")),
                            ("inputs.*sound", dict(router_inputs=("prompt", "sound"))),
@@ -227,7 +230,7 @@ def test_a_context_without_queries_equals_a_full_block(model):
     axes, block = model.generation.axes, model.generation.blocks[1]
     B, S, L, H, D = 2, 4, 9, block.heads, block.head_width
     c, x, places = torch.randn(B, S, 64), torch.randn(B, L, 64), torch.randint(0, 9, (L, 3))
-    mask = torch.rand(B, 1, 1, S + L) < 0.7
+    mask = torch.rand(B, S + L) < 0.7
     qkv = block.qkv(torch.cat((block.norm1(x), block.norm_context(c)), 1)).view(B, L + S, -1, D)
     kv_heads = (qkv.shape[2] - H) // 2
     q, k, v = qkv.split([H, kv_heads, kv_heads], 2)
@@ -236,11 +239,10 @@ def test_a_context_without_queries_equals_a_full_block(model):
     q, k = apply_rope(block.q_norm(q), rope), apply_rope(k, rope)
     k, v = (a.repeat_interleave(H // kv_heads, 2) for a in (k, v))
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-    a = (q @ k.mT / D ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    a = (q @ k.mT / D ** 0.5).masked_fill(~mask[:, None, None], -torch.inf).softmax(-1) @ v
     full = torch.cat((x, c), 1) + block.out(a.transpose(1, 2).flatten(2))
     full = full + block.ffn(block.norm2(full))
-    h = torch.randn_like(x)  # the stream comes in two parts
-    close(sum(block(x - h, h, c, rope_table(places, axes), mask)), full[:, :L], **TIGHT)
+    close(block(x, c, rope_table(places, axes), Keys(mask)), full[:, :L], **TIGHT)
 
 
 def test_states_are_cast_once(model):
@@ -356,7 +358,7 @@ def test_states_are_the_raw_residual_stream(model):
     assert not torch.allclose(outputs[0], context.inputs, rtol=1e-3)
     assert not torch.allclose(outputs[-1], tower.norm(outputs[-1]), rtol=1e-2)
     assert torch.equal(context.inputs, tower.embedding(tokens.clamp_min(0)))
-    assert torch.equal(context.mask, tokens != Tokenizer.PAD)
+    assert torch.equal(context.keys.mask, tokens != Tokenizer.PAD)
 
 
 @torch.no_grad()
@@ -457,7 +459,7 @@ def test_save_and_load(model, tmp_path):
     model.vae.set_statistics(torch.rand(6), torch.rand(6) + 0.5)
     model.save_pretrained(tmp_path)
     files = contents(tmp_path)
-    assert files.keys() == {"config.json", "vocab.json", *(f"{p}.safetensors" for p in MoS.PARTS)}
+    assert files.keys() == {"config.json", "vocab.json", *(f"{p}.safetensors" for p in PARTS)}
     loaded, parameters = MoS.from_pretrained(tmp_path), dict(model.named_parameters())
     for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items()):
         assert name == other and b.dtype == torch.float32
@@ -505,18 +507,18 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(mos, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="disk full"):
         make_model(1).save_pretrained(tmp_path)
     assert contents(tmp_path) == old
 
 
-@pytest.mark.parametrize("preset, blocks, router", (
+@pytest.mark.parametrize("recipe, blocks, router", (
     ("ablation_1b", 973_078_528, None), ("mos_s", 2_818_572_288, 105.1),
     ("mos_l", 4_921_491_456, 110.0)))
-def test_sizes(preset, blocks, router):
+def test_sizes(recipe, blocks, router):
     """The paper's sizes: the matrices of the generation tower's blocks, and the router in all."""
-    model = mos.unfilled(MoSConfig(**PRESETS[preset]))
+    model = mos.unfilled(MoSConfig(**read_recipe(recipe)["model"]))
     assert sum(p.numel() for p in model.generation.blocks.parameters() if p.ndim > 1) == blocks
     if router:
         total = sum(p.numel() for p in model.router.parameters())

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import init_parameter, initialise
-from kernels import RMSNorm, SwiGLU, at_least_fp32, attention, queries_keys, rope_table
+from kernels import RMSNorm, SwiGLU, at_least_fp32, attention, autocast, queries_keys, rope_table
 
 
 class Tokenizer:
@@ -177,7 +177,7 @@ class DecoderBlock(nn.Module):
             past[:] = k, v
         # Causality makes a mask needless: padding stands to the right of every real token.
         a = attention(q, k, v, causal=first)                                # (B, S, Du)
-        x, y = self.norm2(self.out(a), x)                                   # (B, S, Du) each
+        x, y = self.norm2.add(x, self.out(a))                                   # (B, S, Du) each
         return x + self.ffn(y)
 
 
@@ -288,3 +288,19 @@ class Understanding(nn.Module):
                 return
             yield token.item()
             x = self.embed(token.view(1, 1).to(tokens.device))              # (1, 1, Du)
+
+    @torch.no_grad()
+    def rewrite(self, tokenizer, prompt, limit, temperature=0.0, seed=0):
+        """Write a detailed caption of what a prompt asks for. MoS sec. 4.4.
+
+        limit: most tokens, so that the tower can read its caption again.
+        """
+        request, beginning = tokenizer.request(prompt)
+        tokens = torch.tensor([request], device=self.embedding.weight.device)
+        with autocast(tokens.device):
+            ids = list(self.write(tokens, limit, tokenizer.stops, temperature, seed))
+        caption = f"{beginning} {tokenizer.decode(ids)}".strip()
+        while ids and len(tokenizer.encode(caption)) > limit:
+            ids.pop()
+            caption = f"{beginning} {tokenizer.decode(ids)}".strip()
+        return caption

@@ -1,11 +1,13 @@
-"""Latents on disk, so that a picture is decoded and encoded once and never again.
+"""Latents that are kept, so that a picture is decoded and encoded once: in memory, or in a folder.
 
-A folder holds made.json (what made them), a shard for each piece of the sources, NNNNNN.safetensors
-with its captions, and index.jsonl, which comes last: with it the folder is complete.
+A folder holds made.json (what the latents depend on), one shard for each piece of the sources,
+NNNNNN.safetensors with its captions, and index.jsonl, which is written last: the folder is complete
+when it is there.
 """
 
 import hashlib
 import json
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,23 +16,86 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import checksum, move, replacing
+from common import check_made, checksum, read_lines, replacing, write_made
 from data.pictures import Texts, Unreadable
+from towers import Tokenizer
 
+
+@torch.no_grad()
+def encode(vae, pictures):
+    """Return latents (B, C, h, w) of pictures (B, 3, H, W), a part that fits at a time."""
+    pixels_at_once = 2 ** 23 if pictures.is_cuda else 2 ** 20
+    parts = pictures.split(max(1, pixels_at_once // pictures[0, 0].numel()))
+    latents = torch.cat([vae.encode(part) for part in parts])             # (B, C, h, w)
+    return latents.contiguous()  # the VAE leaves a pixel's channels side by side in memory
+
+
+# ------------------------------------------------------------------------------------------------
+# In memory
+
+class Memory:
+    """All latents of a data set on the device, by resolution, beside the tokens of their captions.
+
+    pieces: every sample once, as (batch, (latents, tokens, ...), captions) like `Loader.batches`
+    yields them. tables: what the samples have besides latents, each (L, ...) in host memory; the
+    first one holds the tokens, which move to the device.
+    """
+
+    def __init__(self, dataset, pieces, device):
+        counts = [len(source.sides) for source in dataset.sources]
+        self.first = np.cumsum([0, *counts])  # of each source, its first row in the tables
+        self.rows = np.zeros(self.first[-1], int)  # of each sample, its row in its latents
+        self.device = device
+        latents, self.tables = {}, []
+        for batch, (z0, *others), _ in pieces:
+            index, parts = self.index(batch), latents.setdefault(batch.bucket[1:3], [])
+            filled = sum(len(part) for part in parts)
+            self.rows[index] = np.arange(filled, filled + len(index))
+            parts.append(z0)
+            if not self.tables:
+                self.tables = [values.new_zeros(self.first[-1], *values.shape[1:], device="cpu")
+                               for values in others]
+            for table, values in zip(self.tables, others):
+                table[index] = values.cpu()
+        self.latents = {size: torch.cat(parts) for size, parts in latents.items()}
+        self.tokens = self.tables[0].to(device)
+
+    def index(self, batch):
+        """Return the rows (B,) of a batch's samples in the tables."""
+        return self.first[batch.source] + batch.index
+
+    def lengths(self):
+        """Return the tokens of each sample's caption, one array for each source."""
+        lengths = (self.tables[0] != Tokenizer.PAD).sum(1).numpy()
+        return np.split(lengths, self.first[1:-1])
+
+    def batches(self, planned, share):
+        """Yield each planned batch with this process's share of its latents and tokens."""
+        for batch in planned:
+            index = self.index(batch)[share]
+            rows = torch.from_numpy(self.rows[index]).to(self.device, non_blocking=True)
+            index = torch.from_numpy(index).to(self.device, non_blocking=True)
+            z0 = self.latents[batch.bucket[1:3]][rows]                    # (B, C, h, w)
+            tokens = self.tokens[index, :batch.bucket.length]             # (B, S)
+            yield batch, (z0, tokens)
+
+
+# ------------------------------------------------------------------------------------------------
+# In a folder
 
 def shard_path(folder, number):
-    """The file of a shard."""
+    """Return the file of a shard."""
     return Path(folder) / f"{number:06d}.safetensors"
 
 
 @lru_cache(64)
 def open_shard(folder, number):
-    """A shard, memory-mapped."""
+    """Open a shard, memory-mapped."""
     return safe_open(shard_path(folder, number), framework="pt")
 
 
 class Stored:
-    """Latents of a source on disk; rows: its lines of index.jsonl. They are read, never decoded."""
+    """A source whose latents lie in a folder; rows: its lines of index.jsonl."""
 
     def __init__(self, folder, name, rows):
         rows.sort(key=lambda row: row["index"])
@@ -42,11 +107,12 @@ class Stored:
         self.shard = None if rows[0]["shard"] is None else np.array([r["shard"] for r in rows])
 
     def title(self, index):
-        """What messages call a sample."""
-        return "row {1} of {0:06d}.safetensors".format(*self.places[index])
+        """Return the name of a sample for messages."""
+        file, row = self.places[index]
+        return f"row {row} of {file:06d}.safetensors"
 
-    def item(self, index, height, width):
-        """The item of one index, its latents (C, h, w). Raises Unreadable."""
+    def load(self, index, height, width):
+        """Return the latents (C, h, w) of a sample and its texts. Raises Unreadable."""
         file, row = map(int, self.places[index])
         try:
             latents = open_shard(self.folder, file).get_slice("latents")
@@ -55,85 +121,88 @@ class Stored:
             raise Unreadable(" ".join(str(e).split())) from None
         return latents, self.captions[index], None, None
 
-    def draw(self, latents, device):
-        """Latents (B, C, h, w) in full precision on the device."""
-        return move(latents, device).to(torch.get_default_dtype())
+    def to_pixels(self, latents, device):
+        """Return the latents (B, C, h, w) in full precision on the device: nothing to decode."""
+        return latents.to(device, non_blocking=True).to(torch.get_default_dtype())
 
 
-def read_lines(path):
-    """The JSON of each line of a file. Raises ValueError where it is damaged."""
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}); delete its folder and start again") from None
+def made_from(c, data, size, sizes):
+    """Return what stored latents depend on, by name, as far as the settings say it.
 
-
-def made_by(c, names, size, sizes):
-    """What stored latents depend on, by name, as far as it is known without an index."""
+    data: the paths of --data, size: of a picture of the small world, sizes: of own pictures.
+    """
     vae = checksum(Path(c.init) / "vae.safetensors")
-    world = [size, c.seed, c.scenes, list(c.tasks), c.grid] if "shapes" in names else []
-    return {"vae": vae, "sizes": sizes, "data": list(names), "where": c.where, "shapes": world}
-
-
-def check_made(folder, made):
-    """Raise ValueError unless `folder` is free for latents, or holds some that were made so."""
-    path = folder / "made.json"
-    if not path.is_file():
-        if any(not path.name.startswith(".") for path in folder.glob("*")):
-            raise ValueError(f"latents: {folder} holds something else; choose a new folder")
-        return
-    old, = read_lines(path)
-    for name in made:
-        if name in old and old[name] != made[name]:
-            raise ValueError(f"latents: {folder} was made with another {name} ({old[name]}, now "
-                             f"{made[name]}); choose another folder")
+    world = [size, c.seed, c.scenes, list(c.tasks), c.grid] if "shapes" in data else []
+    return {"vae": vae, "sizes": sizes, "data": list(data), "where": c.where, "shapes": world}
 
 
 def read_stored(folder, made):
-    """The Stored sources of a folder, None if it is not complete. Raises ValueError: check_made."""
-    check_made(folder, made)
+    """Return the Stored sources of a folder, or None if it is not complete.
+
+    Raises ValueError where it was made from something else.
+    """
+    check_made(folder, made, "latents")
     if not (folder / "index.jsonl").is_file():
         return None
     rows = [[] for _ in made["data"]]
     for row in read_lines(folder / "index.jsonl"):
         rows[row["source"]].append(row)
-    return [Stored(folder, name, own) for name, own in zip(made["data"], rows)]
+    return [Stored(folder, name, lines) for name, lines in zip(made["data"], rows)]
 
 
-def with_digest(dataset):
-    """What made the latents of a dataset, with a digest of its samples."""
-    digest = hashlib.sha256()
-    for source in dataset.sources:
-        if source.kind:  # what the small world holds follows from its settings
-            for data in (source.paths.data, source.captions.data, source.places.tobytes()):
-                digest.update(data)
-    return {**dataset.made, "samples": digest.hexdigest()}
+def store(folder, dataset, loader, pieces, max_broken, world):
+    """Encode the pieces that a folder lacks, each process its part. Returns the Stored sources.
 
-
-def write_made(folder, made):
-    """Write made.json into a folder, which need not exist."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "made.json") as path:
-        path.write_text(json.dumps(made))
-
-
-def write_shard(path, piece, latents, texts, broken):
-    """Write the latents (n, C, h, w) of a piece, with captions and {(source, index): why}.
-
-    In bf16, half of fp32's bytes: it rounds by up to 2^-9 of a value, far below the noise that
-    training adds, and on a GPU the tower reads bf16 anyway.
+    loader: yields their latents. Raises ValueError for a folder that was made from something else,
+    and where too many samples are broken.
     """
-    own = set(zip(piece.source.tolist(), piece.index.tolist()))
-    about = json.dumps([texts, {key[1]: why for key, why in broken.items() if key in own}])
+    begin = time.time()
+    made = {**dataset.made, "samples": digest(dataset)}
+    check_made(folder, made, "latents")
+    world.wait()
+    if world.first:
+        write_made(folder, made)
+    missing = [number for number in range(world.rank, len(pieces), world.size)
+               if not shard_path(folder, number).is_file()]
+    world.wait()
+    contents = loader.batches(pieces[number] for number in missing)
+    for number, (piece, (z0, _), captions) in zip(missing, contents):
+        write_shard(shard_path(folder, number), piece, z0, captions, loader.broken)
+    world.wait()
+    dataset.check(broken_samples(folder, pieces), max_broken)
+    if world.first:
+        write_index(folder, dataset, pieces)
+    world.wait()
+    world.print0(f"{folder}: {len(pieces)} shards of latents, {len(missing)} encoded by this "
+                 f"process in {time.time() - begin:.0f} s")
+    return read_stored(folder, dataset.made)
+
+
+def digest(dataset):
+    """Return a checksum of what own pictures there are; the small world's follow from settings."""
+    result = hashlib.sha256()
+    for source in dataset.sources:
+        if source.kind:
+            for data in (source.paths.data, source.captions.data, source.places.tobytes()):
+                result.update(data)
+    return result.hexdigest()
+
+
+def write_shard(path, piece, latents, captions, broken):
+    """Write the latents (n, C, h, w) of a piece, its captions and {(source, index): why} of broken.
+
+    They are stored in bf16, half the size of fp32: it rounds by up to 2^-9 of a value, far below
+    the noise that training adds, and on a GPU the tower reads bf16 anyway.
+    """
+    samples = set(zip(piece.source.tolist(), piece.index.tolist()))
+    reasons = {key[1]: why for key, why in broken.items() if key in samples}
     with replacing(path) as temporary:
-        try:
-            save_file({"latents": latents.bfloat16().cpu()}, temporary, {"about": about})
-        except SafetensorError as e:
-            raise OSError(f"cannot write {path}: {e}") from None
+        save_file({"latents": latents.bfloat16().cpu()}, temporary,
+                  {"about": json.dumps([captions, reasons])})
 
 
 def about(folder, number):
-    """Captions of a shard and {index as text: why} of what in it is broken."""
+    """Return the captions of a shard and {index: why} of its broken samples. Raises OSError."""
     try:
         return json.loads(open_shard(folder, number).metadata()["about"])
     except SafetensorError as e:
@@ -142,21 +211,23 @@ def about(folder, number):
 
 
 def broken_samples(folder, pieces):
-    """What was found broken in all shards, {(source, index): why}."""
+    """Return what was found broken in all shards: {(source, index): why}."""
     return {(int(piece.source[0]), int(index)): why for number, piece in enumerate(pieces)
             for index, why in about(folder, number)[1].items()}
 
 
-def end_store(folder, dataset, pieces):
-    """Write index.jsonl, a line for each good sample of these pieces: now `folder` is complete."""
+def write_index(folder, dataset, pieces):
+    """Write index.jsonl, a line for each good sample of the pieces: the folder is complete."""
     with replacing(folder / "index.jsonl") as path, open(path, "w") as file:
         for number, piece in enumerate(pieces):
-            source, (texts, broken) = dataset.sources[piece.source[0]], about(folder, number)
-            for row, (index, text) in enumerate(zip(piece.index.tolist(), texts)):
-                if str(index) not in broken:
-                    file.write(json.dumps({
-                        "source": int(piece.source[0]), "index": index, "file": number, "row": row,
+            source = dataset.sources[piece.source[0]]
+            captions, broken = about(folder, number)
+            for row, (index, text) in enumerate(zip(piece.index.tolist(), captions)):
+                if str(index) in broken:
+                    continue
+                line = {"source": int(piece.source[0]), "index": index, "file": number, "row": row,
                         "text": text, "kind": source.kind, "height": piece.bucket.height,
                         "width": piece.bucket.width,
                         "shard": None if source.shard is None else int(source.shard[index]),
-                        "fields": json.loads(source.fields[index]) if source.kind else {}}) + "\n")
+                        "fields": json.loads(source.fields[index]) if source.kind else {}}
+                file.write(json.dumps(line) + "\n")

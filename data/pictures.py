@@ -330,7 +330,7 @@ class Pictures:
         """All captions, for a vocabulary."""
         return self.captions
 
-    def item(self, index, height, width):
+    def load(self, index, height, width):
         """The item of one index, its bytes (3, height, width). Raises Unreadable."""
         try:
             offset, size = map(int, self.places[index])
@@ -344,7 +344,7 @@ class Pictures:
         picture = flat.view(height, width, 3).permute(2, 0, 1)            # (3, height, width)
         return picture, self.captions[index], None, None
 
-    def draw(self, pictures, device):
+    def to_pixels(self, pictures, device):
         """Bytes (B, 3, H, W) to pictures in [-1, 1] on the device."""
         return move(pictures, device) / 127.5 - 1
 

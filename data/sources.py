@@ -1,11 +1,12 @@
 """Pictures with captions: the small world without end, image folders, tar shards, mixed by weight.
 
-A source gives (picture, caption, question, answer), or what its stage needs instead, by index and
-resolution; a picture is whatever the source's `draw` turns into pixels on the device. Sample i is
-always the same sample. Pixels are read where they lie when they are needed; stored latents take
+A source loads a sample by index and resolution: (picture, caption, question, answer), or what its
+stage needs instead. A picture is whatever the source's `to_pixels` turns into pixels on the device.
+Sample i is always the same sample. Files are read when their pixels are needed; stored latents take
 their place where there are some.
 """
 
+import itertools
 import signal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.buckets import STRIDE, Batch, Bucket, make_plan
-from data.latents import made_by, read_stored
+from data.latents import Stored, made_from, read_stored
 from data.pictures import Pictures, Unreadable, Where, check_broken
 from towers import Tokenizer
 from world.dataset import WORLDS, Shapes
@@ -23,20 +24,21 @@ from world.dataset import WORLDS, Shapes
 # Several sources
 
 class Mixture:
-    """Sources and their weights, shares of samples that need not add up to one.
+    """Sources and their weights: shares of samples, which need not add up to one.
 
-    scenes: the small world if it is the first source, which validation then uses. made: what its
-    latents on disk depend on, where some are wanted.
+    scenes: the small world where it is the first source: validation then uses it. made: what the
+    latents depend on that a folder is to keep.
     """
 
     def __init__(self, sources, weights=None, scenes=None, made=None):
-        self.sources, self.weights = list(sources), list(weights or [1] * len(sources))
+        self.sources = list(sources)
+        self.weights = list(weights or [1] * len(self.sources))
         self.made = made
         first = self.sources[0]
         self.scenes = scenes or (first if isinstance(first, Shapes) else None)
 
     def lengths(self, tokenizer, longest):
-        """Tokens of each caption, (L,) for each source; the small world's are at most `longest`.
+        """Return the tokens of each caption, (L,) for a source, or `longest` for the small world.
 
         Raises ValueError for an unknown word, and for a caption longer than `longest`.
         """
@@ -44,31 +46,37 @@ class Mixture:
                 count_tokens(tokenizer, source.captions, longest) for source in self.sources]
 
     def plan(self, lengths, step, batch, seed):
-        """The Plan of global batches; lengths, step: see buckets.make_plan."""
-        return make_plan([s.kind for s in self.sources], [s.sides for s in self.sources], lengths,
-                         step, self.weights, batch, seed, [s.shard for s in self.sources])
+        """Return the Plan of global batches; lengths, step: see buckets.make_plan."""
+        return make_plan(kinds=[source.kind for source in self.sources],
+                         sides=[source.sides for source in self.sources], lengths=lengths,
+                         step=step, weights=self.weights, batch=batch, seed=seed,
+                         shards=[source.shard for source in self.sources])
 
     def pieces(self, length, pixels=2 ** 24):
-        """Batches of at most so many pixels that hold every sample once, for encoding in order."""
-        found = []
+        """Return batches of at most so many pixels that hold every sample once, in order."""
+        result = []
         for k, source in enumerate(self.sources):
             for height, width in np.unique(source.sides, axis=0).tolist():
                 index = np.flatnonzero((source.sides == (height, width)).all(1))
                 most = max(1, pixels // (height * width))
-                parts = np.split(index, range(most, len(index), most))
                 bucket = Bucket(source.kind, height, width, length)
-                found += [Batch(np.full(len(part), k), part, bucket) for part in parts]
-        return found
+                for part in np.split(index, range(most, len(index), most)):
+                    result.append(Batch(np.full(len(part), k), part, bucket))
+        return result
 
     def check(self, broken, most):
-        """Raise ValueError if a source has too many broken samples; broken: {(source, index)}."""
+        """Raise ValueError if more than a share `most` of a source is broken.
+
+        broken: {(source, index): why}.
+        """
         for k, source in enumerate(self.sources):
-            more = {source.title(i): reason for (j, i), reason in broken.items() if j == k}
-            check_broken(source.name, {**source.broken, **more}, source.total, most)
+            reasons = {source.title(index): reason
+                       for (number, index), reason in broken.items() if number == k}
+            check_broken(source.name, {**source.broken, **reasons}, source.total, most)
 
 
 def parse_mixture(text):
-    """Paths and weights of `--data`: a lone path, or path=weight,path=weight."""
+    """Return {path: weight} of `--data`: a lone path, or path=weight,path=weight."""
     if "=" not in text or Path(text).exists():
         return {text: 1.0}
     weights = {}
@@ -85,42 +93,47 @@ def parse_mixture(text):
 
 
 def open_sources(c, size, world):
-    """The Mixture that a TrainConfig asks for; size: of a picture where its `sizes` names none.
+    """Return the Mixture that a TrainConfig asks for.
 
-    Stage image reads latents that are stored already instead. Raises ValueError as sources do.
+    size: side of a picture where the configuration's `sizes` names none. Stage image reads stored
+    latents instead, where there are some. Raises ValueError as the sources do.
     """
-    weights, where = parse_mixture(c.data), Where(c.where) if c.where else None
+    weights = parse_mixture(c.data)
+    where = Where(c.where) if c.where else None
     if where and "shapes" in weights:
         raise ValueError("where filters by fields of own pictures; shapes has none")
-    sizes = [int(s) if s.isdecimal() else 0 for s in c.sizes] or [size]
-    if any(s < STRIDE or s % STRIDE for s in sizes):
-        raise ValueError(f"sizes must be multiples of {STRIDE}, got {' '.join(c.sizes)}")
+    sizes = [int(text) if str(text).isdecimal() else 0 for text in c.sizes] or [size]
+    if any(side < STRIDE or side % STRIDE for side in sizes):
+        raise ValueError(f"sizes must be multiples of {STRIDE}, got {' '.join(map(str, c.sizes))}")
     if c.stage == "edit" and c.data != "shapes":
         raise ValueError(f"data: stage edit knows only edits of shapes, got {c.data!r}")
     number = c.scenes if c.stage in ("image", "edit") else None
     scenes = WORLDS[c.stage](size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
     made = None
     if c.stage == "image" and c.latents not in ("memory", "step"):
-        made = made_by(c, weights, size, sizes)
+        made = made_from(c, weights, size, sizes)
         stored = read_stored(Path(c.latents), made)
         if stored:
             return Mixture(stored, weights.values(), scenes if stored[0].kind == 0 else None)
-    return Mixture([scenes if path == "shapes" else
-                    Pictures(path, sizes, world, where, c.max_broken) for path in weights],
-                   weights.values(), made=made)
+    sources = [scenes if path == "shapes" else Pictures(path, sizes, world, where, c.max_broken)
+               for path in weights]
+    return Mixture(sources, weights.values(), made=made)
 
 
 # ------------------------------------------------------------------------------------------------
 # Batches
 
 def build_tokenizer(dataset, samples=5000):
-    """A Tokenizer of all own captions, and of the texts of `samples` items of the small world."""
-    return Tokenizer(word for source in dataset.sources for text in source.texts(samples)
-                     for word in Tokenizer.split(text))
+    """Return a Tokenizer of all own captions, or of the texts of `samples` small-world items."""
+    words = set()
+    for source in dataset.sources:
+        for text in source.texts(samples):
+            words.update(Tokenizer.split(text))
+    return Tokenizer(words)
 
 
 def count_tokens(tokenizer, captions, longest):
-    """Tokens of each caption, (L,). Raises ValueError for unknown words and beyond `longest`."""
+    """Return the tokens of each caption, (L,). Raises ValueError beyond `longest`."""
     lengths = np.array([len(tokenizer.encode(text)) for text in captions])
     if lengths.max() > longest:
         text = captions[int(lengths.argmax())]
@@ -142,7 +155,7 @@ def sequence(tokenizer, length, text, answer=None):
 
 
 class Collate:
-    """Turn items into the tensors of a stage, prompts padded to S = length.
+    """Turns samples into the tensors of a stage, prompts padded to S = length.
 
     "vae": pictures. "image": pictures and prompts (B, S). "understand": pictures, texts with
     targets, and what is said about the picture with targets: the text where a source says no more.
@@ -152,64 +165,107 @@ class Collate:
     def __init__(self, stage, tokenizer):
         self.stage, self.tokenizer = stage, tokenizer
 
-    def __call__(self, items, length):
-        pictures = torch.stack([item[0] for item in items])
+    def __call__(self, samples, length):
+        pictures = torch.stack([sample[0] for sample in samples])
         if self.stage == "vae":
             return (pictures,)
+        if self.stage == "understand":
+            return pictures, *self.texts(samples, length)
+        prompts = self.tokenizer.batch([sample[1] for sample in samples], length)
         if self.stage == "image":
-            return pictures, self.tokenizer.batch([item[1] for item in items], length)
-        if self.stage == "edit":
-            prompts, instructions = (self.tokenizer.batch([item[i] for item in items], length)
-                                     for i in (1, 2))
-            return pictures, prompts, pictures[:, 0], instructions
-        texts = [sequence(self.tokenizer, length, item[1], *item[4:]) for item in items]
-        about = [sequence(self.tokenizer, length, *item[2:4]) if item[2] else
-                 texts[i] for i, item in enumerate(items)]
-        return pictures, *(torch.tensor(column) for rows in (texts, about)
-                           for column in zip(*rows))
+            return pictures, prompts
+        instructions = self.tokenizer.batch([sample[2] for sample in samples], length)
+        return pictures, prompts, pictures[:, 0], instructions
+
+    def texts(self, samples, length):
+        """Return the tower's texts, their targets, what it says about pictures, and the targets."""
+        texts, about = [], []
+        for _, text, question, answer, *answer_to_text in samples:
+            texts.append(sequence(self.tokenizer, length, text, *answer_to_text))
+            about.append(sequence(self.tokenizer, length, question, answer) if question else
+                         texts[-1])
+        columns = (*zip(*texts), *zip(*about))
+        return [torch.tensor(column) for column in columns]                   # (B, S) each
 
 
 class Reader(Dataset):
-    """What data processes do: read a process's share of global batches, and collate it.
+    """Reads a process's share of global batches, and collates it; it works in data processes.
 
     A sample that cannot be read is replaced by the next good one of the global batch, so that the
     number of processes changes nothing.
     """
 
-    def __init__(self, dataset, collate, mine=slice(None)):
-        self.sources, self.collate, self.mine = dataset.sources, collate, mine
+    def __init__(self, sources, collate, share):
+        self.sources, self.collate, self.share = sources, collate, share
 
     def __getitem__(self, batch):
-        """The tensors of this share, None if no sample is good; captions; {(source, index): why}.
-        """
-        places, broken = np.arange(len(batch.index)), {}
-        items = [self.first_good(batch, np.roll(places, -place), broken)
-                 for place in places[self.mine]]
-        if None in items:
-            return None, [], broken
-        return self.collate(items, batch.bucket.length), [item[1] for item in items], broken
+        """Return the tensors, captions and {(source, index): why} of broken samples of a batch.
 
-    def first_good(self, batch, places, broken):
-        """The item of the first of these places that can be read, or None."""
-        for key in zip(batch.source[places].tolist(), batch.index[places].tolist()):
+        The tensors are None if no sample can be read.
+        """
+        positions, broken = np.arange(len(batch.index)), {}
+        samples = [self.first_good(batch, np.roll(positions, -position), broken)
+                   for position in positions[self.share]]
+        if None in samples:
+            return None, [], broken
+        tensors = self.collate(samples, batch.bucket.length)
+        return tensors, [sample[1] for sample in samples], broken
+
+    def first_good(self, batch, positions, broken):
+        """Return the first sample at these positions of the batch that can be read, or None."""
+        _, height, width, _ = batch.bucket
+        for source, index in zip(batch.source[positions].tolist(), batch.index[positions].tolist()):
             try:
-                return self.sources[key[0]].item(key[1], batch.bucket.height, batch.bucket.width)
+                return self.sources[source].load(index, height, width)
             except Unreadable as e:
-                broken[key] = str(e)
+                broken[source, index] = str(e)
         return None
 
 
-def _same(x):
-    """A Reader has collated already."""
-    return x
+class Loader:
+    """Loads planned batches of a Mixture onto the device.
+
+    share: which samples of a batch this process needs, a slice. workers: data processes.
+    broken: a dict that takes {(source, index): why} of samples that cannot be read. encode: turns
+    pictures (B, 3, H, W) into latents, where latents are wanted.
+    """
+
+    def __init__(self, dataset, collate, device, share=slice(None), workers=0, broken=None,
+                 encode=None):
+        self.sources, self.device, self.workers = dataset.sources, device, workers
+        self.reader = Reader(dataset.sources, collate, share)
+        self.broken = {} if broken is None else broken
+        self.encode = None if isinstance(self.sources[0], Stored) else encode
+
+    def batches(self, planned):
+        """Yield each planned batch with its tensors on the device, and its captions.
+
+        The first tensor holds pictures or latents. Raises ValueError where no sample of a batch
+        can be read.
+        """
+        planned, ahead = itertools.tee(planned)
+        contents = DataLoader(self.reader, None, sampler=ahead, collate_fn=_as_it_is,
+                              num_workers=self.workers, worker_init_fn=_ignore_ctrl_c,
+                              prefetch_factor=4 if self.workers else None)
+        for batch, (tensors, captions, broken) in zip(planned, contents):
+            self.broken |= broken
+            if tensors is None:
+                names = [f"{self.sources[source].title(index)} ({why})"
+                         for (source, index), why in broken.items()]
+                raise ValueError("no sample of a batch can be read; remove " + ", ".join(names))
+            pictures, *others = tensors
+            pictures = self.sources[batch.source[0]].to_pixels(pictures, self.device)
+            if self.encode:
+                pictures = self.encode(pictures)
+            others = [tensor.to(self.device, non_blocking=True) for tensor in others]
+            yield batch, (pictures, *others), captions
 
 
-def loader(reader, batches, workers):
-    """A DataLoader of a Reader over an iterable of batches; the order is the caller's."""
-    return DataLoader(reader, None, sampler=batches, collate_fn=_same, num_workers=workers,
-                      prefetch_factor=4 if workers else None, worker_init_fn=_leave_ctrl_c)
+def _as_it_is(batch):
+    """Stand for the DataLoader's collation: a Reader has collated already."""
+    return batch
 
 
-def _leave_ctrl_c(worker):
+def _ignore_ctrl_c(worker):
     """Ctrl-C reaches every process of a terminal; only the training process may answer it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

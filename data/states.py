@@ -1,9 +1,9 @@
-"""States of prompts that are made elsewhere than in the training step.
+"""States of prompts that are made outside of the training step.
 
-The understanding tower is frozen, so that what it says about a prompt never changes: a process of
-its own can run it ahead of training (a producer, MoS App. B.4), or every prompt goes through it
-once and its states stay on disk (a cache). Both answer with the tower's input embeddings (B, S, Du)
-and states (B, S, M, Du), as `MoS.understand` makes them in the step.
+The understanding tower is frozen, so its states of a prompt never change: a second process can run
+it ahead of training (a producer, MoS App. B.4), or every prompt goes through it once and its states
+stay on disk (a cache). Both answer with the tower's input embeddings (B, S, Du) and states
+(B, S, M, Du), as `MoS.understand` makes them in the step.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ import torch.multiprocessing as multiprocessing
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import checksum, move, replacing
-from data.latents import read_lines
+from checkpoint import load_part
+from common import check_made, checksum, replacing, write_made
 from kernels import autocast
 from mos import MoS
 from pretrained.folders import weights_of
@@ -31,14 +31,14 @@ WAIT = 5  # seconds between looks at a producer that does not answer
 
 
 def open_tower(config, tokenizer, folder, device):
-    """What reads prompts (B, S), wherever they lie: embeddings and states, in host memory."""
+    """Load a tower; return a function from prompts (B, S) to embeddings and states on the host."""
     with torch.device("meta"):
         model = MoS(config, tokenizer)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where kernels are launched
         model.understanding.bfloat16()
     model.understanding.to_empty(device=device)
-    model.load_part(folder, "understanding")
+    load_part(model, folder, "understanding")
 
     def read(tokens):
         with autocast(device):
@@ -48,14 +48,14 @@ def open_tower(config, tokenizer, folder, device):
 
 
 def fingerprint(config, init):
-    """What tells a tower from others: our file's checksum, or names and sizes of a folder's."""
+    """Return what identifies a tower: a checksum, or names and sizes of a published folder's."""
     if not config.und_folder:
         return checksum(init / "understanding.safetensors")
     return [[path.name, path.stat().st_size] for path in weights_of(config.und_folder)]
 
 
 def produce(questions, answers, *tower):
-    """What the producer's process does, until the training process is gone."""
+    """Answer questions in the producer's process, until the training process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
     torch.set_num_threads(1)
     read = open_tower(*tower)
@@ -67,14 +67,14 @@ def produce(questions, answers, *tower):
 
 
 class Producer:
-    """The tower of a checkpoint folder in a process of its own, which has a device of its own."""
+    """The tower of a model's folder in a second process, on a device of its choice."""
 
     ahead = 2  # steps for which it is asked in advance
 
     def __init__(self, model, folder, device):
-        fresh = multiprocessing.get_context("spawn")
-        self.questions, self.answers = fresh.Queue(), fresh.Queue()
-        self.process = fresh.Process(target=produce, daemon=True, args=(
+        context = multiprocessing.get_context("spawn")
+        self.questions, self.answers = context.Queue(), context.Queue()
+        self.process = context.Process(target=produce, daemon=True, args=(
             self.questions, self.answers, model.config, model.tokenizer, folder,
             torch.device(device)))
         self.process.start()
@@ -84,10 +84,11 @@ class Producer:
         self.questions.put(tokens.cpu())
 
     def answer(self, device):
-        """The next answer, in the order of the questions. Raises OSError where none can come."""
+        """Return the next answer, in the order of the questions. Raises OSError if none can come."""
         while True:
             try:
-                return [move(part, device) for part in self.answers.get(timeout=WAIT)]
+                answer = self.answers.get(timeout=WAIT)
+                return [part.to(device, non_blocking=True) for part in answer]
             except queue.Empty:
                 if not self.process.is_alive():
                     raise OSError("the process that makes the prompts' states has ended with code "
@@ -95,65 +96,48 @@ class Producer:
 
 
 class Cache:
-    """The states of all prompts of a data set in a folder: made once, by all processes together.
+    """The states of all prompts of a data set in a folder, made once by all processes together.
 
-    texts: the prompts. A shard holds SHARD of them, padded to the longest; index.json comes first
-    and tells what they are made of. Raises ValueError where the folder holds something else.
+    captions: the prompts. A shard holds SHARD of them, padded to the longest; made.json comes first
+    and says what they were made from. Raises ValueError where the folder holds something else.
     """
 
-    ahead = 0
+    ahead = 0  # nothing is asked in advance
 
-    def __init__(self, folder, model, texts, init, world):
-        self.folder, self.questions = Path(folder), deque()
-        rows = {text: model.tokenizer.encode(text) for text in {"", *texts}}
-        texts = sorted(rows, key=lambda text: (len(rows[text]), text))
+    def __init__(self, folder, model, captions, init, world):
+        self.folder = Path(folder)
+        self.questions = deque()
+        ids = {text: model.tokenizer.encode(text) for text in {"", *captions}}
+        texts = sorted(ids, key=lambda text: (len(ids[text]), text))
+        self.rows = {tuple(ids[text]): row for row, text in enumerate(texts)}
         made = {"tower": fingerprint(model.config, Path(init)),
                 "state_norm": model.config.state_norm,
-                "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
-        self.check(made)
-        self.rows = {tuple(rows[text]): i for i, text in enumerate(texts)}
-        parts = [texts[i:i + SHARD] for i in range(0, len(texts), SHARD)]
-        missing = [i for i in range(len(parts)) if not self.path(i).is_file()]
+                "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+        check_made(self.folder, made, "states")
+        shards = [texts[i:i + SHARD] for i in range(0, len(texts), SHARD)]
+        missing = [number for number in range(len(shards)) if not self.path(number).is_file()]
         world.wait()
         if world.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self.folder / "index.json") as path:
-                path.write_text(json.dumps(made))
+            write_made(self.folder, made)
         world.wait()
-        mine = missing[world.rank::world.size]
-        if mine:  # by a tower of its own: the model's may be sharded
+        share = missing[world.rank::world.size]
+        if share:  # a second tower: the model's may be sharded
             read = open_tower(model.config, model.tokenizer, init, world.device)
-        for i in mine:
-            self.write(i, *read(model.tokenizer.batch(parts[i])))
+        for number in share:
+            inputs, states = read(model.tokenizer.batch(shards[number]))
+            with replacing(self.path(number)) as path:
+                save_file({"inputs": inputs, "states": states}, path)
         world.wait()
-        world.print0(f"{folder}: states of {len(texts):,} prompts, {len(missing)} of {len(parts)} "
-                  "shards made now")
+        world.print0(f"{folder}: states of {len(texts):,} prompts, {len(missing)} of "
+                     f"{len(shards)} shards made now")
 
     def path(self, number):
-        """The file of a shard."""
+        """Return the file of a shard."""
         return self.folder / f"{number:06d}.safetensors"
-
-    def write(self, number, inputs, states):
-        """Write a shard."""
-        with replacing(self.path(number)) as path:
-            try:
-                save_file({"inputs": inputs, "states": states}, path)
-            except SafetensorError as e:
-                raise OSError(f"cannot write {self.path(number)}: {e}") from None
-
-    def check(self, made):
-        """Raise ValueError unless the folder is free, or holds just these states."""
-        index = self.folder / "index.json"
-        if not index.is_file():
-            if any(not path.name.startswith(".") for path in self.folder.glob("*")):
-                raise ValueError(f"states: {self.folder} holds something else; choose a new folder")
-        elif read_lines(index) != [made]:
-            raise ValueError(f"states: {self.folder} was made by another tower or for other "
-                             "prompts; choose another folder")
 
     @lru_cache(64)
     def shard(self, number):
-        """A shard, memory-mapped."""
+        """Open a shard, memory-mapped."""
         return safe_open(self.path(number), "pt")
 
     def ask(self, tokens):
@@ -161,20 +145,22 @@ class Cache:
         self.questions.append(tokens.cpu())
 
     def answer(self, device):
-        """The next answer, in the order of the questions. Raises OSError for a damaged shard."""
-        found, tokens = [], self.questions.popleft()
-        for row, length in zip(tokens.tolist(), (tokens != Tokenizer.PAD).sum(1).tolist()):
-            at = self.rows[tuple(row[:length])]
-            try:
-                shard = self.shard(at // SHARD)
-                found.append([shard.get_slice(name)[at % SHARD, :length] for name in
-                              ("inputs", "states")])
-            except SafetensorError as e:
-                raise OSError(f"{self.path(at // SHARD)} is damaged ({e}); delete it") from None
-        parts = []
-        for column in zip(*found):
-            whole = column[0].new_zeros(*tokens.shape, *column[0].shape[1:])
-            for place, part in zip(whole, column):
-                place[:len(part)] = part
-            parts.append(move(whole, device))
-        return parts
+        """Return the next answer, in the order of the questions. Raises OSError for damage."""
+        tokens = self.questions.popleft()
+        lengths = (tokens != Tokenizer.PAD).sum(1).tolist()
+        answer = None
+        for b, (row, length) in enumerate(zip(tokens.tolist(), lengths)):
+            parts = self.load(self.rows[tuple(row[:length])], length)
+            answer = answer or [part.new_zeros(*tokens.shape, *part.shape[1:]) for part in parts]
+            for padded, part in zip(answer, parts):
+                padded[b, :length] = part
+        return [padded.to(device, non_blocking=True) for padded in answer]
+
+    def load(self, row, length):
+        """Return embeddings (S, Du) and states (S, M, Du) of a prompt. Raises OSError."""
+        number = row // SHARD
+        try:
+            shard = self.shard(number)
+            return [shard.get_slice(name)[row % SHARD, :length] for name in ("inputs", "states")]
+        except SafetensorError as e:
+            raise OSError(f"{self.path(number)} is damaged ({e}); delete it") from None

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
+from checkpoint import read_vocabulary
 from common import run
 from config import MoSConfig
 from conftest import ROOT, make_model, run_script
-from mos import MoS, read_vocabulary
+from mos import MoS
 from tools import curves, drill, estimate, evaluate
 from world.dataset import Shapes
 

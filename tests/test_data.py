@@ -15,13 +15,14 @@ from test_train import MODEL, launch, lighten, near, settings
 
 import stages
 import train
+from checkpoint import read_vocabulary
 from config import MoSConfig
 from conftest import ROOT, make_model
 from data import buckets, pictures, sources, states
 from data.buckets import Batch, Bucket, assign, fit, make_plan, resolutions
 from data.pictures import Pictures, Where
 from data.sources import Mixture, Reader, parse_mixture
-from mos import MoS, read_vocabulary
+from mos import MoS
 
 SIZES = ((64, 64), (96, 64), (64, 100), (70, 70), (140, 64))  # four buckets at 64 pixels
 
@@ -232,13 +233,13 @@ def test_layouts(tmp_path):
     for own in found:
         assert list(own.captions) == [caption(i) for i in range(8)]
         assert (own.sides == found[0].sides).all() and not own.broken and own.total == 8
-        items = [own.item(i, *own.sides[i]) for i in range(8)]
+        items = [own.load(i, *own.sides[i]) for i in range(8)]
         assert all(item[0].shape == (3, *side) for item, side in zip(items, own.sides))
     assert found[1].shard.tolist() == [0] * 4 + [1] * 4 and found[0].shard is None
     assert [json.loads(f)["score"] for f in found[1].fields] == list(range(8))
     assert json.loads(found[1].fields[1]) == {"score": 1, "width": 96, "height": 64}
     for i in range(8):  # pixels of one are those of the other
-        a, b, c = (own.item(i, 64, 64)[0].float() for own in (found[0], found[1], found[4]))
+        a, b, c = (own.load(i, 64, 64)[0].float() for own in (found[0], found[1], found[4]))
         mark = a[:, 2:14, 2:14] - torch.tensor([20. * i % 256, 100, 200]).view(3, 1, 1)
         assert torch.equal(a, b)
         assert i % 5 or mark.abs().max() == 0 and (a - c)[:, 2:14, 2:14].abs().max() < 9  # JPEG
@@ -254,9 +255,9 @@ def test_orientation(tmp_path):
     image.save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "a.txt").write_text("half")
     own = read(tmp_path)
-    bright = own.item(0, 96, 64)[0].float().mean((0, 2))
+    bright = own.load(0, 96, 64)[0].float().mean((0, 2))
     assert own.sides.tolist() == [[96, 64]] and bright[:40].min() > 200 > 50 > bright[56:].max()
-    drawn = own.draw(own.item(0, 96, 64)[0][None], "cpu")
+    drawn = own.to_pixels(own.load(0, 96, 64)[0][None], "cpu")
     assert drawn.shape == (1, 3, 96, 64) and -1 <= drawn.min() < -0.9 < 0.9 < drawn.max() <= 1
 
 
@@ -410,7 +411,7 @@ def test_broken_body_is_replaced(tmp_path):
     whole = Reader(Mixture([own]), collate)[batch]
     order = [5, 0, 0, 0, 4, 1]
     assert whole[1] == [caption(i) for i in order] and set(whole[2]) == {(0, 2), (0, 3)}
-    assert all(torch.equal(p, own.item(i, 64, 64)[0]) for p, i in zip(whole[0][0], order))
+    assert all(torch.equal(p, own.load(i, 64, 64)[0]) for p, i in zip(whole[0][0], order))
     for size in (2, 3):
         parts = [Reader(Mixture([own]), collate, alone(rank, size).share(6))[batch]
                  for rank in range(size)]

@@ -17,10 +17,11 @@ from test_train import MODEL, alone, settings, validate_on_few
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from checkpoint import read_vocabulary
 from config import MoSConfig
 from conftest import ROOT, make_model, same
 from data.sources import Mixture, build_tokenizer
-from mos import Context, MoS, guide, read_vocabulary, to_pixels
+from mos import Context, MoS, guide, to_pixels
 from stages import EditStage
 from towers import Tokenizer
 from world import edits, shapes
@@ -325,9 +326,9 @@ def test_worlds():
     edit = world.edit(7)
     assert torch.equal(packed, shapes.pack([edit.source, edit.target, drawn.scene(7)[0]]))
     assert (caption, instruction) == (drawn[7][1], edit.text)
-    pictures = world.draw(torch.stack([packed, packed]), "cpu")
+    pictures = world.to_pixels(torch.stack([packed, packed]), "cpu")
     assert pictures.shape == (2, 3, 3, 32, 32)
-    assert torch.equal(pictures[1], drawn.draw(packed, "cpu"))
+    assert torch.equal(pictures[1], drawn.to_pixels(packed, "cpu"))
     styles = [OutlinedShapes(32, 5).scene(i)[0].style for i in range(8)]
     assert styles == ["outlined", "filled"] * 4
     assert {Edits(32, 5, split).edit(7).text for split in ("train", "val")} != {edit.text}
@@ -364,7 +365,7 @@ def test_half_a_batch_each(init, monkeypatch):
     for i in range(4):
         texts = [WORDS.decode(ids for ids in a[i][1:] if ids > 0) for a in (prompts, instructions)]
         index, = (j for j in range(12) if [*world[j][1:3]] == texts)
-        pictures = world.draw(world[index][0], "cpu")
+        pictures = world.to_pixels(world[index][0], "cpu")
         close(images[i], pictures[0])
         with torch.no_grad():
             latents = vae.encode(pictures)

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from test_shapes import facts, shows_held
 
+from checkpoint import read_vocabulary
 from common import run
 from config import MoSConfig
 from conftest import ROOT, SMALL
-from mos import MoS, read_vocabulary
+from mos import MoS
 from stages import ImageStage
 from tools import evaluate, report
 from tools.evaluate import Result, to_image, to_tensor
@@ -594,7 +595,7 @@ def test_loss_is_that_of_training(small):
     """The same numbers as the image stage's validation, at eight times; means, errors of them."""
     model, data = MoS.from_pretrained(small), Shapes(64, 2, "val")
     packed, texts, *_ = zip(*(data[i] for i in range(6)))
-    z0 = model.vae.encode(data.draw(torch.stack(packed), "cpu"))
+    z0 = model.vae.encode(data.to_pixels(torch.stack(packed), "cpu"))
     tokens = model.tokenizer.batch(texts)
     each = evaluate.losses_by_time(model, z0, tokens)
     stage = SimpleNamespace(model=model, val=(z0, tokens), world=SimpleNamespace(device=z0.device))

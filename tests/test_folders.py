@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
+from checkpoint import read_tokenizer
 from config import MoSConfig
 from conftest import SMALL
-from mos import MoS, read_tokenizer
+from mos import MoS
 from pretrained.folders import FolderTokenizer, load_tower, load_wan
 from towers import Bytes, Tokenizer, Understanding
 from vae import VAE

@@ -40,8 +40,9 @@ def test_reading_order_is_complete():
 
 def test_parameter_counts():
     """The parameter counts that README states are those of the checkpoint in weights/."""
+    from checkpoint import read_vocabulary
     from config import read_config
-    from mos import MoS, read_vocabulary
+    from mos import MoS
     model = MoS(read_config(ROOT / "weights"), read_vocabulary(ROOT / "weights"))
     stated = dict(re.findall(r"(\w[\w ]+?) ([\d.]+) M", " ".join(README.split())))
     parts = {"VAE": model.vae, "understanding tower": model.understanding,

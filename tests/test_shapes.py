@@ -19,29 +19,9 @@ from data.sources import Collate, Mixture, build_tokenizer, sequence
 from tools.evaluate import same_scene, score_judge
 from world import shapes
 from world.dataset import Shapes
-from world.shapes import (
-    BACKGROUNDS,
-    COLOURS,
-    HELD_COLOURS,
-    HELD_COUNTS,
-    HELD_PAIRS,
-    HELD_TRIPLES,
-    INVERSE,
-    NUMBERS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    TASKS,
-    Object,
-    Prompt,
-    Scene,
-    benchmark,
-    judge,
-    pack,
-    related,
-    render,
-    satisfies,
-)
+from world.shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS, HELD_TRIPLES,
+                          INVERSE, NUMBERS, RELATIONS, SHAPES, SIZES, TASKS, Object, Prompt, Scene,
+                          benchmark, judge, pack, related, render, satisfies)
 
 OTHER = ((96, 96), (160, 160), (256, 256), (128, 256))
 HOW_MANY = {word: n for n, word in NUMBERS.items()} | {"one": 1}
@@ -111,7 +91,7 @@ def fingerprint():
     world, seen = Shapes(64, 3), repr([benchmark(t, 20, 3, True) for t in TASKS]).encode()
     for i in range(20):
         seen += repr(world.scene(i)).encode()
-        seen += world.draw(world[i][0][None], "cpu").numpy().tobytes()
+        seen += world.to_pixels(world[i][0][None], "cpu").numpy().tobytes()
     return hashlib.sha256(seen).hexdigest()
 
 

@@ -23,10 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 import checkpoint
 import stages
 import train
+from checkpoint import read_vocabulary
 from config import PRESETS, MoSConfig
 from conftest import ROOT, SMALL
 from data.sources import Mixture
-from mos import MoS, read_vocabulary
+from mos import MoS
 from tools import ablate, estimate, evaluate
 from towers import Tokenizer
 from world import edits

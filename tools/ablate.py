@@ -110,7 +110,7 @@ def pack(path, scenes, number):
     with tarfile.open(path, "w") as tar:
         for i in range(number):
             packed, text, *_ = scenes[i]
-            pixels = ((scenes.draw(packed[None], "cpu")[0] + 1) * 127.5).round().byte()
+            pixels = ((scenes.to_pixels(packed[None], "cpu")[0] + 1) * 127.5).round().byte()
             picture = io.BytesIO()
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture, "PNG")
             for suffix, content in ((".png", picture.getvalue()),

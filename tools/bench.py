@@ -42,20 +42,8 @@ from kernels import autocast
 from mos import Context
 from tools.estimate import Products, estimate, forward_flops
 from tools.latency import bench_latency, bench_loading
-from tools.timing import (
-    DEVICE,
-    DTYPE,
-    SETS,
-    call_time,
-    ceilings,
-    device_time,
-    header,
-    large_model,
-    normal,
-    replay_time,
-    save,
-    show_profile,
-)
+from tools.timing import (DEVICE, DTYPE, SETS, call_time, ceilings, device_time, header,
+                          large_model, normal, replay_time, save, show_profile)
 from train import LARGE, TrainConfig, World, complete, prepare
 
 try:

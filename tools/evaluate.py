@@ -194,7 +194,7 @@ def score_understanding(model, number, split="val", seed=0, batch=100):
         pictures, _, _, tokens, target = (a[1::2] for a in
                                          collate(items, model.config.max_tokens))
         _, metrics = model.understanding.loss(tokens.to(device), target.to(device),
-                                              dataset.draw(pictures, device))
+                                              dataset.to_pixels(pictures, device))
         right += round(metrics["text_accuracy"].item() * len(tokens))
     return right
 
@@ -223,7 +223,7 @@ def score_descriptions(model, number, seed=0, failures=None):
             dataset = Shapes(model.config.size, seed, split)
             for i in range(number):
                 scene = dataset.scene(i)[0]
-                picture = dataset.draw(shapes.pack([scene]), "cpu")[0]
+                picture = dataset.to_pixels(shapes.pack([scene]), "cpu")[0]
                 text = write_caption(model, picture)
                 said, shown = read_caption(text), in_words(scene)
                 true = bool(said) and shapes.satisfies(said, scene)
@@ -254,7 +254,7 @@ def score_loss(model, number=256, seed=0):
         data, losses = Shapes(model.config.size, seed, split, number=number), []
         for start in range(0, number, 64):
             packed, texts, *_ = zip(*(data[i] for i in range(start, min(start + 64, number))))
-            z0 = model.vae.encode(data.draw(torch.stack(packed), device))
+            z0 = model.vae.encode(data.to_pixels(torch.stack(packed), device))
             losses.append(losses_by_time(model, z0, model.tokenizer.batch(texts).to(device)))
         losses = torch.cat(losses, 1).cpu()
         named = {f"t={(i + 0.5) / 8:.4g}": each for i, each in enumerate(losses)}
@@ -303,7 +303,7 @@ def score_judge(number, height=128, width=128, vae=None, seed=0, split="any", st
 # ------------------------------------------------------------------------------------------------
 # The command
 
-ALL = tuple(MoS.PARTS)
+ALL = ("vae","understanding","mos")
 SCORES = {  # what can be scored: a title, and the parts of a model that it takes
     "tasks": ("GenEval's tasks (Table 6): share of pictures that show just what is asked", ALL),
     "dense": ("Dense prompts (Table 7): share of statements that pictures fulfil", ALL),

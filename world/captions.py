@@ -9,24 +9,9 @@ import re
 from collections import Counter
 from itertools import product
 
-from world.shapes import (
-    BACKGROUNDS,
-    COLOURS,
-    HELD_TRIPLES,
-    NUMBERS,
-    PREFIXES,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Object,
-    Prompt,
-    Scene,
-    _plural,
-    describe,
-    draw_scene,
-    held_out,
-    related,
-)
+from world.shapes import (BACKGROUNDS, COLOURS, HELD_TRIPLES, NUMBERS, PREFIXES, RELATIONS, SHAPES,
+                          SIZES, Object, Prompt, Scene, _plural, describe, draw_scene, held_out,
+                          related)
 
 CATEGORIES = ("global", "entity", "attribute", "relation", "other")  # DPG's
 

@@ -81,11 +81,11 @@ class Shapes:
         ask = (question, answer) if index % 2 else (None, None)
         return shapes.pack([scene])[0], prompt.text, *ask
 
-    def item(self, index, height, width):
+    def load(self, index, height, width):
         """The item of one index; its size is the world's."""
         return self[index]
 
-    def draw(self, packed, device):
+    def to_pixels(self, packed, device):
         """Packed scenes (..., 21) to pictures (..., 3, size, size) in [-1, 1] on the device."""
         pictures = shapes.render(packed.flatten(0, -2), self.size, self.size, device)
         return pictures.unflatten(0, packed.shape[:-1])

@@ -22,23 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from world import shapes
-from world.shapes import (
-    BACKGROUNDS,
-    COLOURS,
-    GRID,
-    MAX_OBJECTS,
-    REACH,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Object,
-    Scene,
-    held_out,
-    is_validation,
-    pack,
-    related,
-    render,
-)
+from world.shapes import (BACKGROUNDS, COLOURS, GRID, MAX_OBJECTS, REACH, RELATIONS, SHAPES, SIZES,
+                          Object, Scene, held_out, is_validation, pack, related, render)
 
 EDIT_MIXTURE = {"add": 3, "adjust": 2, "extract": 1, "replace": 2, "remove": 1, "background": 1,
                 "style": 1, "hybrid": 4, "action": 4}  # training weights
