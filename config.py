@@ -56,8 +56,9 @@ def check_value(name, f, value):
     rule = f.metadata
     if type(value) is not f.type:
         raise ValueError(f"{name} must be of type {f.type.__name__}, got {value!r}")
-    if f.type in (int, float) and not (rule["low"] <= value <= rule["high"]
-                                       and math.isfinite(value)):
+    if f.type is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    if f.type in (int, float) and not rule["low"] <= value <= rule["high"]:
         raise ValueError(f"{name} must lie in [{rule['low']}, {rule['high']}], got {value}")
     values = value if f.type is tuple else [value]
     if rule["choices"] and set(values) - set(rule["choices"]):

@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, and a tiny model with a width of its own for every letter."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,16 @@ def painter():
     with torch.no_grad():
         model.vae.decoder.conv_out.weight.mul_(6)
     return model
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Make training cheap within a test, see `training.lighten`."""
+    from training import lighten
+    handler = signal.getsignal(signal.SIGINT)
+    lighten(monkeypatch.setattr)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def run_script(script, *arguments, timeout=120, **environment):

@@ -195,7 +195,7 @@ class Reader(Dataset):
     number of processes changes nothing.
     """
 
-    def __init__(self, sources, collate, share):
+    def __init__(self, sources, collate, share=slice(None)):
         self.sources, self.collate, self.share = sources, collate, share
 
     def __getitem__(self, batch):

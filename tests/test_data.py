@@ -11,24 +11,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import MODEL, launch, lighten, near, settings
+from training import MODEL, alone, launch, near, prepare, settings
 
 import stages
 import train
-from checkpoint import read_vocabulary
-from config import MoSConfig
-from conftest import ROOT, make_model
-from data import buckets, pictures, sources, states
+from checkpoint import read_vocabulary, save_model
+from common import World
+from conftest import ROOT, make_config, make_model
+from data import buckets, latents, pictures, sources, states
 from data.buckets import Batch, Bucket, assign, fit, make_plan, resolutions
 from data.pictures import Pictures, Where
 from data.sources import Mixture, Reader, parse_mixture
 from mos import MoS
 
 SIZES = ((64, 64), (96, 64), (64, 100), (70, 70), (140, 64))  # four buckets at 64 pixels
-
-
-def alone(rank=0, size=1):
-    return train.World(rank, size, torch.device("cpu"))
 
 
 def picture(i, size=None, form="PNG"):
@@ -408,17 +404,17 @@ def test_broken_body_is_replaced(tmp_path):
     assert own.total == 6 and not own.broken
     collate = sources.Collate("image", make_model().tokenizer)
     batch = Batch(np.zeros(6, int), np.array([5, 2, 3, 0, 4, 1]), Bucket(1, 64, 64, 16))
-    whole = Reader(Mixture([own]), collate)[batch]
+    whole = Reader([own], collate)[batch]
     order = [5, 0, 0, 0, 4, 1]
     assert whole[1] == [caption(i) for i in order] and set(whole[2]) == {(0, 2), (0, 3)}
     assert all(torch.equal(p, own.load(i, 64, 64)[0]) for p, i in zip(whole[0][0], order))
     for size in (2, 3):
-        parts = [Reader(Mixture([own]), collate, alone(rank, size).share(6))[batch]
+        parts = [Reader([own], collate, alone(rank, size).share(6))[batch]
                  for rank in range(size)]
         for a, *others in zip(whole[0], *(part[0] for part in parts)):
             assert torch.equal(a, torch.cat(others))
     bad = Batch(np.zeros(2, int), np.array([2, 3]), Bucket(1, 64, 64, 16))
-    assert Reader(Mixture([own]), collate)[bad][0] is None
+    assert Reader([own], collate)[bad][0] is None
     mixture = Mixture([own])
     mixture.check(whole[2], 0.4)
     with pytest.raises(ValueError, match="2 of 6 .*2.png: .*truncated.*, .*3.png"):
@@ -433,22 +429,17 @@ def world(tmp_path_factory):
     """A folder with a small model (init), a folder of pictures (a) and tar shards (b)."""
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    MoS(MoSConfig(**MODEL), read_vocabulary(ROOT / "weights")).save_pretrained(root / "init")
+    MoS(make_config(**MODEL), read_vocabulary(ROOT / "weights")).save_pretrained(root / "init")
     make_folder(root / "a", 9)
     make_shards(root / "b", 2, 5)
     return root
 
 
-@pytest.fixture
-def light(monkeypatch):
-    lighten(monkeypatch.setattr)
-
-
 def go(world, out, stage="image", **changes):
     """Train a stage of the small model in this process; gives its losses and the CSV's rows."""
-    c = settings(stage, out, **{"init": str(world / "init"), "data": f"{world}/a=2,{world}/b=1",
-                                "seed": 0, **changes})
-    assert train.train_stage(c, MODEL, alone())
+    trainer = prepare(stage, out, **{"init": str(world / "init"),
+                                     "data": f"{world}/a=2,{world}/b=1", **changes})
+    assert train.run_stage(trainer)
     with open(out / f"{stage}.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]
     return [float(row["loss"]) for row in rows], rows
@@ -505,12 +496,12 @@ def test_states_three_ways(world, light, tmp_path, monkeypatch):
     shutil.copytree(world / "init", tmp_path / "init")
     path = tmp_path / "init" / "understanding.safetensors"
     save_file({name: p + 1 for name, p in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="made by another tower .*choose another folder"):
+    with pytest.raises(ValueError, match="made with another tower .*choose another folder"):
         go(world, tmp_path / "other", states=str(folder), init=str(tmp_path / "init"))
     with pytest.raises(ValueError, match="holds something else; choose a new folder"):
         go(world, tmp_path / "other", states=str(world / "init"))
-    (folder / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="index.json is damaged .*delete its folder"):
+    (folder / "made.json").write_text("{")
+    with pytest.raises(ValueError, match="made.json is damaged .*delete its folder"):
         go(world, tmp_path / "other", states=str(folder))
 
 
@@ -548,7 +539,7 @@ def test_latents_of_another_kind(world, light, tmp_path):
     shutil.copytree(world / "init", tmp_path / "init")
     model = MoS.from_pretrained(tmp_path / "init")
     model.vae.quant_conv.weight.data += 1
-    model.save_pretrained(tmp_path / "init", ("vae",))
+    save_model(model, tmp_path / "init", ("vae",))
     for name, changes in (("vae", {"init": str(tmp_path / "init")}), ("sizes", {"sizes": ("96",)}),
                           ("data", {"data": str(world / "a")}), ("where", {"where": "score > 1"})):
         with pytest.raises(ValueError, match=f"{folder} was made with another {name} .*another fo"):
@@ -573,7 +564,7 @@ def test_latents_of_another_kind(world, light, tmp_path):
 def test_interrupted_latents(world, light, tmp_path, monkeypatch):
     """Broken off while it is made, a folder is completed: whole shards stay, nothing differs."""
     monkeypatch.setattr(Mixture.pieces, "__defaults__", (3 * 64 * 64,))
-    whole, folder, written, own = tmp_path / "whole", tmp_path / "part", [], stages.write_shard
+    whole, folder, written, own = tmp_path / "whole", tmp_path / "part", [], latents.write_shard
     expected, _ = go(world, tmp_path / "one", latents=str(whole), steps=3)
     shards = len(list(whole.glob("*.safetensors")))
 
@@ -583,11 +574,11 @@ def test_interrupted_latents(world, light, tmp_path, monkeypatch):
         written.append(path.name)
         own(path, *rest)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "write_shard", write)
+        patch.setattr(latents, "write_shard", write)
         with pytest.raises(KeyboardInterrupt):
             go(world, tmp_path / "two", latents=str(folder), steps=3)
     assert {p.name for p in folder.iterdir()} == {"made.json", *written} and shards > 6
-    monkeypatch.setattr(stages, "write_shard",
+    monkeypatch.setattr(latents, "write_shard",
                         lambda path, *rest: written.append(path.name) or own(path, *rest))
     again, _ = go(world, tmp_path / "two", latents=str(folder), steps=3, resume=True)
     assert again == expected and len(written) == shards == len(set(written))
@@ -596,7 +587,7 @@ def test_interrupted_latents(world, light, tmp_path, monkeypatch):
 
 def test_processes_share_the_encoding(world, light, tmp_path):
     """Of two processes the second writes every other shard."""
-    class Second(train.World):
+    class Second(World):
         def wait(self):
             pass
 
@@ -655,10 +646,10 @@ def test_first_stages_follow_the_plan(stage, world, light, tmp_path):
     kind = train.KINDS[stage]
     c = settings(stage, tmp_path, batch=4, data=changes["data"], steps=6)
     dataset = sources.open_sources(c, 64, alone())
-    model = MoS(MoSConfig(**MODEL), sources.build_tokenizer(dataset, 300))
+    model = MoS(make_config(**MODEL), sources.build_tokenizer(dataset, 300))
     inputs = [kind(model, dataset, c, alone(r, n)) for n in (1, 2, 4) for r in range(n)]
     for one in inputs:
-        one.start(3)
+        one.begin(3)
     batches = [[one.inputs(3), one.inputs(4)] for one in inputs]
     for i in range(2):
         whole, *parts = (b[i] for b in batches)

@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_train import MODEL, alone, settings, validate_on_few
 from torch.utils.flop_counter import FlopCounterMode
+from training import MODEL, alone, prepare, settings, validate_on_few
 
 import train
 from checkpoint import read_vocabulary
-from config import MoSConfig
-from conftest import ROOT, make_model, same
+from conftest import ROOT, make_config, make_model, same
 from data.sources import Mixture, build_tokenizer
+from kernels import Keys
 from mos import Context, MoS, guide, to_pixels
 from stages import EditStage
 from towers import Tokenizer
@@ -64,7 +64,7 @@ def test_reference_tokens(model):
     assert torch.equal(x[:, :8], alone) and torch.equal(places[:8], there)
     assert torch.equal(places[8:], there + torch.tensor([1, 0, 0])) and not there[:, 0].any()
     close(x[:, 8:] - G.patchify(reference)[0], G.reference.expand(2, 8, -1), **TIGHT)
-    G.start("reference", G.reference.data)
+    G.init_parameter("reference", G.reference.data)
     assert not G.reference.any() and torch.equal(G.patchify(z, reference)[0][:, :8], alone)
 
 
@@ -95,9 +95,9 @@ def test_no_loss_on_the_reference(model):
         return model.loss(z0, tokens, t, z1, images=images, reference=reference)
 
     def garbage(*inputs):
-        x, h = own(*inputs)
+        x = own(*inputs)
         seen.append(x.shape[1])
-        return F.pad(x[:, :3 + 8], (0, 0, 0, 8), value=9.0), h
+        return F.pad(x[:, :3 + 8], (0, 0, 0, 8), value=9.0)
 
     expected = loss()
     model.generation.blocks[-1].forward = garbage
@@ -123,16 +123,16 @@ def test_image_tokens_stand_before_the_text(model):
     """They are real tokens, in front; `runs` counts them, and says what the mask says."""
     z, t, tokens, images, reference = draw(model)
     context, plain = model.understand(tokens, images), model.understand(tokens)
-    assert torch.equal(context.mask, F.pad(tokens != Tokenizer.PAD, (FRONT, 0), value=True))
+    assert torch.equal(context.keys.mask, F.pad(tokens != Tokenizer.PAD, (FRONT, 0), value=True))
     assert torch.equal(context.inputs[:, FRONT:], plain.inputs)
     assert not torch.allclose(context.states[:, FRONT:], plain.states, rtol=1e-2)
     read = model.read(TEXTS[:1], "", images[:1])
-    assert read.runs == [(1, FRONT + 4), (1, FRONT + 1)]
+    assert read.keys.runs == [(1, FRONT + 4), (1, FRONT + 1)]
     close(read.states[0, :FRONT + 4], context.states[0, :FRONT + 4], **TIGHT)
     close(read.inputs[1, :FRONT], read.inputs[0, :FRONT])  # the picture stays without the text
     two = z[:1].repeat(2, 1, 1, 1), t[:1].repeat(2)
     close(model(*two, read, reference=reference),
-          model(*two, read._replace(runs=None), reference=reference), **TIGHT)
+          model(*two, read._replace(keys=Keys(read.keys.mask)), reference=reference), **TIGHT)
 
 
 @torch.no_grad()
@@ -153,7 +153,8 @@ def test_arms(arm):
     plain, context = model.understand(tokens), model.understand(tokens, images)
     v = model(z, t, plain)
     if arm == ("generation",):
-        assert torch.equal(context.states, plain.states) and torch.equal(context.mask, plain.mask)
+        assert torch.equal(context.states, plain.states)
+        assert torch.equal(context.keys.mask, plain.keys.mask)
     else:
         assert torch.equal(model(z, t, plain, reference=reference), v)
     edited = model(z, t, context, reference=reference)
@@ -165,10 +166,10 @@ def test_settings_are_checked():
     """Unknown towers, no tower, and a tower that reads no pictures are ValueErrors."""
     for wrong in ((), ("router",), ["understanding", "vae"]):
         with pytest.raises(ValueError, match="edit_inputs must be .*understanding, generation"):
-            MoSConfig(edit_inputs=wrong)
-    assert MoSConfig(edit_inputs=["generation"]).edit_inputs == ("generation",)
+            make_config(edit_inputs=wrong)
+    assert make_config(edit_inputs=["generation"]).edit_inputs == ("generation",)
     with pytest.raises(ValueError, match="image_guidance must be a finite number, got inf"):
-        MoSConfig(image_guidance=math.inf)
+        make_config(image_guidance=math.inf)
     blind = make_model(und_images=False)
     with pytest.raises(ValueError, match="reads no pictures; .*edit_inputs generation"):
         blind.edit(pictures(), TEXTS, steps=1)
@@ -194,7 +195,7 @@ def test_branches(model, guidance, image_guidance, branches):
 
     def spy(z, t, context, reference=None):
         assert isinstance(context, Context) and context.projected
-        real = context.mask.sum(1).tolist()
+        real = context.keys.mask.sum(1).tolist()
         seen.extend(zip(real, z.flatten(1), [None] * len(z) if reference is None else reference))
         return forward(z, t, context, reference=reference)
 
@@ -314,7 +315,7 @@ def test_longest_text():
         _, text, about, told, detail = world[i]
         longest = max(longest, *(2 + len(tokenizer.encode(f"{a} {b or ''}")) - 1
                                  for a, b in ((text, detail), (about, told))))
-    assert 64 < longest <= 76 < MoSConfig().max_tokens == 80
+    assert 64 < longest <= 76 < make_config().max_tokens == 80
     for a, b in zip(world.texts(20), Edits(64, 1).texts(20)):  # one vocabulary for all stages
         assert a == b
 
@@ -341,7 +342,7 @@ def init(tmp_path_factory):
     """A folder with a small model of random weights that knows the small world's words."""
     folder = tmp_path_factory.mktemp("edit") / "init"
     torch.manual_seed(0)
-    model = MoS(MoSConfig(**MODEL), WORDS)
+    model = MoS(make_config(**MODEL), WORDS)
     model.generation.head.weight.data.normal_(0, 0.05)  # or nothing would matter
     model.save_pretrained(folder)
     return folder
@@ -358,7 +359,7 @@ def test_half_a_batch_each(init, monkeypatch):
     """A batch of 8 is 4 pictures from text and 4 edits; the tower sees what the latents are of."""
     validate_on_few(monkeypatch.setattr, 2)
     stage = make_stage(init, batch=8, prompt_dropout=0.0)
-    stage.start(0)
+    stage.begin(0)
     inputs, world, vae = stage.inputs(0), stage.dataset.sources[0], stage.model.vae
     assert {len(a) for a in inputs} == {4}
     scene, prompts, *_, images, before, after, instructions, t, z1, explore = inputs
@@ -383,7 +384,7 @@ def test_instructions_are_dropped(init, monkeypatch):
     seen = []
     for dropout in (0.0, 1.0):
         stage = make_stage(init, batch=8, prompt_dropout=dropout)
-        stage.start(0)
+        stage.begin(0)
         seen.append(stage.inputs(0))
     full, empty = seen
     for i, (a, b) in enumerate(zip(full, empty)):
@@ -398,7 +399,7 @@ def test_operations_of_a_step(init, monkeypatch):
     """What MFU counts: all products of router and generation tower, a reference's tokens too."""
     validate_on_few(monkeypatch.setattr, 2)
     stage = make_stage(init, batch=4)
-    stage.start(0)
+    stage.begin(0)
     inputs, model = stage.inputs(0), stage.model
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         stage(*inputs)
@@ -412,7 +413,8 @@ def test_operations_of_a_step(init, monkeypatch):
         L = c.registers + T
         attention += 2 * 4 * (c.gen_depth * c.gen_width * L * (L + S)
                               + c.router_depth * c.router_width * (S + T) ** 2)
-    assert stage.flops(*inputs) == pytest.approx(products + attention, rel=0.01)
+    assert stage.sample_flops(stage.seen[0].bucket) * 2 == pytest.approx(products + attention,
+                                                                     rel=0.01)
 
 
 @pytest.mark.parametrize("arm", (("generation",), ("understanding",)))
@@ -420,14 +422,14 @@ def test_training_arms(arm, init, monkeypatch):
     """An arm of MoS App. B.5 trains what it uses, and nothing else."""
     validate_on_few(monkeypatch.setattr, 2)
     stage = make_stage(init, model={"edit_inputs": arm}, batch=4)
-    stage.start(0)
+    stage.begin(0)
     inputs = stage.inputs(0)
     loss, _ = stage(*inputs)
     other = [torch.rand_like(a) if i in (5, 6) else a for i, a in enumerate(inputs)]
     kept = 5 if arm == ("generation",) else 6  # images or reference are not looked at
     assert stage(*[other[i] if i == kept else a for i, a in enumerate(inputs)])[0] == loss
     assert stage(*[a if i == kept else other[i] for i, a in enumerate(inputs)])[0] != loss
-    assert len(stage.idle()) == (arm == ("understanding",))
+    assert len(stage.without_gradient()) == (arm == ("understanding",))
     assert inputs[-1].shape[1] - inputs[8].shape[1] == (16 if arm == ("understanding",) else 0)
 
 
@@ -455,9 +457,8 @@ def test_a_short_run(init, tmp_path, monkeypatch):
     """Both losses fall, only router and generation tower change, settings are the checkpoint's."""
     validate_on_few(monkeypatch.setattr, 2)
     monkeypatch.setattr(EditStage, "validate", lambda *_: {"val_loss": 1.0})
-    monkeypatch.setattr(train.Log, "plot", lambda _: None)
-    c = settings("edit", tmp_path, init=str(init), steps=30, batch=8, lr=5e-3, warmup=0)
-    assert train.train_stage(c, {"edit_inputs": ("generation",)}, alone())
+    assert train.run_stage(prepare("edit", tmp_path, init=str(init), steps=30, batch=8, lr=5e-3,
+                                   warmup=0, edit_inputs=("generation",)))
     rows = list(csv.DictReader((tmp_path / "edit.csv").open()))
     for name in ("draw_loss", "edit_loss"):
         losses = [float(row[name]) for row in rows if row.get(name)]
@@ -475,20 +476,22 @@ def test_what_is_not_overwritten(init, tmp_path):
     can write again.
     """
     (tmp_path / "mos.safetensors").write_bytes(b"")
-    c = settings("edit", tmp_path, init=str(init))
     with pytest.raises(ValueError, match="already holds a run of stage edit"):
-        train.prepare(c, {}, alone())
-    (tmp_path / "image.states").mkdir()
-    run = train.prepare(c, {}, alone())
+        prepare("edit", tmp_path, init=str(init))
+    (tmp_path / "checkpoints/image").mkdir(parents=True)
+    trainer = prepare("edit", tmp_path, init=str(init))
+    assert trainer.first_step == 0
     for (name, a), b in zip(MoS.from_pretrained(init).state_dict().items(),
-                            run.model.state_dict().values()):
-        assert run.start == 0 and torch.equal(a, b), name
+                            trainer.model.state_dict().values()):
+        assert torch.equal(a, b), name
 
 
 def test_stages_of_a_whole_run(monkeypatch, tmp_path):
     """All four for the small world, all but edit for own pictures."""
     ran = []
-    monkeypatch.setattr(train, "train_stage", lambda c, *_: ran.append(c.stage) or True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "prepare", lambda c, *_: c.stage)
+    monkeypatch.setattr(train, "run_stage", lambda stage, *_: ran.append(stage) or True)
     for flags in ([], ["--data", "folder"], ["--stage", "edit"]):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
         train.main()
@@ -497,6 +500,6 @@ def test_stages_of_a_whole_run(monkeypatch, tmp_path):
 
 def test_a_tower_without_eyes(init):
     """A tower that reads no pictures is refused before anything is encoded."""
-    model = MoS(MoSConfig(**MODEL, und_images=False), WORDS)
+    model = MoS(make_config(**MODEL, und_images=False), WORDS)
     with pytest.raises(ValueError, match="which reads pictures, or --edit-inputs generation"):
         EditStage(model, Mixture([Edits(64, 0, number=4)]), settings("edit"), alone())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_shapes import AREAS, FEW, thing
 
-from config import MoSConfig
+from conftest import make_config
 from tools.evaluate import judge_in_parts, same_scene
 from towers import Tokenizer
 from world import edits, shapes
@@ -156,7 +156,7 @@ def test_words_are_all_words(drawn):
         assert sum(re.search(pattern, edit.text) is not None for edit in drawn) > 20, wording
     tokenizer = Tokenizer(words())
     longest = max(drawn, key=lambda edit: len(edit.text.split())).text
-    assert 20 < len(tokenizer.encode(longest)) + 1 <= MoSConfig().max_tokens
+    assert 20 < len(tokenizer.encode(longest)) + 1 <= make_config().max_tokens
     assert set(edits.EDIT_MIXTURE) == set(TYPES) and len(TYPES) == 9
 
 

@@ -19,7 +19,7 @@ from test_shapes import facts, shows_held
 from checkpoint import read_vocabulary
 from common import run
 from config import MoSConfig
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, make_config
 from mos import MoS
 from stages import ImageStage
 from tools import evaluate, report
@@ -49,7 +49,7 @@ def scene_of(text):
 class Truth:
     """In a model's place: draws what it is asked for, or with `turn` what another prompt asks."""
 
-    config = MoSConfig(size=SIZE)
+    config = make_config(size=SIZE)
 
     def __init__(self, turn=0):
         self.turn, self.shown, self.seeds = turn, [], []
@@ -317,7 +317,7 @@ def test_all_statements_hold_where_satisfies_does():
 
 def test_dense_prompts_keep_to_their_split():
     """Their words name a held-out combination, or none; they are true, new and readable."""
-    limit = MoSConfig().max_tokens
+    limit = make_config().max_tokens
     for held in (False, True):
         found = dense_benchmark(100, 0, held)
         assert found[:20] == dense_benchmark(20, 0, held) != dense_benchmark(20, 1, held)

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from checkpoint import read_tokenizer
-from config import MoSConfig
-from conftest import SMALL
+from checkpoint import load_parts, read_tokenizer
+from conftest import SMALL, make_config
 from mos import MoS
 from pretrained.folders import FolderTokenizer, load_tower, load_wan
 from towers import Bytes, Tokenizer, Understanding
@@ -95,7 +94,7 @@ def parts(tmp_path_factory):
 def checkpoint(parts, tmp_path_factory):
     """A checkpoint whose tower and VAE lie elsewhere."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    config = MoSConfig(**MODEL, **parts)
+    config = make_config(**MODEL, **parts)
     model = MoS(config, read_tokenizer(config, folder))
     with torch.no_grad():
         for p in model.generation.parameters():
@@ -168,7 +167,7 @@ def test_generation(checkpoint):
     assert late.generation.registers.is_meta and late.vae.decoder.conv_in.weight.is_meta
     context = late.read(["a red circle"], "")
     late.understanding.to("meta")
-    late.load(checkpoint, ("vae", "mos"), "cpu")
+    load_parts(late, checkpoint, ("vae", "mos"), "cpu")
     assert late.generate(["a red circle"], context=context)[0].tobytes() == first.tobytes()
 
 
@@ -217,7 +216,7 @@ def test_commands(checkpoint, parts, tmp_path, monkeypatch, capsys):
 def test_other_folders(parts):
     """A tower or VAE of other widths than the configuration's is refused."""
     for change in (dict(und_width=80), dict(und_depth=4), dict(vae_channels=8)):
-        config = MoSConfig(**{**MODEL, **parts, **change})
+        config = make_config(**{**MODEL, **parts, **change})
         with pytest.raises(ValueError, match="but the configuration .*give another folder"):
             MoS(config, read_tokenizer(config, ""))
 
@@ -260,7 +259,7 @@ def test_spoiled_files(parts, tmp_path):
     (folder / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="config.json must hold a JSON object"):
         load_tower(folder)
-    config = MoSConfig(**{**MODEL, **parts})
+    config = make_config(**{**MODEL, **parts})
     words = Tokenizer(map(str, range(99)))
     with pytest.raises(ValueError, match="has 102 tokens, its tower only 14: not of one model"):
         MoS(config, words)

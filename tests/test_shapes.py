@@ -13,8 +13,7 @@ from itertools import combinations, permutations, product
 import pytest
 import torch
 
-from config import MoSConfig
-from conftest import ROOT
+from conftest import ROOT, make_config
 from data.sources import Collate, Mixture, build_tokenizer, sequence
 from tools.evaluate import same_scene, score_judge
 from world import shapes
@@ -354,7 +353,7 @@ def test_the_longest_caption_fits():
         sample = lambda self, options, number: options[:number]
     texts = [shapes.describe(Wordy(), shapes.draw_scene(random.Random(i), "dense"), "dense").text
              for i in range(100)]
-    assert 45 <= max(len(text.split()) for text in texts) + 2 <= MoSConfig().max_tokens
+    assert 45 <= max(len(text.split()) for text in texts) + 2 <= make_config().max_tokens
 
 
 AREAS = {"circle": math.pi, "square": 1.7 ** 2, "triangle": 0.75 * 3 ** 0.5 * 1.15 ** 2,

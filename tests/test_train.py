@@ -1,6 +1,5 @@
 """Training: all stages from nothing, exact resume, broken runs, one process and two."""
 
-import csv
 import math
 import os
 import random
@@ -12,161 +11,46 @@ import sys
 import threading
 import time
 from functools import cache
-from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from training import (LONG, MODEL, QUICK, alone, at_step, contents, ctrl_c, curve, go, launch,
+                      lighten, near, prepare, saved, settings, start, state, validate_on_few)
 
 import checkpoint
+import config
 import stages
 import train
 from checkpoint import read_vocabulary
-from config import PRESETS, MoSConfig
-from conftest import ROOT, SMALL
+from config import MoSConfig, plan, read_recipe
 from data.sources import Mixture
 from mos import MoS
-from tools import ablate, estimate, evaluate
+from tools import ablate, estimate
 from towers import Tokenizer
-from world import edits
+from world import scores
 from world.dataset import WORLDS, Shapes
 
-MODEL = {**SMALL, "max_tokens": 80}
-QUICK = dict(steps=6, batch=4, lr=3e-4, warmup=2, scenes=16, log_every=1, eval_every=100,
-             save_every=100, eval_prompts=1)
-DRIVER = f"""import os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch, common, train, test_train
-if os.environ.get("DOUBLE"):
-    torch.set_default_dtype(torch.float64)
-if not os.environ.get("REAL"):
-    test_train.lighten(setattr)
-if os.environ.get("RANK", "0") != "0" and not os.environ.get("SHARED"):
-    common.replacing.__init__ = None  # this process cannot write, but for shards of latents
-own = train.fill
-def fill(stage, c):  # nothing has memory before it is sharded
-    assert all(p.is_meta for p in stage.model.parameters())
-    own(stage, c)
-    assert all(p.to_local().numel() < p.numel() for p in stage.parameters() if p.ndim > 1
-               and "fsdp" in c.parallel and hasattr(p, "to_local"))
-train.fill = fill
-common.run(train.main)
-"""
-LONG = dict(steps=20, lr=1e-3, warmup=0, ema=0.9)
-every_stage = pytest.mark.parametrize("stage", train.STAGES)
+every_stage = pytest.mark.parametrize("stage", config.STAGES)
 first_and_last = pytest.mark.parametrize("stage", (  # the others' inputs are compared in any case
     "vae", "edit", *(pytest.param(stage, marks=pytest.mark.slow)
                      for stage in ("understand", "image"))))
 
 
-def alone(rank=0, size=1):
-    return train.World(rank, size, torch.device("cpu"))
-
-
-def settings(stage, out="", **changes):
-    c = train.TrainConfig(stage=stage, out=str(out), **{**QUICK, **changes})
-    return train.complete(c, stage, torch.device("cpu"))
-
-
-def go(stage, out, **changes):
-    """Train one stage of the tiny model in this process."""
-    return train.train_stage(settings(stage, out, **changes), MODEL, alone())
-
-
-def start(folder, processes=1, double="", **values):
-    """Train in processes of their own, by way of DRIVER; double: in float64."""
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node".split() + [str(processes)]
-    launcher = launcher if processes > 1 else []
-    (folder / "driver.py").write_text(DRIVER)
-    flags = [str(a) for k, v in {**QUICK, **MODEL, **values, "out": folder}.items()
-             for a in ("--" + k.replace("_", "-"), v) if a != ""]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DOUBLE": double}
-    return subprocess.Popen([sys.executable, *launcher, folder / "driver.py",
-                             *flags], env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-
-
-def launch(folder, *arguments, **values):
-    """The same, to a good end."""
-    run = start(folder, *arguments, **values)
-    text, _ = run.communicate(timeout=200)
-    assert run.returncode == 0, text[-3000:]
-
-
-def validate_on_few(patch, most=8):
-    """Eight pictures are enough to validate on."""
-    few = stages.Stage.unseen
-    patch(stages.Stage, "unseen", lambda self, number: few(self, min(number, most)))
-
-
-def lighten(patch):
-    """Cheap validations, no plots, no FLOP counted, the world's words without 5,000 scenes."""
-    validate_on_few(patch)
-    patch(train.Log, "plot", lambda _: None)
-    patch(estimate, "forward_flops", lambda *_: 1)
-    own = train.build_tokenizer
-    words = [*read_vocabulary(ROOT / "weights").words, *edits.words(), *"in detail : drawn".split()]
-    patch(train, "build_tokenizer", lambda dataset: own(dataset) if not dataset.scenes
-          else Tokenizer(words))
-    for kind in train.KINDS.values():
-        patch(kind, "validate", lambda *_: {"val_loss": 1.0})
-
-
-def at_step(patch, stage, step, change):
-    """Let `change` see and replace the inputs of one step."""
-    own = train.KINDS[stage].inputs
-    patch.setattr(train.KINDS[stage], "inputs", lambda self, now:
-                  change(own(self, now)) if now == step else own(self, now))
-
-
-def ctrl_c(batch):
-    os.kill(os.getpid(), signal.SIGINT)
-    return batch
-
-
-def curve(folder, stage="vae"):
-    """Step, loss and gradient norm of every logged step, and the last row of the log."""
-    with open(folder / f"{stage}.csv") as file:
-        rows = list(csv.DictReader(file))
-    return [[float(row[k]) for k in ("step", "loss", "grad_norm")] for row in rows
-            if row["loss"]], rows[-1]
-
-
-def state(folder, stage="vae"):
-    """Step and tensors of the newest saved state, put together from its shards."""
-    newest = checkpoint.states(folder / f"{stage}.states")[0]
-    about = checkpoint.HuggingFaceStorageReader(newest).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(one.size, dtype=one.properties.dtype)
-               for name, one in about.items()}
-    assert checkpoint.fault(newest) is None
-    return checkpoint.load(newest, tensors), tensors
-
-
-def contents(folder, pattern="**/*"):
-    return {p: p.read_bytes() for p in folder.glob(pattern) if p.is_file()}
-
-
-@pytest.fixture
-def light(monkeypatch):
-    handler = signal.getsignal(signal.SIGINT)
-    lighten(monkeypatch.setattr)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """All stages with everything real, but a tenth of the validation's pictures."""
-    folder, judge = tmp_path_factory.mktemp("trained"), evaluate.score_judge
-    ask, tokenizer = evaluate.score_understanding, train.build_tokenizer
+    folder = tmp_path_factory.mktemp("trained")
+    judge, ask, tokenizer = scores.score_judge, scores.score_understanding, train.build_tokenizer
     with pytest.MonkeyPatch.context() as patch:
         validate_on_few(patch.setattr, 12)
         patch.setattr(train, "build_tokenizer", lambda dataset: tokenizer(dataset, 500))
-        patch.setattr(evaluate, "score_judge", lambda number, **rest: judge(number // 10, **rest))
-        patch.setattr(evaluate, "score_understanding", lambda model, n: ask(model, n // 10))
-        assert all(go(stage, folder) for stage in train.STAGES)
+        patch.setattr(scores, "score_judge", lambda number, **rest: judge(number // 10, **rest))
+        patch.setattr(scores, "score_understanding", lambda model, n: ask(model, n // 10))
+        assert all(go(stage, folder) for stage in config.STAGES)
     return folder
 
 
@@ -189,14 +73,13 @@ def precise(trained, tmp_path_factory):
 
 def test_all_stages(trained):
     """Training from nothing leaves exactly the promised files, and a folder that draws."""
-    names = {"config.json", "vocab.json", "edited_000006.png"}
+    names = {"config.json", "vocab.json", "checkpoints", "edited_000006.png"}
     names |= {f"{stage}_000006.png" for stage in ("vae", "image", "edit")}
     for stage, columns in (
             ("vae", "val_psnr val_judge"), ("understand", "val_loss val_answers"),
             ("edit", "val_loss val_t0 val_edit edit_t7 edits edits_style edits_hybrid score"),
             ("image", "val_loss val_t0 loss_t9 score score_position entropy_2")):
-        names |= {f"{stage}.csv", f"{stage}.states", f"{train.PART[stage]}.safetensors"}
-        names |= {f"{stage}.png"} if find_spec("matplotlib") else set()
+        names |= {f"{stage}.csv", f"{stage}.toml", f"{checkpoint.TRAINED[stage]}.safetensors"}
         losses, last = curve(trained, stage)
         assert [step for step, *_ in losses] == [1, 2, 3, 4, 5, 6]
         assert all(last[name] for name in columns.split() if name != "loss_t9")
@@ -205,9 +88,9 @@ def test_all_stages(trained):
         used = [float(last[f"usage_{j}_{m}"]) for m in range(MODEL["und_depth"])]
         assert sum(used) == pytest.approx(2, abs=1e-4) and max(used) <= 1
     assert {p.name for p in trained.iterdir()} == names
-    assert Image.open(trained / "vae_000006.png").size == (8 * 64, 2 * 64)
-    assert Image.open(trained / "image_000006.png").size == (8 * 64, 3 * 64)
-    assert Image.open(trained / "edited_000006.png").size == (9 * 64, 2 * 64)
+    assert Image.open(trained / "vae_000006.png").size == (8 * 68 - 4, 2 * 68 - 4)
+    assert Image.open(trained / "image_000006.png").size == (8 * 68 - 4, 3 * 68 - 4)
+    assert Image.open(trained / "edited_000006.png").size == (9 * 68 - 4, 2 * 68 - 4)
     model = MoS.from_pretrained(trained)
     assert model.generate(["a red circle above a blue star"], size=(64, 96))[0].size == (96, 64)
     assert not torch.equal(model.vae.latents_std, torch.ones_like(model.vae.latents_std))
@@ -232,18 +115,8 @@ def test_resume_is_exact(stage, light, trained, tmp_path, monkeypatch, capsys):
     assert {name.split("/")[0] for name in a} == {"weight", "average", "exp_avg", "exp_avg_sq"}
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
     assert curve(whole, stage)[0] == curve(tmp_path, stage)[0]
-    part = f"{train.PART[stage]}.safetensors"
+    part = f"{checkpoint.TRAINED[stage]}.safetensors"
     assert (whole / part).read_bytes() == (tmp_path / part).read_bytes()
-
-
-def near(folder, other, stage, tolerance):
-    """Losses, gradients' norms and all tensors of the newest states are the same."""
-    for a, b in zip(curve(folder, stage)[0], curve(other, stage)[0], strict=True):
-        assert a == pytest.approx(b, rel=1e-5)  # the log is rounded
-    (step, a), (again, b) = state(folder, stage), state(other, stage)
-    assert step == again and a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=name)
 
 
 @first_and_last
@@ -285,19 +158,19 @@ def test_recompute(model):
 
 def test_estimate():
     """What `bench.py train` measured on an H100 (74.7 GiB, 0.506 s) is met within 5 %."""
-    config = MoSConfig(**{**PRESETS["mos_s"]})
-    found = estimate.estimate(config, micro_batch=48, ema=False)
+    c = MoSConfig(**read_recipe("mos_s")["model"])
+    found = estimate.estimate(c, micro_batch=48, ema=False)
     peak = found["peak"] - found["understanding tower"] - found["VAE"]  # not there when measured
     assert peak / 2**30 == pytest.approx(74.7, rel=0.05)
     assert found["flops"] / estimate.RATE == pytest.approx(0.506, rel=0.05)
-    cut = estimate.estimate(config, "fsdp", 8, micro_batch=48, ema=False)
+    cut = estimate.estimate(c, "fsdp", 8, micro_batch=48, ema=False)
     assert all(cut[name] == found[name] // 8 for name in ("weights", "optimizer"))
-    light = estimate.estimate(config, "fsdp", 8, micro_batch=48, ema=False, recompute=True)
+    light = estimate.estimate(c, "fsdp", 8, micro_batch=48, ema=False, recompute=True)
     assert light["gradients, or activations"] < cut["gradients, or activations"] / 2
     assert light["flops"] == cut["flops"] == found["flops"]
-    assert estimate.estimate(config, "hsdp", 4)["weights"] == found["weights"] // 4
+    assert estimate.estimate(c, "hsdp", 4)["weights"] == found["weights"] // 4
     with pytest.raises(ValueError, match="shards must divide the 8 processes, got 3"):
-        estimate.estimate(config, "hsdp", 8, 3)
+        estimate.estimate(c, "hsdp", 8, 3)
 
 
 FSDP = dict(parallel="fsdp", micro_batch=1, recompute="")
@@ -309,7 +182,7 @@ FSDP = dict(parallel="fsdp", micro_batch=1, recompute="")
 def test_two_processes(flags, trained, precise, tmp_path):
     """Two processes, whole models or shards, accumulating or not, do what one does."""
     launch(tmp_path, 2, "1", init=trained, **LONG, **flags)
-    for stage in [flags["stage"]] if "stage" in flags else train.STAGES:
+    for stage in [flags["stage"]] if "stage" in flags else config.STAGES:
         near(precise(stage), tmp_path, stage, 1e-10)
 
 
@@ -322,7 +195,7 @@ def test_four_processes(trained, precise, tmp_path):
     launch(four, 4, "1", **flags, **hsdp)
     near(precise("image"), four, "image", 1e-10)
     _, whole = state(four, "image")
-    shutil.rmtree(four / "image.states" / "00000020")
+    shutil.rmtree(saved(four, "image")[0])
     shutil.copytree(four, one)
     launch(four, 4, "1", resume="", **flags, **hsdp)
     step, again = state(four, "image")
@@ -337,15 +210,15 @@ def test_killed(light, tmp_path):
     Twice: the newest state may still be on its way to the disk, never more than that one.
     """
     run = start(tmp_path, stage="vae", steps=5000, save_every=2)
-    while not checkpoint.states(tmp_path / "vae.states"):
+    while not saved(tmp_path):
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.05)
     time.sleep(random.random())
     run.kill()
     run.communicate()
-    logged, saved = int(curve(tmp_path)[1]["step"]), state(tmp_path)[0]
-    assert logged - 4 < saved <= logged and saved % 2 == 0
-    assert go("vae", tmp_path, steps=saved + 2, resume=True) and state(tmp_path)[0] == saved + 2
+    logged, kept = int(curve(tmp_path)[1]["step"]), state(tmp_path)[0]
+    assert logged - 4 < kept <= logged and kept % 2 == 0
+    assert go("vae", tmp_path, steps=kept + 2, resume=True) and state(tmp_path)[0] == kept + 2
 
 
 @pytest.mark.slow
@@ -370,7 +243,7 @@ def test_shards_are_validated_and_exported(trained, tmp_path, monkeypatch):
 def test_a_process_that_stops_answering(light, tmp_path):
     """The others end after their patience with a line that names it, and states stay good."""
     run = start(tmp_path, 2, stage="vae", steps=5000, save_every=2, patience=5)
-    while not checkpoint.states(tmp_path / "vae.states"):
+    while not saved(tmp_path):
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.05)
     workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True,
@@ -389,16 +262,16 @@ def test_torn_save(error, light, tmp_path, monkeypatch):
         (storage_writer.path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
         raise error
     assert go("vae", tmp_path, steps=2)
-    before = contents(tmp_path / "vae.states")
-    monkeypatch.setattr(checkpoint.dcp, "save", torn)
+    before = contents(tmp_path / "checkpoints")
+    monkeypatch.setattr(dcp, "save", torn)
     with pytest.raises(OSError, match="step 3 could not be written .* older ones are kept: .*full"):
         go("vae", tmp_path, steps=4, save_every=1, resume=True)
-    assert contents(tmp_path / "vae.states") == before and len(before) == 2
+    assert contents(tmp_path / "checkpoints") == before and len(before) == 2
 
 
 def test_saving_in_the_background(light, tmp_path, monkeypatch):
     """Training goes on while a state is written, and the state is still that of its step."""
-    written, own = threading.Event(), checkpoint.dcp.save
+    written, own = threading.Event(), dcp.save
 
     def slow(*arguments, **rest):
         assert written.wait(30), "training waited for the state to be written"
@@ -407,10 +280,10 @@ def test_saving_in_the_background(light, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             if name == "b":
                 at_step(patch, "vae", 4, lambda batch: written.set() or batch)
-                patch.setattr(checkpoint.dcp, "save", slow)
+                patch.setattr(dcp, "save", slow)
             assert go("vae", tmp_path / name, save_every=3)
-    one, two = (checkpoint.states(tmp_path / name / "vae.states")[1] for name in "ab")
-    assert checkpoint.fault(two) is None and two.name == "00000003"
+    one, two = (saved(tmp_path / name)[1] for name in "ab")
+    assert checkpoint.find_fault(two) is None and two.name == "00000003"
     one, two = (load_file(next(path.glob("*.safetensors"))) for path in (one, two))
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
@@ -435,16 +308,16 @@ def flip(path):
 def test_damaged_state(harm, told, light, tmp_path, capsys):
     """A damaged state is passed over and said so; training from the one before ends the same."""
     assert go("vae", tmp_path, save_every=2)
-    whole, (newest, before) = state(tmp_path)[1], checkpoint.states(tmp_path / "vae.states")
+    whole, (newest, before) = state(tmp_path)[1], saved(tmp_path)
     assert [path.name for path in (newest, before)] == ["00000006", "00000004"]  # the last two
     harm(next(newest.glob("*.safetensors")))
     assert go("vae", tmp_path, save_every=2, resume=True)
     assert re.search(f"{newest} is damaged .*{told}.*passed over", capsys.readouterr().out)
     again = state(tmp_path)[1]
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    for path in checkpoint.states(tmp_path / "vae.states"):
+    for path in saved(tmp_path):
         harm(next(path.glob("*.safetensors")))
-    with pytest.raises(ValueError, match="no state in .* can be read .*train into another --out"):
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read .*train into another --out"):
         go("vae", tmp_path, resume=True)
 
 
@@ -465,7 +338,7 @@ def test_not_finite(what, step, light, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         go("vae", tmp_path, save_every=2, eval_every=1, log_every=50)
     assert stop.value.code not in (0, None) and state(tmp_path)[0] == 2
-    assert "last good state" in "".join(capsys.readouterr())
+    assert "last good checkpoint" in "".join(capsys.readouterr())
     for path in tmp_path.glob("**/*.safetensors"):
         assert all(p.isfinite().all() for p in load_file(path).values()), path.name
 
@@ -473,7 +346,7 @@ def test_not_finite(what, step, light, tmp_path, monkeypatch, capsys):
 def test_frozen_parts(light, trained, tmp_path, monkeypatch):
     """The image stage changes router and generation tower, and no bit of VAE and understanding."""
     kept = []
-    monkeypatch.setattr(train, "export", lambda model, *_: kept.append(model))
+    monkeypatch.setattr(checkpoint, "save_model", lambda model, *_, **__: kept.append(model))
     assert go("image", tmp_path, init=str(trained), steps=2, weight_decay=1.0)
     old, new = MoS.from_pretrained(trained).state_dict(), kept[-1].state_dict()
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
@@ -482,35 +355,38 @@ def test_frozen_parts(light, trained, tmp_path, monkeypatch):
 
 def test_phases(light, trained, tmp_path):
     """A phase changes size and sampling, has its own schedule, starts from the weights before."""
-    c = settings("image", phase="1024")
-    assert (c.recompute, c.batch, c.steps) == (True, 4, 6)  # what is given goes first
-    values = train.model_values(c, {"size": 64})
-    assert [values[name] for name in ("size", "t_sampling", "shift")] == [64, "mode", 3.0]
-    paper = train.complete(train.TrainConfig(preset="mos_s", phase="aesthetic", data="shards"),
-                           "image", torch.device("cpu"))
+    given = settings("image", recipe="mos_s", phase="1024")
+    assert (given.recompute, given.batch, given.steps) == (True, 4, 6)  # a flag goes above a phase
+    recipe = read_recipe("mos_s", "1024")
+    values = [recipe["model"][name] for name in ("size", "t_sampling", "shift")]
+    assert values == [1024, "mode", 3.0]
+    (paper, _), = plan({"data": "shards"}, read_recipe("mos_s", "aesthetic"))
     assert (paper.lr, paper.warmup, paper.steps, paper.batch) == (1e-4, 4000, 50_000, 1024)
-    assert paper.latents == "step" and "aesthetic >= 6" in paper.where and not c.where
+    assert paper.latents == "step" and "aesthetic >= 6" in paper.where and not given.where
     assert train.learning_rate(paper.steps, paper) == pytest.approx(1.5e-5)
-    first = settings("image", tmp_path / "a", init=str(trained), phase="512", steps=2)
-    assert train.train_stage(first, MODEL, alone())
+    small = dict(recipe="mos_s", und_folder="", vae_folder="", latents="memory", length_step=0,
+                 workers=0)
+    assert train.run_stage(prepare("image", tmp_path / "a", init=str(trained), phase="512",
+                                   **small | {"steps": 2}))
     for lr, same in ((0.0, True), (1e-3, False)):
         out = tmp_path / str(lr)
-        assert go("image", out, init=str(tmp_path / "a"), phase="1024", lr=lr, ema=0.0, steps=2)
+        assert train.run_stage(prepare("image", out, init=str(tmp_path / "a"), phase="1024", lr=lr,
+                                       ema=0.0, **small | {"steps": 2}))
         a, b = (load_file(folder / "mos.safetensors") for folder in (tmp_path / "a", out))
         assert all(torch.equal(a[name], b[name]) for name in a) == same
     with pytest.raises(FileNotFoundError, match="no mos.safetensors in"):
-        shutil.copytree(trained, tmp_path / "c", ignore=shutil.ignore_patterns("mos.*"))
-        go("image", tmp_path / "b", init=str(tmp_path / "c"), phase="2048")
+        shutil.copytree(tmp_path / "a", tmp_path / "c", ignore=shutil.ignore_patterns("mos.*"))
+        prepare("image", tmp_path / "b", init=str(tmp_path / "c"), phase="2048", **small)
 
 
 def test_export(light, trained, tmp_path, monkeypatch):
     """A state becomes a checkpoint that samples, by one command; without a state that is told."""
-    with pytest.raises(ValueError, match="no state in .*image.states to export"):
+    with pytest.raises(ValueError, match="no checkpoint in .*image to export"):
         go("image", tmp_path, init=str(trained), export=True)
     at_step(monkeypatch, "image", 2, ctrl_c)
     assert not go("image", tmp_path, init=str(trained))
     assert not (tmp_path / "mos.safetensors").exists()
-    assert not go("image", tmp_path, init=str(trained), export=True)
+    assert go("image", tmp_path, init=str(trained), export=True)
     step, tensors = state(tmp_path, "image")
     shown = load_file(tmp_path / "mos.safetensors")["generation.embed.weight"]
     assert step == 3 and torch.equal(shown, tensors["average/1.embed.weight"].bfloat16())
@@ -521,27 +397,24 @@ def test_export(light, trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize("table, rows", (("scale-trap", 12), ("data-weights", 2),
                                          ("sampling", 3)))
 def test_ablations(table, rows, light, trained, monkeypatch, capsys):
-    """Each table of ablate.py has its rows, with numbers."""
-    monkeypatch.setitem(train.RECIPES, ("image", "cpu"), dict(
-        train.RECIPES["image", "cpu"], batch=2, scenes=8))
-    monkeypatch.setitem(PRESETS, "laptop", {name: value for name, value in MODEL.items()
-                                            if not name.startswith(("vae_", "und_"))})
+    """Each table of tools/ablate.py has its rows, with numbers."""
+    small = {name: value for name, value in MODEL.items() if not name.startswith(("vae_", "und_"))}
+    monkeypatch.setattr(ablate, "OVERRIDES", small | dict(batch=2, scenes=8))
     monkeypatch.setattr(ablate, "SHARES", (0.1, 0.9))
     monkeypatch.setattr(ablate, "SAMPLING", ablate.SAMPLING[1:2])
     monkeypatch.setitem(ablate.TABLES, "sampling", lambda *a: ablate.sampling(*a, 1, 1))
-    monkeypatch.setattr(ablate, "MoSConfig", lambda: MoSConfig(**MODEL))
-    monkeypatch.setattr(ablate, "pack", lambda *a, own=ablate.pack: own(*a[:2], 6))
+    monkeypatch.setattr(ablate, "pack", lambda *a, pack=ablate.pack: pack(*a[:2], 6))
     monkeypatch.setattr(sys, "argv", f"ablate.py {table} --steps 2 --init {trained}".split())
     ablate.main()
     lines = capsys.readouterr().out.splitlines()[-rows:]
     assert all(math.isfinite(float(line.split()[-1])) for line in lines)
 
 
-@pytest.mark.parametrize("held", ("vae.states", "vae.safetensors"))
-def test_no_second_start(held, light, tmp_path):
+@pytest.mark.parametrize("kept", ("checkpoints", "vae.safetensors"))
+def test_no_second_start(kept, light, tmp_path):
     """Without --resume a stage does not start over a state or a trained part; nothing changes."""
     assert go("vae", tmp_path, steps=2)
-    for name in {"vae.states", "vae.safetensors"} - {held}:
+    for name in {"checkpoints", "vae.safetensors"} - {kept}:
         path = tmp_path / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = contents(tmp_path)
@@ -584,22 +457,22 @@ def test_validation_is_unseen(stage, trained, monkeypatch):
     """No stage validates on a scene that training draws, in a world so small that they recur."""
     def scenes(packed):
         return {tuple(row) for one in packed for row in one.view(-1, 21).tolist()}
-    drawn, own, number, unseen = [], Shapes.draw, 800, 30
+    drawn, own, number, unseen = [], Shapes.to_pixels, 800, 30
     data = WORLDS[stage](64, 0, tasks=("colours",), grid=8, number=number)
     seen = [data[i][0] for i in range(number)]
     assert scenes(seen[:-200]) & scenes(seen[-200:])
     validate_on_few(monkeypatch.setattr, unseen)
     kind = train.KINDS[stage](MoS.from_pretrained(trained), Mixture([data]), settings(
         stage, tasks=data.tasks, grid=8), alone())
-    monkeypatch.setattr(Shapes, "draw", lambda self, packed, device: drawn.append(
+    monkeypatch.setattr(Shapes, "to_pixels", lambda self, packed, device: drawn.append(
         scenes(packed)) or own(self, packed[:2], device))
-    if stage in train.GENERATING:  # their loss is that of latents encoded at the start
-        monkeypatch.setattr(kind, "fill", lambda: None)
+    if stage in config.GENERATING:  # their loss is that of latents encoded at the start
+        monkeypatch.setattr(kind, "load_into_memory", lambda: None)
         shape = (unseen, 3) if stage == "edit" else (unseen,)
-        monkeypatch.setattr(kind, "encode", lambda x: torch.zeros(*shape, 6, 4, 4))
+        monkeypatch.setattr(kind, "encoder", lambda: lambda x: torch.zeros(*shape, 6, 4, 4))
         kind.prepare()
     else:
-        kind.validation(200)
+        kind.validation_batch(200)
     assert len(drawn) == 1 + (stage == "edit") and len(drawn[0]) > 20
     assert not set.union(*drawn) & scenes(seen)
 
@@ -610,10 +483,10 @@ def test_inputs_are_a_function_of_seed_and_step(stage, trained, monkeypatch):
     validate_on_few(monkeypatch.setattr, 2)
 
     def inputs(step, begin=3, seed=0, **world):
-        number = 16 if stage in train.GENERATING else None
+        number = 16 if stage in config.GENERATING else None
         kind = train.KINDS[stage](model, Mixture([WORLDS[stage](64, seed, number=number)]),
                                   settings(stage, seed=seed, batch=12, steps=9), alone(**world))
-        kind.start(begin)
+        kind.begin(begin)
         return [kind.inputs(s) for s in range(begin, step + 1)][-1]
 
     def same(*others):
@@ -633,7 +506,7 @@ def test_prompt_dropout(trained):
                               settings("image", batch=8000), alone())
     tokens = torch.arange(5).expand(8000, 5) + 10
     tokens[:, 0] = Tokenizer.BOS
-    drawn, *_ = stage.draws(torch.zeros(8000, 6, 1, 1), tokens, stage.generator(0))
+    drawn = stage.random_inputs(torch.zeros(8000, 6, 1, 1), tokens, stage.generator(0)).tokens
     empty = (drawn[:, 1:] == Tokenizer.PAD).all(1)
     assert (drawn[:, 0] == Tokenizer.BOS).all() and torch.equal(drawn[~empty], tokens[~empty])
     assert abs(empty.float().mean() - 0.1) < 0.015

@@ -1,11 +1,11 @@
 """Ablations in miniature: small models trained side by side, and how to sample from a trained one.
 
-    python ablate.py scale-trap    # does the size of the mixture reach the router?
-    python ablate.py data-weights  # how much of which data? MoS App. A, data reweighting
-    python ablate.py sampling      # steps, guidance, rescale, schedule: MoS App. B.6, Fig. 13
+    python -m tools.ablate scale-trap    # does the size of the mixture reach the router?
+    python -m tools.ablate data-weights  # how much of which data? MoS App. A, data reweighting
+    python -m tools.ablate sampling      # steps, guidance, rescale, schedule: MoS App. B.6, Fig. 13
 
 The arms of the first two share data, noise, seed and schedule, and differ in the named respect
-alone; the third changes the settings of one checkpoint that can edit.
+alone; the third changes the settings of one model that can edit.
 """
 
 import contextlib
@@ -14,105 +14,93 @@ import json
 import math
 import tarfile
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import train
-from common import ROOT, CommandLine, run
-from config import SCHEDULES, MoSConfig
+from common import ROOT, CommandLine, World, revision, run, to_image
+from config import SCHEDULES, plan, read_recipe
 from data.sources import Mixture
-from kernels import autocast
 from mos import MoS
-from stages import ImageStage
-from tools import evaluate
-from tools.report import averages, figures
-from towers import Understanding
+from world import scores
 from world.dataset import Shapes
 
 # A block's norm removes the scale of the mixture that Proj hands it, unless Proj has a bias or the
 # states are normalised one by one. (state_norm, factor on the start of Proj's bias) of each arm:
 SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 1.0), "post, bias 0": ("post", 0.0),
               "pre, bias N(0, 0.02)": ("pre", 1.0)}
-WEIGHED, SHARES = ("colours", "position"), (0.1, 0.3, 0.5, 0.7, 0.9)
-# Settings that are changed, one or two at a time, while the others are the checkpoint's own:
+WEIGHED = ("colours", "position")
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+# Settings that are changed, one or two at a time, while the others are the model's:
 SAMPLING = ((("schedule", "steps"), [(how, n) for how in SCHEDULES for n in (4, 8, 16, 25, 50)]),
             (("guidance",), [(1.0,), (2.0,), (3.0,), (5.0,)]),
             (("rescale",), [(0.0,), (1.0,)]))
-KEPT = "latents tokens rows first lengths val".split()  # what arms share of the first one's stage
+SHARED = ("memory", "prompt_lengths", "val", "val_prompts")  # arms use those of the first one
+OVERRIDES = {}  # settings of recipe laptop that tests change
 
 
-class Rescaled(Understanding):
-    """A tower whose states grow from 1 to 100 times by layer, as those of large models do."""
-
-    def forward(self, x):
-        states = super().forward(x)                                        # (B, S, M, Du)
-        growth = torch.logspace(0, 2, states.shape[2], device=x.device)
-        return states * growth[:, None]
+def prepare(world, **flags):
+    """Return the Trainer of an arm: stage image of recipe laptop with these settings."""
+    flags = {"stage": "image", "grid": 4, **OVERRIDES, **flags}
+    (c, values), = plan(flags, read_recipe("laptop"))
+    return train.prepare(c, values, flags, world)
 
 
-def train_arm(c, overrides, bias, rescaled, data, world):
-    """Train one arm; returns the validation loss and the router's gradient norm, first and last.
+def train_arm(bias, rescaled, shared, world, **flags):
+    """Train one arm; return its validation loss and the router's gradient norm, first and last.
 
-    data: a dict that the first arm fills with latents and prompts for the others.
+    bias: factor on the first values of Proj's bias. rescaled: let the states grow from 1 to 100
+    times by layer, as those of large models do. shared: a dict of latents and prompts, which the
+    first arm fills for the others.
     """
-    dataset = Mixture([Shapes(MoSConfig().size, c.seed, tasks=c.tasks, grid=c.grid,
-                              number=c.scenes)])
-    model = train.build(c, overrides, dataset)
-    stage = ImageStage(model, dataset, c, world)
-    train.fill(stage, c)
+    trainer = prepare(world, **flags)
+    stage, model = trainer.stage, trainer.model
     model.generation.proj.bias.data *= bias
     if rescaled:
-        model.understanding.__class__ = Rescaled
-    if not data:
-        stage.prepare()
-        data.update({name: vars(stage)[name] for name in KEPT})
-    vars(stage).update(data)
-    stage.batches = stage.follow(stage.plan().batches(0, c.steps))
-    module = stage.trained()
-    optimizer = torch.optim.AdamW(train.decayed_groups(module, c.weight_decay), betas=(0.9, 0.95))
-    norms = []
-    for step in range(c.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, c)
-        with autocast(world.device):
-            loss, _ = stage(*stage.inputs(step))
-        loss.backward()
-        norms.append(torch.stack([p.grad.norm() for p in model.router.parameters()]).norm())
-        torch.nn.utils.clip_grad_norm_(module.parameters(), c.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    tenth = math.ceil(c.steps / 10)
-    early, late = (torch.stack(part).mean().item() for part in (norms[:tenth], norms[-tenth:]))
-    return stage.losses_by_time().mean().item(), early, late
+        growth = torch.logspace(0, 2, model.config.und_depth, device=world.device)[:, None]
+        model.understanding.register_forward_hook(lambda module, inputs, states: states * growth)
+    if shared:
+        stage.prepare = lambda: vars(stage).update(shared)
+    squares = []  # of the router's gradients, before they are clipped
+    for p in model.router.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: squares[-1].append(p.grad.square().sum()))
+    trainer.begin()
+    shared.update({name: vars(stage)[name] for name in SHARED})
+    for step in range(trainer.c.steps):
+        squares.append([])
+        trainer.step(step)
+    norms = [torch.stack(values).sum().sqrt().item() for values in squares]
+    tenth = math.ceil(len(norms) / 10)
+    early = sum(norms[:tenth]) / tenth
+    late = sum(norms[-tenth:]) / tenth
+    return scores.losses_by_time(model, *stage.val).mean().item(), early, late
 
 
-def scale_trap(c, world):
-    """The table `scale-trap`."""
-    c = train.complete(replace(c, tasks=("colours",), warmup=100), "image", world.device)
+def scale_trap(args, world):
+    """Print the table `scale-trap`."""
     print(f"{'':37} {'':>9} {'router gradient in the':>24}")
     print(f"{'states':12} {'arm':24} {'val loss':>9} {'first tenth':>12} {'last tenth':>11}")
-    data = {}
+    shared = {}
     for k in (2, 1):
         for rescaled in (False, True):
             for name, (norm, bias) in SCALE_TRAP.items():
-                overrides = dict(k=k, state_norm=norm)
-                loss, early, late = train_arm(c, overrides, bias, rescaled, data, world)
+                with contextlib.redirect_stdout(None):
+                    loss, early, late = train_arm(
+                        bias, rescaled, shared, world, k=k, state_norm=norm, init=args.init,
+                        seed=args.seed, steps=args.steps, warmup=100, tasks=("colours",))
                 states = "1 to 100" if rescaled else "as trained"
                 print(f"{states:12} {f'k={k}, {name}':24} {loss:9.4f} {early:12.1e} {late:11.1e}",
                       flush=True)
 
 
-def pack(path, scenes, number):
+def pack(path, scenes, count):
     """Write pictures and captions of the small world as a tar shard in WebDataset's layout."""
     with tarfile.open(path, "w") as tar:
-        for i in range(number):
+        for i in range(count):
             packed, text, *_ = scenes[i]
-            pixels = ((scenes.to_pixels(packed[None], "cpu")[0] + 1) * 127.5).round().byte()
             picture = io.BytesIO()
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture, "PNG")
+            to_image(scenes.to_pixels(packed[None], "cpu")[0]).save(picture, "PNG")
             for suffix, content in ((".png", picture.getvalue()),
                                     (".json", json.dumps({"text": text}).encode())):
                 member = tarfile.TarInfo(f"{i:06d}{suffix}")
@@ -120,55 +108,57 @@ def pack(path, scenes, number):
                 tar.addfile(member, io.BytesIO(content))
 
 
-def task_loss(stage, task, c):
-    """The validation loss on unseen scenes of a task."""
-    size, longest = stage.model.config.size, stage.model.config.max_tokens
-    unseen = Mixture([Shapes(size, c.seed, "val", (task,), c.grid, 128)])
-    (_, stage.val, _), = stage.read(unseen.pieces(longest), unseen, slice(None))
-    return stage.losses_by_time().mean().item()
+def task_loss(stage, task):
+    """Return the validation loss on unseen scenes of a task."""
+    c, config = stage.c, stage.model.config
+    unseen = Mixture([Shapes(config.size, c.seed, "val", (task,), c.grid, 128)])
+    pieces = unseen.pieces(config.max_tokens)
+    (_, tensors, _), = stage.loader(unseen).batches(pieces)
+    return scores.losses_by_time(stage.model, *tensors).mean().item()
 
 
-def data_weights(c, world, number=1000):
-    """The table `data-weights`: two sets of tar shards, mixed by a grid of weights."""
+def data_weights(args, world, count=1000):
+    """Print the table `data-weights`: two sets of tar shards, mixed by a grid of weights."""
     first, second = WEIGHED
     print(f"share of {first:12}" + "".join(f"{name:>14}" for name in (*WEIGHED, "mean")))
     with tempfile.TemporaryDirectory() as folder:
+        size = read_recipe("laptop")["model"]["size"]
         for task in WEIGHED:
-            scenes = Shapes(MoSConfig().size, c.seed, tasks=(task,), grid=c.grid)
-            pack(Path(folder, f"{task}.tar"), scenes, number)
+            scenes = Shapes(OVERRIDES.get("size", size), args.seed, tasks=(task,), grid=4)
+            pack(Path(folder, f"{task}.tar"), scenes, count)
         for share in SHARES:
             data = f"{folder}/{first}.tar={share},{folder}/{second}.tar={1 - share:.1f}"
-            arm = replace(c, data=data, out=f"{folder}/{share}", latents=f"{folder}/latents")
-            arm = train.complete(arm, "image", world.device)
             with contextlib.redirect_stdout(None):
-                training = train.prepare(arm, {}, world)
-                training.begin()
-            for step in range(arm.steps):
-                training.step(step)
-            with training.average.applied():
-                losses = [task_loss(training.stage, task, c) for task in WEIGHED]
+                trainer = prepare(world, data=data, out=f"{folder}/{share}", init=args.init,
+                                  latents=f"{folder}/latents", seed=args.seed, steps=args.steps)
+                trainer.begin()
+            for step in range(trainer.c.steps):
+                trainer.step(step)
+            with trainer.average.applied():
+                losses = [task_loss(trainer.stage, task) for task in WEIGHED]
             print(f"{share:21}" + "".join(f"{loss:14.4f}" for loss in (*losses, sum(losses) / 2)),
                   flush=True)
 
 
-def sampling(c, world, prompts=20, wanted=6):
-    """The table `sampling`: how many unseen prompts of a task, and edits of a type, come out right.
-    """
-    model = MoS.from_pretrained(c.init, world.device)
-    why = evaluate.obstacle("edits", c.init, model)
+def sampling(args, world, prompts=20, wanted=6):
+    """Print the table `sampling`: the share of unseen prompts, and of edits, that come out right."""
+    model = MoS.from_pretrained(args.init, world.device)
+    why = evaluate.obstacle("edits", args.init, model)
     if why:
-        raise ValueError(f"{c.init} cannot edit: {why}")
+        raise ValueError(f"{args.init} cannot edit: {why}")
     print(f"all else: {json.dumps(model.settings())}, edits {json.dumps(model.settings(True))}\n"
           f"{'':37}{'six tasks':>16}{'nine edits':>16}")
     for names, rows in SAMPLING:
         for values in rows:
-            options = dict(zip(names, values)) | dict(seed=c.seed, held=(False,))
-            tables = (evaluate.score_tasks(model, prompts, 1, **options),
-                      evaluate.score_edits(model, wanted, **options))
-            found = [figures(averages(table)[row])[:2] for table, row in
-                     zip(tables, ("seen", "seen, both"))]
-            print(f"{', '.join(f'{n} {v}' for n, v in zip(names, values)):37}"
-                  + "".join(f"{mean:8.3f} ± {error:.3f}" for mean, error in found), flush=True)
+            options = dict(zip(names, values)) | dict(seed=args.seed, held=(False,))
+            tasks = scores.score_tasks(model, prompts, 1, **options)
+            edits = scores.score_edits(model, wanted, **options)
+            text = ", ".join(f"{name} {value}" for name, value in zip(names, values))
+            for table, row in ((tasks, "seen"), (edits, "seen, both")):
+                mean, error, *_ = scores.figures(scores.averages(table)[row])
+                text = f"{text:37}" if table is tasks else text
+                text += f"{mean:8.3f} ± {error:.3f}"
+            print(text, flush=True)
 
 
 TABLES = {"scale-trap": scale_trap, "data-weights": data_weights, "sampling": sampling}
@@ -183,13 +173,11 @@ def main():
     parser.add_argument("--steps", type=int, default=1000, help="of each arm that is trained")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise")
     args = parser.parse_args()
-    world = train.World.join(train.TrainConfig().patience)
-    c = train.TrainConfig(stage="image", preset="laptop", init=args.init, seed=args.seed, grid=4,
-                          steps=args.steps)
-    trained = "" if args.table == "sampling" else f"{c.steps} steps, "
-    print(f"{trained}seed {c.seed}, torch {torch.__version__}, {world.device.type}, "
-          f"revision {train.revision()}")
-    TABLES[args.table](c, world)
+    world = World.join(patience=600)
+    trained = "" if args.table == "sampling" else f"{args.steps} steps, "
+    print(f"{trained}seed {args.seed}, torch {torch.__version__}, {world.device.type}, "
+          f"revision {revision()}")
+    TABLES[args.table](args, world)
 
 
 if __name__ == "__main__":
