@@ -18,6 +18,8 @@ import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import torch
+
 from common import ROOT, replacing
 from router import INPUTS
 
@@ -188,6 +190,17 @@ class TrainConfig(Settings):
     keep: int = setting("checkpoints kept", 1, change=True)
     patience: int = setting("seconds after which a process that does not answer is given up", 1,
                             change=True)
+
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stage in GENERATING and self.scenes < 1:
+            raise ValueError(f"scenes must be at least 1 in stage {self.stage}, got {self.scenes}")
+        try:
+            torch.device(self.tower_device or "cpu")
+        except RuntimeError:
+            raise ValueError("tower_device must be a device such as cuda:1, got "
+                             f"{self.tower_device!r}") from None
 
 
 def check_size(size):

@@ -137,7 +137,7 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", cases("""\
---stage zebra => 'zebra'.*vae, understand, image | --preset zebra => 'zebra'.*laptop
+--stage zebra => 'zebra'.*vae, understand, image | --recipe zebra => 'zebra'.*laptop
 --tasks zebra => 'zebra'.*counting | --k 9 => k=9.*und_depth=8 | --k 0 | --epsilon 2
 --router-inputs nonsense => nonsense | --schedule fast | --shift 0 | --clip 0
 --router-inputs time => prompt | --data missing => missing | --data empty => holds no pictures
@@ -148,10 +148,11 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --ema -1 | --ema 1.5 | --prompt-dropout 2 | --kl-weight -1 | --workers -1 | --eval-prompts 0
 --scenes 0 --stage image | --grid 0 | --size 48 | --size 0 | --gen-depth -1 | --gen-heads 0
 --gen-heads 7 => heads | --und-heads 7 => heads | --vae-width 0 | --registers -1 | --max-tokens 0
---sampling-steps 0 => steps | --guidance nan | --rescale 3 | --gen-patch 0
+--sampling-steps 0 | --guidance nan | --rescale 3 | --gen-patch 0
 --tower-device zebra => such as cuda:1
 --parallel zebra => zebra | --parallel fsdp => torchrun | --parallel none --shards 2 => hsdp
---shards -1 | --keep 0 | --patience 0 | --world 0 --estimate | --estimate --preset zebra => zebra
+--shards -1 | --keep 0 | --patience 0
+--phase 512 => phase must be one of none in recipe laptop, got '512'
 --where x>1 => shapes has none | --where x> --data good => 'x>' is not a condition
 --where f(x) --data good => f.*not allowed | --where x>1 --data good => good: none of its 1.*x>1
 --sizes 50 | --sizes 64 x | --data good=1,empty => path=weight | --data good=0 => positive
@@ -166,7 +167,7 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 def test_train_refuses(flags, message, refuse, small, monkeypatch, tmp_path):
     """What cannot be trained is said before any work and before --out exists."""
     monkeypatch.setattr(train, "build_tokenizer", lambda _: read_vocabulary(small))
-    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("went on to train"))
+    monkeypatch.setattr(train, "run_stage", lambda *_: pytest.fail("went on to train"))
     for name, text in (("empty", ""), ("bad", '\n{"file_name": "a.png"\n'),
                        ("number", '{"file_name": "a.png", "text": 5}'),
                        ("good", '{"file_name": "a.png", "text": "a"}'),
@@ -176,7 +177,7 @@ def test_train_refuses(flags, message, refuse, small, monkeypatch, tmp_path):
         Image.new("RGB", (64, 64)).save(tmp_path / name / "a.png")
     shutil.copytree(small, tmp_path / "half", ignore=shutil.ignore_patterns("vae.*"))
     shutil.copytree(small, tmp_path / "small")
-    refuse(message, train, "--stage", "vae", "--preset", "laptop", "--out", "run", *flags)
+    refuse(message, train, "--stage", "vae", "--recipe", "laptop", "--out", "run", *flags)
 
 
 @pytest.mark.parametrize("flags, message", cases("--kills 0 | --processes 0 | --parallel zebra"))
