@@ -1,4 +1,4 @@
-"""What the commands share: the device, safe file writing, and errors of one line."""
+"""What all parts share: device and processes, parameters, pictures, files, command lines."""
 
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent  # the repository
 
 
 def pick_device():
-    """cuda, else mps, else cpu."""
+    """Return cuda where there is a GPU, else mps, else cpu."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -162,45 +162,51 @@ def revision():
 
 
 # ------------------------------------------------------------------------------------------------
-# Tensors
+# Tensors and parameters
 
 def replayed(function, *inputs):
-    """The function of tensors, on a GPU as a CUDA graph for inputs of these shapes.
+    """Return a function of tensors; on a GPU as a CUDA graph, for inputs of these shapes.
 
-    A graph launches all kernels of a call at once: the host no longer limits small models. Its
-    output is overwritten by the next call.
+    A graph launches all kernels of a call at once, so that the host no longer limits small models.
+    Its output is overwritten by the next call.
     """
     if not inputs[0].is_cuda:
         return function
-    static, stream = [x.clone() for x in inputs], torch.cuda.Stream()
+    static_inputs = [x.clone() for x in inputs]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compile and allocate before anything is recorded
-        function(*static)
+        function(*static_inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = function(*static)
+        output = function(*static_inputs)
 
     def replay(*inputs):
-        for place, x in zip(static, inputs):
-            place.copy_(x)
+        for static, x in zip(static_inputs, inputs):
+            static.copy_(x)
         graph.replay()
         return output
     return replay
 
 
 def move(tensor, device):
-    """A tensor on a device. A GPU's work goes on meanwhile; `to` alone would wait for all of it."""
+    """Copy a tensor to a device without waiting for the GPU's earlier work, as `to` alone would."""
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def full_tensor(tensor):
-    """A tensor that is sharded over processes put together (all must ask), any other as it is."""
+    """Return a tensor as a whole; where it is sharded every process must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def place(tensor, values):
-    """Copy whole values into a tensor, of which this process may hold no more than a shard."""
+def local_bytes(tensor):
+    """Return the bytes that this process holds of a tensor, which may be sharded."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
+
+
+def assign(tensor, values):
+    """Copy all values of a tensor into it; this process may hold no more than a shard of it."""
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor  # half a second
         values = distribute_tensor(values.to(tensor.device, tensor.dtype), tensor.device_mesh,
@@ -210,70 +216,64 @@ def place(tensor, values):
 
 @torch.no_grad()
 def initialise(tower, seed=None):
-    """Give a tower's parameters their first values, by its method `start`.
+    """Give a tower's parameters their first values, by its method `init_parameter`.
 
-    Each is drawn whole, one after the other, and placed: shards of a model are those of the model
-    that one process would hold, and no process ever holds that. With a seed a parameter's values
-    follow from seed and name; otherwise from the global random state.
+    Each parameter is drawn in full and then assigned, one after the other: the shards of a model
+    are those of the model that one process would hold, and no process ever holds that. With a seed
+    a parameter's values follow from seed and name; otherwise from the global random state.
     """
     for name, p in tower.named_parameters():
         if seed is not None:
             torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         values = torch.empty(p.shape, device="meta" if p.is_meta else "cpu")
         tower.init_parameter(name, values)
-        place(p, values)
+        assign(p, values)
+
+
+def init_parameter(name, p, depth):
+    """Fill a parameter of a tower of `depth` blocks: norms 1, biases 0, the rest random.
+
+    NOTE (ours): normal(0, 0.02); the last matrix of a residual branch divided by sqrt(2 depth).
+    """
+    if p.ndim == 1:
+        p.fill_(1.0 if "norm" in name else 0.0)
+    else:
+        last = name.endswith(("out.weight", "down.weight"))
+        p.normal_(0, 0.02 / (2 * depth) ** 0.5 if last else 0.02)
 
 
 @torch.no_grad()
 def randomise(device, *modules):
-    """Give modules memory and random values, of no use but to see what they cost."""
+    """Give modules memory and random values, to measure what they cost."""
     for module in modules:
         for p in module.to_empty(device=device).parameters():
             p.normal_(1.0 if p.ndim == 1 else 0.0, 0.02)
 
 
-def init_parameter(name, p, depth):
-    """First values of a parameter in a tower of so many blocks: norms 1, biases 0, the rest random.
-
-    NOTE (ours): normal(0, 0.02), what a residual branch ends in scaled by 1/sqrt(2 depth).
-    """
-    if p.ndim == 1:
-        p.fill_(1.0 if "norm" in name else 0.0)
-    else:
-        ends = name.endswith(("out.weight", "down.weight"))
-        p.normal_(0, 0.02 / (2 * depth) ** 0.5 if ends else 0.02)
-
-
-def checksum(path):
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def local_bytes(tensor):
-    """Bytes that this process holds of a tensor, which may be sharded."""
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
-
+# ------------------------------------------------------------------------------------------------
+# Pictures
 
 def to_tensor(image):
-    """A PIL image in RGB as a tensor (3, H, W) in [-1, 1]."""
+    """Return a PIL image in RGB as a tensor (3, H, W) in [-1, 1]."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
 
 
 def to_image(picture):
-    """A tensor (3, H, W) in [-1, 1] as a PIL image in RGB."""
+    """Return a tensor (3, H, W) in [-1, 1] as a PIL image in RGB."""
     pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0)
     return Image.fromarray(pixels.cpu().contiguous().numpy())
 
 
 def contact_sheet(rows, labels=(), gutter=4):
-    """One PIL image of rows of PIL images of one size, white between them, labels above the rows.
+    """Paste rows of PIL images of one size into one, with white between them.
 
-    rows: a list of lists. labels: a text for each row, cut after its second line. gutter: pixels.
+    rows: a list of lists. labels: a text above each row, cut after its second line. gutter: width
+    of the white in pixels.
     """
     width, height = rows[0][0].size
-    font, above = ImageFont.load_default(12), 32 if labels else 0
+    font = ImageFont.load_default(12)
+    above = 32 if labels else 0  # pixels for a label
     columns = max(map(len, rows))
     sheet = Image.new("RGB", (columns * (width + gutter) - gutter,
                               len(rows) * (height + gutter + above) - gutter), "white")
@@ -289,7 +289,7 @@ def contact_sheet(rows, labels=(), gutter=4):
 
 
 def wrap(text, width, draw, font):
-    """The lines of a text that are at most `width` pixels wide; a longer word stays whole."""
+    """Cut a text into lines of at most `width` pixels; a longer word stays in one piece."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -300,17 +300,20 @@ def wrap(text, width, draw, font):
     return lines
 
 
-def tqdm_or_none(**options):
-    """A tqdm bar, or None where tqdm is not installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(dynamic_ncols=True, **options)
+# ------------------------------------------------------------------------------------------------
+# Files
+
+def checksum(path):
+    """Return the SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class replacing:
-    """`with replacing(path) as temporary:` writes beside the path, then renames onto it."""
+    """`with replacing(path) as temporary:` writes beside the path, then renames it to the path.
+
+    Raises OSError where safetensors cannot write.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
@@ -362,8 +365,20 @@ def read_lines(path):
         raise ValueError(f"{path} is damaged ({e}); delete its folder and start again") from None
 
 
+# ------------------------------------------------------------------------------------------------
+# Command lines
+
+def tqdm_or_none(**options):
+    """Return a tqdm bar, or None where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(dynamic_ncols=True, **options)
+
+
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose errors are one line, exit code 2, and that reads dataclasses."""
+    """A parser whose errors are one line with exit code 2, and that has flags of configurations."""
 
     def __init__(self, description, **options):
         super().__init__(description=description, allow_abbrev=False,

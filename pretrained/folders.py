@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import place
+from common import assign
 from pretrained.encoders import read_vision
 from towers import Tokenizer, Understanding
 from vae import VAE
@@ -68,7 +68,7 @@ def copy_tensors(targets, paths, own_name=lambda name: name, adapt=lambda own, v
                     " has" if len(parts) == 1 else " have together")
                 raise ValueError(f"{parts[0][0]}: tensor {several} shape {tuple(shape)}, "
                                  f"config.json asks for {tuple(target.shape)}")
-            place(target, torch.cat(values) if len(values) > 1 else values[0])
+            assign(target, torch.cat(values) if len(values) > 1 else values[0])
 
 
 def read_json(folder, name="config.json"):
