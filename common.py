@@ -396,14 +396,17 @@ class CommandLine(argparse.ArgumentParser):
         group = self.add_argument_group(title)
         for f in fields(kind):
             choices = [choice for choice in f.metadata["choices"] or () if choice]
+            value = values.get(f.name, "")
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
             text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-            options = dict(default=argparse.SUPPRESS, help=f"{text} [{values.get(f.name, '')}]")
+            options = dict(default=argparse.SUPPRESS,
+                           help=text if value == "" else f"{text} [{value}]")
             if f.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             elif f.type is tuple:
-                options.update(type=str, nargs="+", metavar=f.name.upper())
+                options.update(type=str, nargs="+", metavar="VALUE")
             else:
-                options.update(type=f.type, metavar=f.name.upper())
+                options.update(type=f.type, metavar="VALUE")
             group.add_argument("--" + f.name.replace("_", "-"), **options)
 
 

@@ -19,61 +19,15 @@ from config import SCHEDULES, check_size
 from mos import MoS
 
 
-def parse_size(text):
-    """"128" or "128x256" (height x width) as a pair."""
-    try:
-        sides = [int(side) for side in text.lower().split("x")]
-        height, width = sides * 2 if len(sides) == 1 else sides
-    except ValueError:
-        raise ValueError(f"--size must be SIDE or HEIGHTxWIDTH, got {text!r}") from None
-    return check_size((height, width))
-
-
-def read_picture(path):
-    """A picture file as it is shown, in RGB. Raises ValueError for what cannot be edited."""
-    try:
-        with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as e:  # PIL raises nearly anything at broken files
-        raise ValueError(f"--image {path} cannot be read: {' '.join(str(e).split())}") from None
-    try:
-        check_size(picture.size[::-1])
-    except ValueError as e:
-        raise ValueError(f"--image {path}: {e}") from None
-    return picture
-
-
-def check_writable(out):
-    """Raise before any work is done if the picture could not be written."""
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out must end in .png, got {out}")
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"cannot write {out}: {out.parent} must be a folder that you may write to")
-
-
-def progress(steps):
-    """The steps under a progress bar; plain silence without tqdm."""
-    return tqdm_or_none(iterable=steps, desc="denoising", unit="step") or steps
-
-
-def open_model(args, device):
-    """Return the model of --checkpoint; with --drop-tower only the part that reads prompts."""
-    folders = {"und_folder": args.und_folder, "vae_folder": args.vae_folder}
-    changes = {name: folder for name, folder in folders.items() if folder is not None}
-    parts = ("understanding",) if args.drop_tower else tuple(PARTS)
-    return MoS.from_pretrained(args.checkpoint, device, tower_device=args.tower_device, parts=parts,
-                               vae_dtype=getattr(torch, args.vae_dtype), **changes)
-
-
 def read_flags(arguments):
-    """The command line as it stands."""
+    """Parse the command line as it stands."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("--prompt", nargs="+", default=[], help="one text or several")
     parser.add_argument("--image", type=Path, help="picture to edit: each prompt then says what to "
                         "change in it")
-    parser.add_argument("--negative", default="", help="what guidance moves away from")
+    parser.add_argument("--negative", default="", help="text that guidance moves away from")
     parser.add_argument("--rewrite", action="store_true", help="let the understanding tower write "
-                        "a detailed caption of each prompt first, show it and draw that")
+                        "a detailed caption of each prompt first, print it and draw that")
     parser.add_argument("--temperature", type=float, help="of the rewriting; default 0: the "
                         "likeliest words")
     parser.add_argument("--num", type=int, default=1, help="pictures for each prompt")
@@ -89,29 +43,25 @@ def read_flags(arguments):
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights",
                         help="folder of a trained model")
     parser.add_argument("--und-folder", help="folder of its understanding tower, if that is a "
-                        "published model; this and the next default to the checkpoint's own words")
+                        "published model; this and the next default to what the checkpoint names")
     parser.add_argument("--vae-folder", help="folder of its VAE, if that is Wan 2.2's")
     parser.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32",
                         help="bfloat16 is faster and smaller")
-    parser.add_argument("--tower-device", help="where the understanding tower works, for example "
-                        "cpu; default: where the rest does")
+    parser.add_argument("--tower-device", help="where the understanding tower runs, for example "
+                        "cpu; default: with the rest")
     parser.add_argument("--drop-tower", action="store_true", help="load the rest only after the "
                         "prompts are read and the understanding tower is gone: both need not fit")
     return parser.parse_args(arguments)
 
 
 def parse(arguments=None):
-    """The flags, checked and completed. Raises ValueError for those that make no picture."""
+    """Return the flags, checked and completed. Raises ValueError for those that make no picture."""
     args = read_flags(arguments)
     if not args.prompt:
         raise ValueError("--prompt is missing: say what to draw")
-    for name, given, flags in (
-            ("with --image", args.image, "rewrite drop_tower size"),
-            ("without --image", not args.image, "image_guidance"),
-            ("without --rewrite", not args.rewrite, "temperature")):
-        for flag in flags.split():
-            if given and getattr(args, flag) not in (None, False):
-                raise ValueError(f"--{flag.replace('_', '-')} does not go {name}")
+    refuse(args, "with --image", args.image, ("rewrite", "drop_tower", "size"))
+    refuse(args, "without --image", not args.image, ("image_guidance",))
+    refuse(args, "without --rewrite", not args.rewrite, ("temperature",))
     args.temperature = args.temperature or 0.0
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
@@ -130,8 +80,57 @@ def parse(arguments=None):
     return args
 
 
+def refuse(args, when, condition, flags):
+    """Raise ValueError if one of the flags is given although it has no meaning then."""
+    for flag in flags:
+        if condition and getattr(args, flag) not in (None, False):
+            raise ValueError(f"--{flag.replace('_', '-')} does not go {when}")
+
+
+def parse_size(text):
+    """Return "128" or "128x256" (height x width) as a pair."""
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        height, width = sides * 2 if len(sides) == 1 else sides
+    except ValueError:
+        raise ValueError(f"--size must be SIDE or HEIGHTxWIDTH, got {text!r}") from None
+    return check_size((height, width))
+
+
+def read_picture(path):
+    """Read a picture file as it is shown, in RGB. Raises ValueError for what cannot be edited."""
+    try:
+        with Image.open(path) as image:
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as e:  # PIL raises nearly anything at broken files
+        raise ValueError(f"--image {path} cannot be read: {' '.join(str(e).split())}") from None
+    try:
+        check_size(picture.size[::-1])
+    except ValueError as e:
+        raise ValueError(f"--image {path}: {e}") from None
+    return picture
+
+
+def check_writable(path):
+    """Raise ValueError before any work is done if the picture could not be written."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, got {path}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: {path.parent} must be a folder that you may write "
+                         "to")
+
+
+def open_model(args, device):
+    """Return the model of --checkpoint; with --drop-tower only the part that reads prompts."""
+    folders = {"und_folder": args.und_folder, "vae_folder": args.vae_folder}
+    changes = {name: folder for name, folder in folders.items() if folder is not None}
+    parts = ("understanding",) if args.drop_tower else tuple(PARTS)
+    return MoS.from_pretrained(args.checkpoint, device, tower_device=args.tower_device, parts=parts,
+                               vae_dtype=getattr(torch, args.vae_dtype), **changes)
+
+
 def draw(model, args, prompts, settings, device):
-    """A picture of each prompt, or --image edited as each says."""
+    """Return a picture of each prompt, or --image edited as each prompt says."""
     if args.image:
         return model.edit([args.picture] * len(prompts), prompts, **settings, seed=args.seed,
                           negative=args.negative, progress=progress)
@@ -144,9 +143,36 @@ def draw(model, args, prompts, settings, device):
                           progress=progress)
 
 
+def progress(steps):
+    """Return the steps under a progress bar, or as they are without tqdm."""
+    return tqdm_or_none(iterable=steps, desc="denoising", unit="step") or steps
+
+
+def save(args, images, texts, settings):
+    """Write one picture, or a labelled sheet of several, with all settings in the PNG's texts."""
+    rows = [images[i:i + args.num] for i in range(0, len(images), args.num)]
+    picture = images[0] if len(images) == 1 else contact_sheet(rows, args.prompt)
+    height, width = images[0].size[::-1]
+    notes = dict(prompt=" | ".join(args.prompt), negative=args.negative, seed=args.seed, **settings,
+                 size=f"{height}x{width}", checkpoint=args.checkpoint.name,
+                 torch=torch.__version__)
+    if args.image:
+        notes["image"] = args.image.name
+    if args.rewrite:
+        notes["rewritten"] = " | ".join(texts)
+    info = PngImagePlugin.PngInfo()
+    for key, value in notes.items():
+        info.add_text(key, str(value))
+    with replacing(args.out) as path:
+        # Three times as fast as the default, and the file is hardly larger.
+        picture.save(path, "PNG", pnginfo=info, compress_level=1)
+    print(f"wrote {args.out}")
+
+
 def main():
     """The command."""
-    args, device = parse(), pick_device()
+    args = parse()
+    device = pick_device()
     model = open_model(args, device)
     settings = model.settings(bool(args.image), steps=args.steps, guidance=args.guidance,
                               rescale=args.rescale, schedule=args.schedule,
@@ -157,23 +183,7 @@ def main():
         for prompt, text in zip(args.prompt, texts):
             print(f"{prompt!r} became {text!r}")
     prompts = [text for text in texts for _ in range(args.num)]
-    images = draw(model, args, prompts, settings, device)
-    rows = [images[i:i + args.num] for i in range(0, len(images), args.num)]
-    picture = images[0] if len(images) == 1 else contact_sheet(rows, args.prompt)
-    info = PngImagePlugin.PngInfo()
-    settings_text = dict(prompt=" | ".join(args.prompt), negative=args.negative, seed=args.seed, **settings,
-                size="x".join(map(str, images[0].size[::-1])),
-                checkpoint=args.checkpoint.name, torch=torch.__version__)
-    if args.image:
-        settings_text["image"] = args.image.name
-    if args.rewrite:
-        settings_text["rewritten"] = " | ".join(texts)
-    for key, value in settings_text.items():
-        info.add_text(key, str(value))
-    with replacing(args.out) as path:
-        # Three times as fast as the default, and the file is hardly larger.
-        picture.save(path, "PNG", pnginfo=info, compress_level=1)
-    print(f"wrote {args.out}")
+    save(args, draw(model, args, prompts, settings, device), texts, settings)
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
