@@ -427,7 +427,7 @@ class ImageStage(Stage):
             prompts = [prompt.text for task in tasks
                        for prompt in shapes.benchmark(task, 24 // len(tasks), 9)]
             table = scores.score_tasks(self.model, self.c.eval_prompts, 1, seed=7, batch=256,
-                                       held=(False,), tasks=tasks, steps=25)
+                                       splits=("seen",), tasks=tasks, steps=25)
             values["score"] = scores.overall(table, "seen")
             for task, row in table.items():
                 right, count, _ = row["seen"]
@@ -536,7 +536,7 @@ class EditStage(ImageStage):
         losses = scores.losses_by_time(self.model, *self.val_edits).mean(1)       # (8,)
         values["val_edit"] = losses.mean().item()
         values |= {f"edit_t{i}": loss for i, loss in enumerate(losses.tolist())}
-        table = scores.score_edits(self.model, self.c.eval_prompts, seed=9, held=(False,),
+        table = scores.score_edits(self.model, self.c.eval_prompts, seed=9, splits=("seen",),
                                    steps=25)
         values["edits"] = scores.overall(table, "seen, both")
         for kind, rows in table.items():

@@ -61,6 +61,22 @@ class Tokenizer:
                 raise ValueError(f"{text!r} has {len(row)} tokens, more than the {length} allowed")
         return torch.tensor([row + [self.PAD] * (length - len(row)) for row in rows])
 
+    def ids_and_targets(self, text, answer=None, *, length):
+        """Return token ids and next-token targets, two lists of `length`.
+
+        With an answer, which follows the text, only the answer is a target. Raises ValueError for
+        more than `length` tokens.
+        """
+        ids = self.encode(text)
+        start = len(ids) - 1 if answer else 0
+        ids += self.encode(answer)[1:] if answer else []
+        ids.append(self.EOS)
+        padding = length - len(ids)
+        if padding < 0:
+            raise ValueError(f"{text!r} has {len(ids)} tokens, more than the {length} allowed")
+        targets = [-100] * start + ids[start + 1:] + [-100] * (padding + 1)
+        return ids + [self.PAD] * padding, targets
+
     def request(self, prompt):
         """What makes the tower write a detailed caption, and how that begins: token ids and a text.
 

@@ -141,19 +141,6 @@ def count_tokens(tokenizer, captions, longest):
     return lengths
 
 
-def sequence(tokenizer, length, text, answer=None):
-    """Token ids and next-token targets, lists of `length`; with an answer only that is a target."""
-    ids = tokenizer.encode(text)
-    start = len(ids) - 1 if answer else 0
-    ids += tokenizer.encode(answer)[1:] if answer else []
-    ids.append(tokenizer.EOS)
-    if len(ids) > length:
-        raise ValueError(f"{text!r} has {len(ids)} tokens, more than the {length} allowed")
-    rest = length - len(ids)
-    return (ids + [tokenizer.PAD] * rest,
-            [-100] * start + ids[start + 1:] + [-100] * (rest + 1))
-
-
 class Collate:
     """Turns samples into the tensors of a stage, prompts padded to S = length.
 
@@ -181,9 +168,9 @@ class Collate:
         """Return the tower's texts, their targets, what it says about pictures, and the targets."""
         texts, about = [], []
         for _, text, question, answer, *answer_to_text in samples:
-            texts.append(sequence(self.tokenizer, length, text, *answer_to_text))
-            about.append(sequence(self.tokenizer, length, question, answer) if question else
-                         texts[-1])
+            texts.append(self.tokenizer.ids_and_targets(text, *answer_to_text, length=length))
+            about.append(self.tokenizer.ids_and_targets(question, answer, length=length)
+                         if question else texts[-1])
         columns = (*zip(*texts), *zip(*about))
         return [torch.tensor(column) for column in columns]                   # (B, S) each
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from checkpoint import read_vocabulary
-from common import run
+from common import run, to_tensor
 from config import MoSConfig
 from conftest import ROOT, make_model, run_script
 from mos import MoS
 from tools import curves, drill, estimate, evaluate
+from world import scores
 from world.dataset import Shapes
 
 README = (ROOT / "README.md").read_text()
@@ -132,7 +133,7 @@ missing => no config.json in missing | --what zebra => zebra | --tasks zebra => 
 --schedule fast | --json missing/a.json => missing/a.json | --json . | --zebra => --zebra"""))
 def test_evaluate_refuses(flags, message, refuse, monkeypatch):
     """What evaluate.py cannot score or write, found before anything is drawn."""
-    monkeypatch.setattr(evaluate, "judge_in_parts", lambda *_: pytest.fail("drew before"))
+    monkeypatch.setattr(scores, "judge", lambda *_: pytest.fail("drew before"))
     refuse(message, evaluate, "--number", 1, "--pictures", 1, *flags)
 
 
@@ -276,7 +277,7 @@ def test_golden_pictures(flags, name, command, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(sample, "pick_device", lambda: torch.device("cpu"))
     command(sample, "--out", "a.png", *shlex.split(flags.replace("assets", f"{ROOT}/assets")))
-    pictures = [evaluate.to_tensor(Image.open(path))
+    pictures = [to_tensor(Image.open(path))
                 for path in (tmp_path / "a.png", ROOT / "assets" / name)]
     assert 127.5 * (pictures[0] - pictures[1]).abs().max() < 8.5
 
@@ -366,7 +367,7 @@ def test_readme_commands(script, flags, command, monkeypatch):
     def reached(*_, **__):
         raise Reached
     module = importlib.import_module(script.removesuffix(".py"))
-    for owner, name in ((MoS, "from_pretrained"), (train.World, "join"), (evaluate, "score_judge"),
+    for owner, name in ((MoS, "from_pretrained"), (train.World, "join"), (scores, "score_judge"),
                         (sample, "random_model"), (sample, "read_picture"), (estimate, "show"),
                         (curves, "read")):
         monkeypatch.setattr(owner, name, reached)

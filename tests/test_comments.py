@@ -27,9 +27,10 @@ from data.pictures import Pictures
 from pretrained import encoders
 from towers import Patches
 from world import shapes
+from world.judge import judge
 
-FILES = ("mos.py router.py dit.py towers.py kernels.py vae.py world/shapes.py data/pictures.py "
-         "pretrained/encoders.py").split()
+FILES = ("mos.py router.py dit.py towers.py kernels.py vae.py world/shapes.py world/judge.py "
+         "data/pictures.py pretrained/encoders.py").split()
 UNREACHED = set()  # "file.py: commented source text" that no run on the CPU can reach
 ONE = r"\([^()]*,[^()]*\)"
 COMMENT = re.compile(rf"# ({ONE}(?:,(?: or)? {ONE})*)( each)?")
@@ -192,9 +193,10 @@ def run_everything(watch, folder):
     watch(known | {"towers.py": tower | dict(B=1)}, lambda: list(U.write(tokens[:1], 2, ())))
     U.image_token = 1
     watch(two, U.embed, torch.ones(2, 20, dtype=torch.int64), images)
-    scenes = shapes.pack([shapes.draw_scene(random.Random(i), "dense") for i in range(2)])
-    watch({"shapes.py": dict(B=2, H=96, W=112)},
-          lambda: shapes.judge(shapes.render(scenes, 96, 112)))
+    scenes = shapes.pack([shapes.draw_scene(random.Random(i), "dense")._replace(style=style)
+                          for i, style in enumerate(shapes.STYLES)])
+    size = dict(B=2, H=96, W=112)
+    watch({"shapes.py": size, "judge.py": size}, lambda: judge(shapes.render(scenes, 96, 112)))
     for i in range(2):
         Image.new("RGB", (40 + i, 50)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text("a star")

@@ -7,13 +7,13 @@ from itertools import combinations, permutations
 
 import pytest
 import torch
-from test_shapes import AREAS, FEW, thing
+from scenes import AREAS, FEW, thing
 
 from conftest import make_config
-from tools.evaluate import judge_in_parts, same_scene
 from towers import Tokenizer
 from world import edits, shapes
 from world.edits import TYPES, draw_edit, edit_benchmark, instruct, outside, score, words
+from world.judge import judge, same_scene
 from world.shapes import (BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES, Object, Prompt,
                           Scene, coverage, held_out, is_validation, pack, render, satisfies)
 
@@ -35,7 +35,7 @@ def see(scenes, height=128, width=128):
     """What the judge sees in pictures of scenes that were stored in 8 bits."""
     pictures = torch.cat([render(pack(scenes[i:i + 50]), height, width)
                           for i in range(0, len(scenes), 50)])
-    return judge_in_parts(((pictures + 1) * 127.5).round() / 127.5 - 1)
+    return judge(((pictures + 1) * 127.5).round() / 127.5 - 1)
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +363,7 @@ def test_judge_fails_outlines_that_are_none(monkeypatch):
     """Half an outline, one of another radius or of two colours, mixed styles, a dot in a ring."""
     scenes = [scene._replace(style="outlined") for scene in FEW[::2]]
     whole = render(pack(scenes))
-    fails = lambda drawn: [any(None in o for o in seen.objects) for seen in shapes.judge(drawn)]
+    fails = lambda drawn: [any(None in o for o in seen.objects) for seen in judge(drawn)]
     assert not any(fails(whole))
     for half in (X < 64, X > 64, Y < 64, Y > 64):
         assert all(fails(torch.where(half, whole[:, :, :1, :1], whole)))
@@ -379,8 +379,8 @@ def test_judge_fails_outlines_that_are_none(monkeypatch):
     assert all(fails(torch.stack(pairs)))
     two = (thing("large red ring", .3, .3), thing("small blue star", .7, .7))
     full, line = render(pack([Scene(two, "gray"), Scene(two, "gray", "outlined")]))
-    mixed, = shapes.judge(torch.where(X < 64, full, line)[None])
+    mixed, = judge(torch.where(X < 64, full, line)[None])
     assert same_scene(Scene(two, "gray", None), mixed, 128)
-    ring, = shapes.judge(torch.where(torch.hypot(X - 38.4, Y - 38.4) < 4, full[:, 38:39, 22:23],
+    ring, = judge(torch.where(torch.hypot(X - 38.4, Y - 38.4) < 4, full[:, 38:39, 22:23],
                                      line)[None])
     assert len(ring.objects) == 3  # a dot in a ring's outline is no part of it

@@ -9,25 +9,23 @@ import shlex
 import shutil
 import sys
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from test_shapes import facts, shows_held
+from scenes import facts, shows_held
 
 from checkpoint import read_vocabulary
-from common import run
+from common import run, to_image, to_tensor
 from config import MoSConfig
 from conftest import ROOT, SMALL, make_config
 from mos import MoS
-from stages import ImageStage
-from tools import evaluate, report
-from tools.evaluate import Result, to_image, to_tensor
+from tools import evaluate
 from towers import Tokenizer
-from world import edits, shapes
-from world.captions import dense_benchmark, in_words, read_caption, statements
+from world import edits, scores, shapes
+from world.captions import CATEGORIES, dense_benchmark, in_words, read_caption, statements
 from world.dataset import Shapes
+from world.scores import Result, averages, figures, tabulate
 from world.shapes import Object, Scene, benchmark, satisfies
 
 SIZE = 96  # the smallest for which the judge is tested, and the fastest
@@ -38,7 +36,7 @@ def scene_of(text):
     rng, said = random.Random(text), read_caption(text)
     while True:
         sizes = [o.size or rng.choice(tuple(shapes.SIZES)) for o in said.objects]
-        places = shapes._place(rng, sizes, 1, 1, shapes.GRID)
+        places = shapes.draw_centres(rng, sizes, 1, 1, shapes.GRID)
         objects = tuple(Object(o.shape, o.colour or rng.choice(tuple(shapes.COLOURS)), size, *place)
                         for o, size, place in zip(said.objects, sizes, places or ()))
         scene = Scene(objects, said.background or rng.choice(tuple(shapes.BACKGROUNDS)))
@@ -102,19 +100,19 @@ def at_chance(groups):
 def test_truth_passes_the_six_tasks():
     """Each task, seen and held out, at 100 %, drawn once for each prompt and seed."""
     model = Truth()
-    table = evaluate.score_tasks(model, 3, 2, seed=5, batch=4, steps=1)
+    table = scores.score_tasks(model, 3, 2, seed=5, batch=4, steps=1)
     assert table["single object"].keys() == {"seen"} and len(rows(table)) == 11
     for (task, split), score in rows(table).items():
         texts = {p.text for p in benchmark(task, 3, 5, split == "held-out")}
         assert score == [6, 6, len(texts)], task
     assert model.seeds == [*range(5, 11)] * 11 and {len(s) for s in model.shown} == {4, 2}
-    assert evaluate.overall(table, "seen") == evaluate.overall(table, "held-out") == 1
+    assert scores.overall(table, "seen") == scores.overall(table, "held-out") == 1
 
 
 def test_shuffled_tasks_score_at_chance():
     """Pictures of other prompts pass as seldom as prompts agree."""
     model, number = Truth(turn=1), 14
-    table = evaluate.score_tasks(model, number, 1, steps=1)
+    table = scores.score_tasks(model, number, 1, steps=1)
     groups = []
     for ((task, split), (passed, *_)), shown in zip(rows(table).items(), model.shown):
         asked = benchmark(task, number, 0, split == "held-out")
@@ -125,12 +123,12 @@ def test_shuffled_tasks_score_at_chance():
 
 def test_truth_passes_dense_prompts_and_shuffled_ones_do_not():
     """All statements of every category, and at chance for another prompt's picture."""
-    table = evaluate.score_dense(Truth(), 10, steps=1)
-    assert list(table) == [*evaluate.CATEGORIES, "overall", "whole"]
+    table = scores.score_dense(Truth(), 10, steps=1)
+    assert list(table) == [*CATEGORIES, "overall", "whole"]
     assert all(score[0] == score[1] > 0 and len(column) == 2 for column in table.values()
                for score in column.values())
     model, failures = Truth(turn=1), []
-    wrong = evaluate.score_dense(model, 10, failures=failures, steps=1)
+    wrong = scores.score_dense(model, 10, failures=failures, steps=1)
     for column, row in rows(table):
         assert wrong[column][row][1:] == table[column][row][1:]
     for row, held, shown in (("seen", False, model.shown[0]), ("held-out", True, model.shown[1])):
@@ -158,7 +156,7 @@ EDITS = functools.cache(edits.edit_benchmark)
 
 def test_truth_passes_edits(remembered):
     """Every type, asked and kept, seen and held out; outside only what the VAE loses is lost."""
-    table = evaluate.score_edits(Truth().learn(3), 3, batch=2, steps=1)
+    table = scores.score_edits(Truth().learn(3), 3, batch=2, steps=1)
     assert tuple(table) == edits.TYPES
     for (type, row), score in rows(table).items():
         if row.endswith("VAE, dB"):
@@ -178,7 +176,7 @@ def test_near_what_the_vae_keeps(remembered, off, near):
     draw, model.vae.encode = model.draw, lambda x: x
     model.vae.decode = lambda x: x - 10 / 127.5
     model.draw = lambda *a: [to_image(to_tensor(image) - off / 127.5) for image in draw(*a)]
-    table = evaluate.score_edits(model, 1, types=("adjust",), held=(False,), steps=1)
+    table = scores.score_edits(model, 1, types=("adjust",), splits=("seen",), steps=1)
     assert table["adjust"]["seen, within 2 dB"] == [near, 1, 1]
 
 
@@ -186,12 +184,12 @@ def test_shuffled_edits_score_at_chance(remembered, monkeypatch):
     """The results of other edits are neither what was asked for nor do they keep the rest."""
     monkeypatch.setattr(edits, "outside", lambda *_: torch.zeros(SIZE, SIZE, dtype=torch.bool))
     model, number = Truth(turn=1).learn(3), 3
-    table, groups = evaluate.score_edits(model, number, steps=1), {"asked": [], "kept": []}
+    table, groups = scores.score_edits(model, number, steps=1), {"asked": [], "kept": []}
     for type, held in product(edits.TYPES, (False, True)):
         wanted = edits.edit_benchmark(type, number, 0, held)
         for k, name in enumerate(groups):
             pairs = [[edits.score(e, other.target)[k] for other in wanted] for e in wanted]
-            right = table[type][f"{evaluate.SPLITS[held]}, {name}"][0]
+            right = table[type][f"{scores.SPLITS[held]}, {name}"][0]
             groups[name].append((right, pairs))
     assert all(map(at_chance, groups.values()))
     assert sum(column[f"{split}, both"][0] for column in table.values()
@@ -204,8 +202,8 @@ def test_true_descriptions_and_shuffled_ones(monkeypatch):
     told = [world.scene(i)[:2] for world in worlds for i in range(number)]
     for turn in (0, 1):
         texts = iter([prompt.text for _, prompt in told[turn:] + told[:turn]])
-        monkeypatch.setattr(evaluate, "write_caption", lambda *_: next(texts))
-        table = evaluate.score_descriptions(Truth(), number)
+        monkeypatch.setattr(scores, "write_caption", lambda *_: next(texts))
+        table = scores.score_descriptions(Truth(), number)
         for k, row in enumerate(("seen", "held-out")):
             own = told[k * number:(k + 1) * number]
             full = sum(all(o.colour for o in p.objects) for _, p in own)
@@ -218,11 +216,11 @@ def test_true_descriptions_and_shuffled_ones(monkeypatch):
 
 def test_a_caption_that_is_none_is_not_true(monkeypatch):
     """Words without grammar count as wrong, and are shown as failures."""
-    monkeypatch.setattr(evaluate, "write_caption", lambda *_: "a photo of a")
+    monkeypatch.setattr(scores, "write_caption", lambda *_: "a photo of a")
     failures = []
-    table = evaluate.score_descriptions(Truth(), 2, failures=failures)
+    table = scores.score_descriptions(Truth(), 2, failures=failures)
     assert {score[0] for score in rows(table).values()} == {0}
-    assert failures[0].told == "written: a photo of a" and len(failures) == 4
+    assert failures[0].note == "written: a photo of a" and len(failures) == 4
 
 
 # ------------------------------------------------------------------------------------------------
@@ -345,28 +343,28 @@ def test_tabulate_counts_and_keeps_some_failures():
     results = [Result("a", "seen", f"text {i % 4}", i % 2, picture) for i in range(10)]
     results += [Result("a", "held-out", "text", 0.25, picture), Result("b", "seen", "text", 0)]
     failures = []
-    table = report.tabulate(iter(results), failures)
+    table = tabulate(iter(results), failures)
     assert table == {"a": {"seen": [5, 10, 4], "held-out": [0.25, 1, 1]}, "b": {"seen": [0, 1, 1]}}
     assert failures == [results[0], results[2], results[4], results[10]]
-    assert report.tabulate(results) == table
+    assert tabulate(results) == table
 
 
 def test_averages_and_errors():
     """Means of the columns that have a row, with the errors of independent numbers."""
     table = {"a": {"seen": [3, 4, 4], "x": 2.0}, "b": {"seen": [8, 16, 9], "held-out": [1, 2, 1]},
              "c": {"seen": [0.5, 0.3], "x": 4.0}}
-    p, error, prompts = report.figures([3, 4, 4])
+    p, error, prompts = figures([3, 4, 4])
     assert (p, error, prompts) == (0.75, pytest.approx(math.sqrt(.75 * .25 / 4)), 4)
-    means = report.averages(table)
+    means = averages(table)
     assert means["x"] == 3.0 and means["held-out"] == [0.5, pytest.approx(math.sqrt(1 / 8))]
     assert means["seen"] == [pytest.approx(1.75 / 3), pytest.approx(
         math.sqrt(3 / 64 + 1 / 64 + 0.09) / 3)]
-    assert report.averages(table, ["b"])["seen"] == [0.5, 0.125]
+    assert averages({"b": table["b"]})["seen"] == [0.5, 0.125]
 
 
 def test_show(capsys):
     """Scores in the columns' order, errors and numbers below, a dash for what there is not."""
-    report.show("Title", {"single object": {"seen": [80, 80, 8]},
+    evaluate.show("Title", {"single object": {"seen": [80, 80, 8]},
                           "position": {"seen": [3, 4, 3], "held-out": [9, 10, 7]},
                           "overall": {"seen": [0.875, 0.1], "held-out": 41.234}})
     assert capsys.readouterr().out == """
@@ -385,13 +383,16 @@ def test_sheet():
     """Failures in a grid, pictures left of their words; without any it is white."""
     red = Image.new("RGB", (64, 64), "red")
     results = [Result("a", "seen", "words " * 40, 0, (red, red), "seen: nothing")] * 4
-    sheet = report.draw_sheet({"tasks": results[:3], "edits": results[3:]}, columns=3)
-    assert sheet.size == (3 * (2 * 128 + 290), 2 * 128)
-    for x, y in product((546, 2 * 546), (0, 63)):
-        assert sheet.getpixel((x, y)) == sheet.getpixel((x + 128, y)) == (255, 0, 0)
-    assert sheet.getpixel((0, 128)) == (255, 0, 0) and sheet.getpixel((546, 128)) == (255,) * 3
-    assert sheet.crop((256, 0, 546, 128)).getextrema()[0] == (0, 255)  # black words on white
-    assert report.draw_sheet({}).getextrema() == ((255, 255),) * 3
+    sheet = evaluate.draw_sheet({"tasks": results[:3], "edits": results[3:]}, columns=3)
+    card = 2 * (128 + 4) + 290
+    assert sheet.size == (3 * card + 2 * 4, 2 * 128 + 4)
+    for x, y in product((card + 4, 2 * (card + 4)), (0, 63)):
+        assert sheet.getpixel((x, y)) == sheet.getpixel((x + 68, y)) == (255, 0, 0)
+        assert sheet.getpixel((x + 64, y)) == (255,) * 3  # white between the pictures
+    assert sheet.getpixel((0, 132)) == (255, 0, 0)
+    assert sheet.getpixel((card + 4, 132)) == (255,) * 3
+    assert sheet.crop((264, 0, card, 128)).getextrema()[0] == (0, 255)  # black words on white
+    assert evaluate.draw_sheet({}).getextrema() == ((255, 255),) * 3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -431,11 +432,11 @@ def contents(folder):
 
 def test_export_is_genevals_format(prompts, tmp_path):
     """Its folders, its lines, four pictures each; broken off and taken up again the same."""
-    made = {"seed": 5, "settings": {"steps": 1}}
-    entries, whole, broken = report.read_prompts(prompts), tmp_path / "whole", tmp_path / "broken"
+    made = {"pictures": 4, "seed": 5, "settings": {"steps": 1}}
+    entries, whole, broken = evaluate.read_prompts(prompts), tmp_path / "whole", tmp_path / "broken"
     assert entries == LINES
     painter = Painter()
-    report.export(painter, whole, entries, 4, 5, made)
+    evaluate.draw_prompts(painter, whole, entries, 5, made)
     assert painter.drawn == [(line["prompt"], 5 + 4 * n + i) for n, line in enumerate(LINES)
                              for i in range(4)]
     found = contents(whole)
@@ -444,13 +445,13 @@ def test_export_is_genevals_format(prompts, tmp_path):
     assert [json.loads(found[f"{n:05d}/metadata.jsonl"]) for n in range(3)] == LINES
     assert Image.open(whole / "00001/samples/0002.png").getpixel((0, 0)) == (11, 20, 7)
     with pytest.raises(RuntimeError):
-        report.export(Painter(1), broken, entries, 4, 5, made)
+        evaluate.draw_prompts(Painter(1), broken, entries, 5, made)
     before = contents(broken)
     assert sum(name.endswith(".png") for name in before) == 5
     painter = Painter()
-    report.export(painter, broken, entries, 4, 5, made)
+    evaluate.draw_prompts(painter, broken, entries, 5, made)
     assert contents(broken) == found and len(painter.drawn) == 7
-    report.export(Painter(0), broken, entries, 4, 5, made)  # nothing is left to draw
+    evaluate.draw_prompts(Painter(0), broken, entries, 5, made)  # nothing is left to draw
 
 
 def test_export_never_leaves_half_a_picture(monkeypatch, tmp_path):
@@ -460,22 +461,24 @@ def test_export_never_leaves_half_a_picture(monkeypatch, tmp_path):
         raise OSError("no space left")
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(OSError):
-        report.export(Painter(), tmp_path / "out", LINES, 1, 1, {"seed": 0, "settings": {}})
+        evaluate.draw_prompts(Painter(), tmp_path / "out", LINES, 1,
+                              {"pictures": 1, "seed": 0, "settings": {}})
     assert not [name for name in contents(tmp_path) if name.endswith(".png")]
 
 
 def test_export_refuses_other_pictures(prompts, tmp_path):
     """A folder that holds anything else, or pictures of another seed, is left as it is."""
-    made, folder = {"seed": 5, "settings": {}}, tmp_path / "folder"
-    report.check_export(folder, made)
-    report.export(Painter(), folder, LINES[:1], 1, 1, made)
-    report.check_export(folder, made)
+    made = {"pictures": 1, "seed": 5, "settings": {}}
+    folder = tmp_path / "folder"
+    evaluate.check_export(folder, made)
+    evaluate.draw_prompts(Painter(), folder, LINES[:1], 1, made)
+    evaluate.check_export(folder, made)
     with pytest.raises(ValueError, match=r"another seed \(5, now 6\)"):
-        report.check_export(folder, made | {"seed": 6})
+        evaluate.check_export(folder, made | {"seed": 6})
     (folder / "made.json").unlink()
     for path in (folder, prompts):
         with pytest.raises(ValueError, match="holds something else"):
-            report.check_export(path, made)
+            evaluate.check_export(path, made)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -592,18 +595,17 @@ def test_refuses(flags, message, small, command, capsys, tmp_path):
 
 
 def test_loss_is_that_of_training(small):
-    """The same numbers as the image stage's validation, at eight times; means, errors of them."""
+    """The training loss with fixed noise, at eight times; their means, and errors of them."""
     model, data = MoS.from_pretrained(small), Shapes(64, 2, "val")
     packed, texts, *_ = zip(*(data[i] for i in range(6)))
     z0 = model.vae.encode(data.to_pixels(torch.stack(packed), "cpu"))
     tokens = model.tokenizer.batch(texts)
-    each = evaluate.losses_by_time(model, z0, tokens)
-    stage = SimpleNamespace(model=model, val=(z0, tokens), world=SimpleNamespace(device=z0.device))
+    each = scores.losses_by_time(model, z0, tokens)
     z1 = torch.randn(z0.shape, generator=torch.Generator().manual_seed(1))
     assert each.shape == (8, 6)
-    assert torch.allclose(each[2], model.loss(z0, tokens, torch.full((6,), 0.3125), z1))
-    assert torch.allclose(each.mean(1), ImageStage.losses_by_time(stage))
-    table = evaluate.score_loss(model, 6, seed=2)
+    for i, losses in enumerate(each):
+        assert torch.allclose(losses, model.loss(z0, tokens, torch.full((6,), (i + 0.5) / 8), z1))
+    table = scores.score_loss(model, 6, seed=2)
     assert list(table)[::8] == ["t=0.0625", "mean"] and len(table) == 9
     assert table["mean"]["seen"][0] == pytest.approx(each.mean().item(), rel=1e-4)
     error = each.mean(0).std(correction=0).item() / 6 ** 0.5
@@ -616,5 +618,5 @@ def test_the_tower_of_weights_describes():
     model = MoS.from_pretrained(ROOT / "weights", parts=("understanding",))
     scene = Scene((Object("cross", "purple", "large", .5, .5),), "gray")
     picture, = shapes.render(shapes.pack([scene]))
-    said = read_caption(evaluate.write_caption(model, picture))
+    said = read_caption(scores.write_caption(model, picture))
     assert satisfies(said, scene)

@@ -12,32 +12,23 @@ from itertools import combinations, permutations, product
 
 import pytest
 import torch
+from scenes import ALL, AREAS, COLOUR, FEW, SHAPE, SIZE, facts, shows_held, thing
 
 from conftest import ROOT, make_config
-from data.sources import Collate, Mixture, build_tokenizer, sequence
-from tools.evaluate import same_scene, score_judge
+from data.sources import Collate, Mixture, build_tokenizer
 from world import shapes
 from world.dataset import Shapes
+from world.judge import COLOUR_TOLERANCE, judge, same_scene
+from world.scores import score_judge
 from world.shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS, HELD_TRIPLES,
-                          INVERSE, NUMBERS, RELATIONS, SHAPES, SIZES, TASKS, Object, Prompt, Scene,
-                          benchmark, judge, pack, related, render, satisfies)
+                          INVERSE, NUMBERS, RELATIONS, SHAPES, SIZES, TASKS, Prompt, Scene,
+                          benchmark, pack, related, render, satisfies)
 
 OTHER = ((96, 96), (160, 160), (256, 256), (128, 256))
 HOW_MANY = {word: n for n, word in NUMBERS.items()} | {"one": 1}
-SHAPE, COLOUR, SIZE = map("|".join, (SHAPES, COLOURS, SIZES))
 NOUN = rf"\b(?:an?|the|two|three|four) (?:(?:{SIZE}) )?(?:(?:{COLOUR}) )?(?:{SHAPE})(?:e?s)?\b"
 WORDINGS = {wording: r for r, wordings in RELATIONS.items() for wording in wordings}
-ALL = [Scene((Object(s, c, tuple(SIZES)[(i + i // 10) % 2], .5, .5),), tuple(BACKGROUNDS)[i % 4])
-       for i, (s, c) in enumerate(product(SHAPES, COLOURS))]  # each shape in each colour
-FEW = ALL[::3]  # each shape, each colour, each size, each background
 X, Y = torch.arange(128).view(1, 128) + 0.5, torch.arange(128).view(128, 1) + 0.5
-
-
-def thing(words, x=0.0, y=0.0):
-    """The object that words like "two large red circles" speak of."""
-    words = re.sub(rf"({SHAPE})e?s\b", r"\1", words).split()
-    return Object(*(next((w for w in words if w in table), None)
-                    for table in (SHAPES, COLOURS, SIZES)), x, y)
 
 
 def read(text):
@@ -57,21 +48,6 @@ def claim(question, answer):
         relation = next(r for r in RELATIONS if r.startswith(answer))
         return tuple(map(thing, re.findall(SHAPE, question))), ((0, relation, 1),)
     return (thing(f"{question} {answer}"),) * HOW_MANY.get(answer, 1), ()
-
-
-def facts(scene):
-    """All (i, relation, j) that are true of a scene."""
-    return tuple((i, r, j) for i, j in permutations(range(len(scene.objects)), 2)
-                 for r in RELATIONS if related(scene.objects[i], r, scene.objects[j]))
-
-
-def shows_held(objects, relations):
-    """Whether objects in these relations contain a combination that training must not show."""
-    names = [o.shape for o in objects]
-    return (any(o[1::-1] in HELD_COLOURS for o in objects)
-            or any((n, s) in HELD_COUNTS for s, n in Counter(names).items())
-            or any(frozenset(pair) in HELD_PAIRS for pair in combinations(names, 2))
-            or any((names[i], r, names[j]) in HELD_TRIPLES for i, r, j in relations))
 
 
 def show(scenes):
@@ -179,7 +155,7 @@ def test_judge_fails_in_between(monkeypatch):
         assert all(o.shape is o.size is None for seen in judge(drawn) for o in seen.objects)
     for a, b in combinations(COLOURS, 2):
         mixed = tuple((u + v) / 2 for u, v in zip(COLOURS[a], COLOURS[b]))
-        if min(math.dist(mixed, c) for c in COLOURS.values()) > shapes.COLOUR_TOLERANCE:
+        if min(math.dist(mixed, c) for c in COLOURS.values()) > COLOUR_TOLERANCE:
             with monkeypatch.context() as patch:
                 patch.setitem(COLOURS, a, mixed)
                 drawn = show([s for s in FEW if s.objects[0].colour == a])
@@ -268,8 +244,10 @@ def test_the_same_picture_is_in_one_split(train):
 def test_the_seed_decides_all():
     """A seed and an index give the same bits in any order and process, another seed others."""
     code = "import test_shapes; print(test_shapes.fingerprint())"
-    again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                           env={**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"})
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1",
+                                "PYTHONPATH": path})
     assert again.stdout.strip() == fingerprint(), again.stderr
     worlds = [[Shapes(64, seed, split).scene(i) for i in range(30)]
               for seed, split in ((3, "train"), (4, "train"), (3, "val"))]
@@ -356,12 +334,6 @@ def test_the_longest_caption_fits():
     assert 45 <= max(len(text.split()) for text in texts) + 2 <= make_config().max_tokens
 
 
-AREAS = {"circle": math.pi, "square": 1.7 ** 2, "triangle": 0.75 * 3 ** 0.5 * 1.15 ** 2,
-         "star": 5 * 1.15 * 0.5 * math.sin(math.pi / 5), "ring": math.pi * (1 - 0.46 ** 2),
-         "cross": 2 * 2.1 * 0.7 - 0.7 ** 2, "diamond": 2 * 1.15 * 0.8,
-         "hexagon": 12 ** 0.5 * 0.92 ** 2}
-
-
 @pytest.mark.parametrize("height, width", ((128, 128), (96, 160), (200, 100)))
 def test_render_is_exact_and_antialiased(height, width):
     """Each shape has its formula's area, its centre, its colour, soft edges and nothing else."""
@@ -390,8 +362,8 @@ def test_render_does_not_depend_on_the_batch(train):
         assert torch.equal(render(pack(scenes[::-1]), *size).flip(0), drawn)
         assert all(torch.equal(render(pack([s]), *size)[0], d) for s, d in zip(scenes, drawn))
     apart = lambda pairs: min(math.dist(a, b) for a, b in pairs)
-    assert apart(product(COLOURS.values(), BACKGROUNDS.values())) > shapes.COLOUR_TOLERANCE
-    assert apart(combinations(COLOURS.values(), 2)) > 2 * shapes.COLOUR_TOLERANCE
+    assert apart(product(COLOURS.values(), BACKGROUNDS.values())) > COLOUR_TOLERANCE
+    assert apart(combinations(COLOURS.values(), 2)) > 2 * COLOUR_TOLERANCE
 
 
 def test_tokenizer_knows_the_world(tokenizer):
@@ -425,7 +397,7 @@ def test_sequences_have_the_right_targets(tokenizer):
     assert torch.equal(pictures, Collate("vae", tokenizer)(items, 0)[0])
     prompts = captions.masked_fill(captions == tokenizer.EOS, tokenizer.PAD)
     assert torch.equal(Collate("image", tokenizer)(items, 48)[1], prompts)
-    fits, _ = sequence(tokenizer, 7, "is there a red", "yes")
+    fits, _ = tokenizer.ids_and_targets("is there a red", "yes", length=7)
     assert words(fits) == "<bos> is there a red yes <eos>"
     with pytest.raises(ValueError, match="7 tokens, more than the 6"):
-        sequence(tokenizer, 6, "is there a red", "yes")
+        tokenizer.ids_and_targets("is there a red", "yes", length=6)

@@ -23,6 +23,7 @@ from common import ROOT, CommandLine, World, revision, run, to_image
 from config import SCHEDULES, plan, read_recipe
 from data.sources import Mixture
 from mos import MoS
+from tools import evaluate
 from world import scores
 from world.dataset import Shapes
 
@@ -150,7 +151,7 @@ def sampling(args, world, prompts=20, wanted=6):
           f"{'':37}{'six tasks':>16}{'nine edits':>16}")
     for names, rows in SAMPLING:
         for values in rows:
-            options = dict(zip(names, values)) | dict(seed=args.seed, held=(False,))
+            options = dict(zip(names, values)) | dict(seed=args.seed, splits=("seen",))
             tasks = scores.score_tasks(model, prompts, 1, **options)
             edits = scores.score_edits(model, wanted, **options)
             text = ", ".join(f"{name} {value}" for name, value in zip(names, values))

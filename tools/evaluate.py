@@ -1,371 +1,75 @@
-"""Score a checkpoint of the small world, apart for what training has shown and what it has not.
+"""Score a checkpoint of the small world, separately for what training has shown and has not.
 
-    python evaluate.py weights                     # all that it can do
-    python evaluate.py weights --what tasks        # GenEval's tasks: the paper's Table 6
-    python evaluate.py weights --what dense edits  # as DPG (Table 7) and ImgEdit (Table 10)
-    python evaluate.py weights --what understanding descriptions  # what its tower says
-    python evaluate.py weights --what loss vae     # does the judge see through the VAE?
-    python evaluate.py --what judge                # the judge on its own renders
-    python evaluate.py CHECKPOINT --export FOLDER --prompts evaluation_metadata.jsonl
+    python -m tools.evaluate weights                     # all that it can do
+    python -m tools.evaluate weights --what tasks        # GenEval's tasks: the paper's Table 6
+    python -m tools.evaluate weights --what dense edits  # as DPG (Table 7) and ImgEdit (Table 10)
+    python -m tools.evaluate weights --what understanding descriptions  # its tower's words
+    python -m tools.evaluate weights --what loss vae     # can the judge see through the VAE?
+    python -m tools.evaluate --what judge                # the judge on the world's own renders
+    python -m tools.evaluate CHECKPOINT --export FOLDER --prompts evaluation_metadata.jsonl
 
-The last one is for models of the real world: it draws GenEval's own prompts into the folders that
-GenEval's own judge reads. Here a picture's content is known, and a judge that reads it without
-error takes the place of FID and CLIP scores; the validation loss is the only other measure.
+The last one is for models of the real world. It draws GenEval's own prompts into the folders that
+GenEval's own judge reads. `world/scores.py` has the scores; here are the command and its output.
 """
 
 import json
-import math
-import random
-from itertools import product
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from common import ROOT, CommandLine, pick_device, replacing, run
-from data.sources import Collate
-from kernels import autocast
+from checkpoint import PARTS, load_parts
+from common import ROOT, CommandLine, checksum, contact_sheet, pick_device, replacing, run, wrap
 from mos import MoS
-from tools import report
-from tools.report import Result, averages, tabulate
-from world import edits, shapes
-from world.captions import CATEGORIES, dense_benchmark, in_words, read_caption, statements
-from world.dataset import Shapes
+from world import edits, scores, shapes
+from world.scores import averages
 
-GENEVAL_COUNTS = dict(zip(shapes.TASKS, (80, 99, 80, 94, 100, 100)))
-DENSE_COUNT, EDIT_COUNT = 1065, 100  # DPG's number of prompts; about ImgEdit's of each type
-SPLITS = {False: "seen", True: "held-out"}
-SCENES = {"seen": "val", "held-out": "held"}  # the splits of shapes.draw_scene
-
-
-# ------------------------------------------------------------------------------------------------
-# Drawing and judging
-
-def to_tensor(image):
-    """A PIL image as (3, H, W) in [-1, 1]."""
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
-
-
-def to_image(picture):
-    """A picture (3, H, W) in [-1, 1] as a PIL image."""
-    pixels = ((picture.cpu() + 1) * 127.5).round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.contiguous().numpy())
-
-
-def judge_in_parts(pictures, size=64):
-    """shapes.judge over many pictures, `size` at a time."""
-    return [scene for part in pictures.split(size) for scene in shapes.judge(part)]
-
-
-def draw_and_judge(model, prompts, seed, batch, **settings):
-    """(prompt, PIL picture, what it shows) of each prompt; prompt i is drawn with seed + i."""
-    images = []
-    for i in range(0, len(prompts), batch):
-        texts = [p.text for p in prompts[i:i + batch]]
-        seeds = [seed + i + k for k in range(len(texts))]
-        images += model.generate(texts, seed=seeds, **settings)
-    return zip(prompts, images, judge_in_parts(torch.stack([*map(to_tensor, images)])))
-
-
-# ------------------------------------------------------------------------------------------------
-# GenEval's six tasks
-
-def score_tasks(model, prompts=None, pictures=4, seed=0, batch=64, held=(False, True),
-                tasks=shapes.TASKS, failures=None, **settings):
-    """The six-task score: {"task": {"seen": [passed, drawn, prompts], "held-out": ...}}.
-
-    prompts: number for each task and split, GenEval's own counts if None; pictures: for each
-    prompt; batch: drawn at once; held: which splits, False is seen and True held out; failures:
-    see report.tabulate; settings: as for `MoS.generate`. A picture passes if the judge finds
-    exactly what the prompt asks for. "single object" has nothing to hold out.
-    """
-    def results():
-        for task, split in product(tasks, held):
-            if split and task == "single object":
-                continue
-            wanted = [p for p in shapes.benchmark(task, prompts or GENEVAL_COUNTS[task], seed,
-                                                  split) for _ in range(pictures)]
-            for p, image, seen in draw_and_judge(model, wanted, seed, batch, **settings):
-                yield Result(task, SPLITS[split], p.text, shapes.satisfies(p, seen), (image,),
-                             f"seen: {in_words(seen)}")
-    return tabulate(results(), failures)
-
-
-def overall(table, split):
-    """Mean of the tasks' scores of one split, GenEval's way."""
-    return report.figures(averages(table)[split])[0]
-
-
-# ------------------------------------------------------------------------------------------------
-# Dense prompts, in DPG's five categories
-
-def score_dense(model, number=None, seed=0, batch=64, held=(False, True), failures=None,
-                **settings):
-    """{category: {"seen": [fulfilled, stated, prompts], "held-out": ...}}, one picture a prompt.
-
-    A category's score is the share of its statements that pictures fulfil; "overall" is DPG's, the
-    mean over pictures of the share of their own; "whole" is the share of pictures that fulfil
-    all. Arguments: as for `score_tasks`; DPG's number of prompts if None.
-    """
-    def results():
-        for split in held:
-            prompts = [p for p, _ in dense_benchmark(number or DENSE_COUNT, seed, split)]
-            for p, image, seen in draw_and_judge(model, prompts, seed, batch, **settings):
-                stated, row = list(statements(p, seen)), SPLITS[split]
-                for category, fulfilled in stated:
-                    yield Result(category, row, p.text, fulfilled)
-                share = sum(fulfilled for _, fulfilled in stated) / len(stated)
-                yield Result("overall", row, p.text, share, (image,), f"seen: {in_words(seen)}")
-                yield Result("whole", row, p.text, share == 1)
-    table = tabulate(results(), failures)
-    return {column: table[column] for column in (*CATEGORIES, "overall", "whole")
-            if column in table}
-
-
-# ------------------------------------------------------------------------------------------------
-# Edits, of ImgEdit's nine types
-
-@torch.no_grad()
-def score_edits(model, number=None, seed=0, batch=64, held=(False, True), types=edits.TYPES,
-                failures=None, **settings):
-    """{type: {"seen, asked": [passed, drawn, texts], "seen, kept": ..., "seen, both": ..., ...}}.
-
-    asked, kept: see edits.score. "seen, dB": PSNR of result and source outside of what the text
-    speaks of; "VAE, dB": of source and its round trip through the VAE, which is the most that can
-    be expected; "within 2 dB": the share of pictures that come so near to it. Arguments: as for
-    `score_tasks`, settings: as for `MoS.edit`.
-    """
-    def results():
-        for type, split in product(types, held):
-            wanted = edits.edit_benchmark(type, number or EDIT_COUNT, seed, split)
-            for start in range(0, len(wanted), batch):
-                part = wanted[start:start + batch]
-                seeds = [seed + start + i for i in range(len(part))]
-                yield from edit_and_judge(model, part, seeds, SPLITS[split], **settings)
-
-    table = tabulate(results(), failures)
-    for column in table.values():
-        column.update({row: decibel(error / count) for row, (error, count, _) in column.items()
-                       if row.endswith(", dB")})  # not "within 2 dB", a share
-    return table
-
-
-def edit_and_judge(model, wanted, seeds, row, **settings):
-    """Yield all results of a batch of edits."""
-    size = model.config.size
-    sources = [to_image(p) for p in shapes.render(shapes.pack([e.source for e in wanted]), size,
-                                                  size)]
-    images = model.edit(sources, [e.text for e in wanted], seed=seeds, **settings)
-    before, after = (torch.stack([*map(to_tensor, own)]) for own in (sources, images))
-    again = model.vae.decode(model.vae.encode(before.to(next(model.vae.parameters())))).cpu()
-    for i, (edit, seen) in enumerate(zip(wanted, judge_in_parts(after))):
-        asked, kept = edits.score(edit, seen)
-        yield Result(edit.type, f"{row}, asked", edit.text, asked)
-        yield Result(edit.type, f"{row}, kept", edit.text, kept)
-        yield Result(edit.type, f"{row}, both", edit.text, asked and kept,
-                     (sources[i], images[i]), f"seen: {in_words(seen)}")
-        outside = edits.outside(edit, size, size)
-        if outside.any():
-            own, least = ((picture - before[i])[:, outside].square().mean().item()
-                          for picture in (after[i], again[i]))
-            yield Result(edit.type, f"{row}, within 2 dB", edit.text,
-                         decibel(own) >= decibel(least) - 2)
-            yield Result(edit.type, f"{row}, dB", edit.text, own)
-            yield Result(edit.type, f"{row}, VAE, dB", edit.text, least)
-
-
-def decibel(error):
-    """The PSNR of a mean squared error of pictures in [-1, 1]."""
-    return 10 * math.log10(4 / error) if error else math.inf
-
-
-# ------------------------------------------------------------------------------------------------
-# What the understanding tower says about pictures
-
-@torch.no_grad()
-def score_understanding(model, number, split="val", seed=0, batch=100):
-    """How many of `number` questions about fresh pictures the tower answers word for word."""
-    dataset = Shapes(model.config.size, seed, split)
-    device = model.understanding.embedding.weight.device
-    collate, right = Collate("understand", model.tokenizer), 0
-    for start in range(0, 2 * number, 2 * batch):  # every other item of a batch is a question
-        items = [dataset[i] for i in range(start, min(start + 2 * batch, 2 * number))]
-        pictures, _, _, tokens, target = (a[1::2] for a in
-                                         collate(items, model.config.max_tokens))
-        _, metrics = model.understanding.loss(tokens.to(device), target.to(device),
-                                              dataset.to_pixels(pictures, device))
-        right += round(metrics["text_accuracy"].item() * len(tokens))
-    return right
-
-
-@torch.no_grad()
-def write_caption(model, picture):
-    """What the tower writes about a picture (3, H, W) in [-1, 1] if it is asked nothing."""
-    U, start = model.understanding, model.tokenizer.encode("")
-    tokens = torch.tensor([start], device=U.embedding.weight.device)
-    with autocast(tokens.device):
-        return model.tokenizer.decode(U.write(tokens, model.config.max_tokens - len(start),
-                                              model.tokenizer.stops,
-                                              images=picture[None].to(tokens.device)))
-
-
-def score_descriptions(model, number, seed=0, failures=None):
-    """{"readable": {"seen": [right, written, scenes], "held-out": ...}, "true": ..., "full": ...}.
-
-    readable: the tower's caption of a picture is one that the small world knows. true: also it
-    names as many objects as there are, one for each, and all that it says of them, of the
-    background and of relations is so. full: also it names every colour, so that its set of
-    (shape, colour) is the scene's. Plain captions (half of what it learned) leave colours open.
-    """
-    def results():
-        for row, split in SCENES.items():
-            dataset = Shapes(model.config.size, seed, split)
-            for i in range(number):
-                scene = dataset.scene(i)[0]
-                picture = dataset.to_pixels(shapes.pack([scene]), "cpu")[0]
-                text = write_caption(model, picture)
-                said, shown = read_caption(text), in_words(scene)
-                true = bool(said) and shapes.satisfies(said, scene)
-                yield Result("readable", row, shown, bool(said))
-                yield Result("true", row, shown, true, (to_image(picture),), f"written: {text}")
-                yield Result("full", row, shown, true and all(o.colour for o in said.objects))
-    return tabulate(results(), failures)
-
-
-# ------------------------------------------------------------------------------------------------
-# The loss, the VAE, the judge
-
-@torch.no_grad()
-def losses_by_time(model, z0, tokens):
-    """The loss of each sample at t = (i + 0.5) / 8, with fixed noise: (8, B)."""
-    z1 = torch.randn(z0.shape, generator=torch.Generator().manual_seed(1)).to(z0)
-    times = (torch.full_like(z0[:, 0, 0, 0], (i + 0.5) / 8) for i in range(8))
-    with autocast(z0.device):
-        return torch.stack([model.loss(z0, tokens, t, z1) for t in times])
-
-
-@torch.no_grad()
-def score_loss(model, number=256, seed=0):
-    """The loss by time on unseen pictures: {"t=0.0625": {"seen": [mean, standard error], ...}, ...}
-    """
-    device, table = next(model.vae.parameters()).device, {}
-    for row, split in SCENES.items():
-        data, losses = Shapes(model.config.size, seed, split, number=number), []
-        for start in range(0, number, 64):
-            packed, texts, *_ = zip(*(data[i] for i in range(start, min(start + 64, number))))
-            z0 = model.vae.encode(data.to_pixels(torch.stack(packed), device))
-            losses.append(losses_by_time(model, z0, model.tokenizer.batch(texts).to(device)))
-        losses = torch.cat(losses, 1).cpu()
-        named = {f"t={(i + 0.5) / 8:.4g}": each for i, each in enumerate(losses)}
-        for name, each in {**named, "mean": losses.mean(0)}.items():
-            error = each.std(correction=0).item() / math.sqrt(number)
-            table.setdefault(name, {})[row] = [each.mean().item(), error]
-    return table
-
-
-def same_scene(truth, seen, unit, pixels=2.0):
-    """Whether a judged scene equals the true one: every object, each within `pixels`."""
-    if len(truth.objects) != len(seen.objects) or truth[1:] != seen[1:]:
-        return False
-    left = list(seen.objects)
-    for o in truth.objects:
-        near = min(left, key=lambda p: math.hypot(p.x - o.x, p.y - o.y))
-        if near[:3] != o[:3] or math.hypot(near.x - o.x, near.y - o.y) * unit > pixels:
-            return False
-        left.remove(near)
-    return True
-
-
-@torch.no_grad()
-def score_judge(number, height=128, width=128, vae=None, seed=0, split="any", style="filled"):
-    """How many of `number` fresh renders the judge reads back without a mistake, and the PSNR.
-
-    With a VAE the judge sees the pictures after encoding and decoding. style: of all objects.
-    """
-    unit, right, error = min(height, width), 0, 0.0
-    device = "cpu" if vae is None else next(vae.parameters()).device
-    for start in range(0, number, 50):
-        scenes = []
-        for i in range(start, min(start + 50, number)):
-            rng = random.Random(f"judge {seed} {i}")
-            task = shapes.draw_task(rng)
-            scene = shapes.draw_scene(rng, task, split, width / unit, height / unit)
-            scenes.append(scene._replace(style=style))
-        true = shapes.render(shapes.pack(scenes), height, width, device)
-        seen = true if vae is None else vae.decode(vae.encode(true))
-        error += (seen - true).square().mean((1, 2, 3)).sum().item()
-        rounded = ((seen.cpu() + 1) * 127.5).round() / 127.5 - 1
-        right += sum(same_scene(a, b, unit) for a, b in zip(scenes, shapes.judge(rounded)))
-    return right, decibel(error / number)
-
-
-# ------------------------------------------------------------------------------------------------
-# The command
-
-ALL = ("vae","understanding","mos")
-SCORES = {  # what can be scored: a title, and the parts of a model that it takes
+ALL = tuple(PARTS)
+SCORES = {  # each with its title, and the parts of a model that it needs
     "tasks": ("GenEval's tasks (Table 6): share of pictures that show just what is asked", ALL),
     "dense": ("Dense prompts (Table 7): share of statements that pictures fulfil", ALL),
     "edits": ("Edits (Table 10): what was asked for is there, all else is kept", ALL),
     "understanding": ("Questions about pictures, answered word for word", ("understanding",)),
     "descriptions": ("Descriptions of pictures", ("understanding",)),
     "loss": ("Loss on unseen pictures", ALL),
-    "vae": ("Pictures that the judge reads without a mistake behind the VAE", ("vae",)),
-    "judge": ("Renders that the judge reads without a mistake", ())}
+    "vae": ("Pictures in which the judge makes no mistake after the VAE", ("vae",)),
+    "judge": ("Renders in which the judge makes no mistake", ())}
+HEADS = {"single object": "Single Obj.", "two objects": "Two Obj.", "colours": "Colors",
+         "attribution": "Color Attri.", "background": "Back."}  # the paper's, where ours differ
 
 
 def score(what, model, args, settings, failures):
-    """The table of one of SCORES, its averages included."""
-    number, several, seed = args.number, args.number or 2000, args.seed
+    """Return the table of one of SCORES, with its averages."""
+    number = args.number
+    many = args.number or 2000
+    seed = args.seed
     drawing = dict(seed=seed, batch=args.batch, failures=failures, **settings)
-    if what == "edits":
-        table = score_edits(model, number, **drawing)
-        return table | {"overall": averages(table)}
     if what == "tasks":
-        table = score_tasks(model, number, args.pictures, tasks=args.tasks or shapes.TASKS,
-                            **drawing)
-        means, both = {"overall": averages(table)}, [t for t in table if "held-out" in table[t]]
+        tasks = args.tasks or shapes.TASKS
+        table = scores.score_tasks(model, number, args.pictures, tasks=tasks, **drawing)
+        means = {"overall": averages(table)}
+        both = {task: column for task, column in table.items() if "held-out" in column}
         if both and len(both) < len(table):
-            means[f"overall of {len(both)}"] = averages({task: table[task] for task in both})
+            means[f"overall of {len(both)}"] = averages(both)
         return table | means
     if what == "dense":
-        return score_dense(model, number, **drawing)
+        return scores.score_dense(model, number, **drawing)
+    if what == "edits":
+        table = scores.score_edits(model, number, **drawing)
+        return table | {"overall": averages(table)}
     if what == "understanding":
-        return {"questions": {row: [score_understanding(model, several, split, seed), several,
-                                    several] for row, split in SCENES.items()}}
+        right = {row: scores.score_understanding(model, many, split, seed)
+                 for row, split in scores.SCENES.items()}
+        return {"questions": {row: [count, many, many] for row, count in right.items()}}
     if what == "descriptions":
-        return score_descriptions(model, number or 500, seed, failures)
+        return scores.score_descriptions(model, number or 500, seed, failures)
     if what == "loss":
-        return score_loss(model, number or 256, seed)
-    return score_renders(model, several, seed) if what == "vae" else score_sizes(several, seed)
-
-
-def score_renders(model, number, seed):
-    """{"right": {"seen": [right, pictures, pictures], ...}, "PSNR": {"seen": dB, ...}}.
-
-    The rows "seen" and "held-out" show filled objects, "outlined" unseen scenes as an edit may.
-    """
-    table, size = {"right": {}, "PSNR": {}}, model.config.size
-    for row, (split, style) in {"seen": ("val", "filled"), "held-out": ("held", "filled"),
-                                "outlined": ("val", "outlined")}.items():
-        right, psnr = score_judge(number, size, size, model.vae, seed, split, style)
-        table["right"][row], table["PSNR"][row] = [right, number, number], psnr
-    return table
-
-
-def score_sizes(number, seed):
-    """{"128x128": {"renders": [right, pictures, pictures]}, ...}."""
-    table = {}
-    for height, width in ((128, 128), (96, 96), (160, 160), (256, 256), (128, 256)):
-        fresh = number if height == width == 128 else -(-number // 5)
-        right, _ = score_judge(fresh, height, width, seed=seed)
-        table[f"{height}x{width}"] = {"renders": [right, fresh, fresh]}
-    return table
+        return scores.score_loss(model, number or 256, seed)
+    return scores.score_vae(model, many, seed) if what == "vae" else scores.score_sizes(many, seed)
 
 
 def obstacle(what, folder, model):
-    """Why a checkpoint cannot be scored so, "" if it can."""
+    """Return why a checkpoint cannot get one of SCORES, "" if it can."""
     c = model.config
     elsewhere = {"understanding": c.und_folder, "vae": c.vae_folder}
     for part in SCORES[what][1]:
@@ -381,25 +85,153 @@ def obstacle(what, folder, model):
     return ""
 
 
+def show(title, table):
+    """Print a table: in each row the scores, then their errors and numbers of different prompts."""
+    heads = [HEADS.get(c, c.capitalize() if c.isalpha() and c.islower() else c) for c in table]
+    widths = [2 + max(6, len(head)) for head in heads]
+    rows = scores.rows_of(table)
+    label = 2 + max(len(name) for name in (*rows, "   different"))
+
+    def line(name, cells):
+        print(f"{name:{label}}" + "".join(f"{x:>{width}}" for x, width in zip(cells, widths)))
+
+    print(f"\n{title}")
+    line("", heads)
+    for row in rows:
+        columns = [scores.figures(column.get(row)) for column in table.values()]
+        for name, values in zip((row, "   ±", "   different"), zip(*columns)):
+            if name == row or any(value is not None for value in values):
+                line(name, map(as_text, values))
+
+
+def as_text(value):
+    """Return a number as tables show it, "-" for None."""
+    if value is None or isinstance(value, int):
+        return "-" if value is None else str(value)
+    return f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+
+
+def draw_sheet(failures, columns=3, width=290):
+    """Return all failures {what was scored: Results} as one picture.
+
+    columns: failures side by side. width: of the words beside each failure's pictures, in pixels.
+    """
+    results = [(what, r) for what, kinds in failures.items() for r in kinds]
+    side = max([128, *(image.height for _, r in results for image in r.pictures)])
+    left = (side + 4) * max((len(r.pictures) for _, r in results), default=1)
+    font = ImageFont.load_default(11)
+    cards = []
+    for what, r in results or [("", None)]:
+        card = Image.new("RGB", (left + width, side), "white")
+        if r:
+            card.paste(contact_sheet([r.pictures]), (0, 0))
+            draw = ImageDraw.Draw(card)
+            lines = []
+            for text in (f"{what}: {r.column}, {r.row}", r.text, r.note):
+                lines += wrap(text, width - 12, draw, font)
+            draw.multiline_text((left + 6, 4), "\n".join(lines[:9]), "black", font, spacing=2)
+        cards.append(card)
+    return contact_sheet([cards[i:i + columns] for i in range(0, len(cards), columns)])
+
+
+def read_prompts(path):
+    """Read GenEval's prompts, a dict each. Raises ValueError for an invalid line, OSError."""
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if not {"prompt", "tag", "include"} <= entry.keys() or not entry["prompt"].strip():
+                raise ValueError
+        except (ValueError, AttributeError):
+            raise ValueError(f'{path}, line {number}: expected JSON with "prompt", "tag" and '
+                             f'"include", as in GenEval\'s evaluation_metadata.jsonl, got '
+                             f"{line[:60]!r}") from None
+        prompts.append(entry)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
+
+
+def check_export(folder, made):
+    """Raise ValueError unless a folder is free, or its made.json equals `made`."""
+    path = folder / "made.json"
+    if path.is_file():
+        old = json.loads(path.read_text())
+        for name in made:
+            if old.get(name) != made[name]:
+                raise ValueError(f"--export: {folder} was made with another {name} "
+                                 f"({old.get(name)}, now {made[name]}); choose another folder")
+    elif folder.is_file() or any(not p.name.startswith(".") for p in folder.glob("*")):
+        raise ValueError(f"--export: {folder} holds something else; choose a new folder")
+
+
+def draw_prompts(model, folder, prompts, batch, made):
+    """Draw prompts (dicts) into GenEval's own folders; pictures that are there already are kept.
+
+    00000/metadata.jsonl holds the first prompt's line, 00000/samples/0000.png its first picture.
+    made: {"pictures": for each prompt, "seed": ..., "settings": those of `MoS.generate`, ...}, kept
+    in made.json. Picture i of prompt n has the seed + pictures * n + i.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "made.json", made)
+    pictures = made["pictures"]
+    missing = []
+    for n, entry in enumerate(prompts):
+        samples = folder / f"{n:05d}" / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
+        write_json(samples.parent / "metadata.jsonl", entry)
+        for i in range(pictures):
+            path = samples / f"{i:04d}.png"
+            if not path.is_file():
+                missing.append((path, entry["prompt"], made["seed"] + pictures * n + i))
+    print(f"{folder}: {len(missing)} of {len(prompts) * pictures} pictures are missing", flush=True)
+    for start in range(0, len(missing), batch):
+        paths, texts, seeds = zip(*missing[start:start + batch])
+        images = model.generate(list(texts), seed=list(seeds), **made["settings"])
+        for path, image in zip(paths, images):
+            with replacing(path) as temporary:
+                image.save(temporary, "PNG")
+        print(f"{min(start + batch, len(missing))} of {len(missing)} drawn", flush=True)
+
+
+def write_json(path, value, indent=None):
+    """Write JSON, under a temporary name until it is complete."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent))
+
+
+def export(model, args, settings, device):
+    """Draw GenEval's prompts into its folders."""
+    prompts = read_prompts(args.prompts)[:args.number]
+    made = {"checkpoint": checksum(Path(args.checkpoint) / "mos.safetensors"),
+            "prompts": checksum(args.prompts), "pictures": args.pictures, "seed": args.seed,
+            "settings": settings}
+    check_export(args.export, made)
+    load_parts(model, args.checkpoint, ALL, device)
+    draw_prompts(model, args.export, prompts, args.batch, made)
+
+
 def parse(arguments=None):
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", nargs="?", default=str(ROOT / "weights"),
                         help="folder of a trained model")
-    parser.add_argument("--what", nargs="+", choices=(*SCORES, "all"), help="what to score; all "
-                        "that the checkpoint can do, or tasks if --tasks is given")
+    parser.add_argument("--what", nargs="+", choices=(*SCORES, "all"), help="scores; all that the "
+                        "checkpoint can get if not given, or tasks if --tasks is")
     parser.add_argument("--tasks", nargs="+", choices=shapes.TASKS, help="of GenEval's; all six if "
                         "not given")
     parser.add_argument("--number", type=int, help="prompts for each task (GenEval's counts if not "
-                        f"given), dense prompts ({DENSE_COUNT}), edits of each type "
-                        f"({EDIT_COUNT}), descriptions (500), pictures for the loss (256), "
+                        f"given), dense prompts ({scores.DENSE_COUNT}), edits of each type "
+                        f"({scores.EDIT_COUNT}), descriptions (500), pictures for the loss (256), "
                         "questions and renders (2000), lines of --prompts (all)")
     parser.add_argument("--pictures", type=int, default=4, help="pictures for each of GenEval's "
-                        "prompts; dense prompts and edits never run out and get one each")
+                        "prompts; dense prompts and edits get one each")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, scenes and noise")
     parser.add_argument("--batch", type=int, help="pictures drawn at once; 512 on a GPU, else 64")
-    parser.add_argument("--steps", type=int, help="sampling steps; this and the next four default "
-                        "to the checkpoint's own settings")
+    parser.add_argument("--steps", type=int, help="sampling steps; this and the next four are the "
+                        "checkpoint's own if not given")
     parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--rescale", type=float, help="guidance rescale")
     parser.add_argument("--image-guidance", type=float, help="guidance scale of an edit's picture")
@@ -407,7 +239,7 @@ def parse(arguments=None):
     parser.add_argument("--json", help="file for all numbers")
     parser.add_argument("--sheet", help="PNG for a contact sheet of failures")
     parser.add_argument("--export", type=Path, help="draw --prompts into this folder, as GenEval's "
-                        "own judge reads them, and score nothing; goes on where it was broken off")
+                        "own judge reads them, and score nothing; pictures already there are kept")
     parser.add_argument("--prompts", help="GenEval's evaluation_metadata.jsonl")
     args = parser.parse_args(arguments)
     for name in ("number", "pictures", "batch"):
@@ -424,20 +256,12 @@ def parse(arguments=None):
     return args
 
 
-def export(model, args, settings, device):
-    """Draw GenEval's prompts into its folders."""
-    prompts = report.read_prompts(args.prompts)[:args.number]
-    made = report.made_by(args.checkpoint, args.prompts, args.pictures, args.seed, settings)
-    report.check_export(args.export, made)
-    model.load(args.checkpoint, ALL, device)
-    report.export(model, args.export, prompts, args.pictures, args.batch, made)
-
-
 def main():
-    """The command."""
-    args, device = parse(), pick_device()
+    """Score a checkpoint, or export pictures."""
+    args = parse()
+    device = pick_device()
     args.batch = args.batch or (512 if device.type == "cuda" else 64)
-    model = MoS.from_pretrained(args.checkpoint, device, None, ())  # nothing is loaded yet
+    model = MoS.from_pretrained(args.checkpoint, device, parts=())  # nothing is loaded yet
     given = {name: getattr(args, name) for name in ("steps", "guidance", "rescale", "schedule")}
     settings = model.settings(**given)
     edit_settings = model.settings(True, **given, image_guidance=args.image_guidance)
@@ -445,34 +269,34 @@ def main():
         export(model, args, settings, device)
         return
     chosen = args.what or (["tasks"] if args.tasks else ["all"])
-    hurdles = {what: obstacle(what, args.checkpoint, model)
-               for what in SCORES if what in chosen or "all" in chosen}
-    for what, why in hurdles.items():
-        if why and what in chosen:
-            raise ValueError(f"--what {what}: {why}")
-    needed = {part for what, why in hurdles.items() if not why for part in SCORES[what][1]}
-    model.load(args.checkpoint, needed, device)
+    obstacles = {what: obstacle(what, args.checkpoint, model)
+                 for what in SCORES if what in chosen or "all" in chosen}
+    for what, reason in obstacles.items():
+        if reason and what in chosen:
+            raise ValueError(f"--what {what}: {reason}")
+    needed = {part for what, reason in obstacles.items() if not reason for part in SCORES[what][1]}
+    load_parts(model, args.checkpoint, needed, device)
     about = {"checkpoint": args.checkpoint, "seed": args.seed, "pictures": args.pictures,
              "settings": settings, "edit_settings": edit_settings, "device": device.type,
              "torch": torch.__version__,
              "parameters": sum(p.numel() for module in (model.router, model.generation)
                                for p in module.parameters())}
     print(json.dumps(about))
-    scores, failures = {}, {}
-    for what, why in hurdles.items():
-        title = SCORES[what][0]
-        if why:
-            print(f"\n{title}: left out, {why}")
+    tables, failures = {}, {}
+    for what, reason in obstacles.items():
+        title, _ = SCORES[what]
+        if reason:
+            print(f"\n{title}: left out, {reason}")
         else:
-            scores[what] = score(what, model, args, edit_settings if what == "edits" else settings,
-                                 failures.setdefault(what, []))
-            report.show(title, scores[what])
+            failures[what] = []
+            tables[what] = score(what, model, args, edit_settings if what == "edits" else settings,
+                                 failures[what])
+            show(title, tables[what])
     if args.json:
-        with replacing(args.json) as path:
-            path.write_text(json.dumps(about | {"scores": scores}, indent=1))
+        write_json(args.json, about | {"scores": tables}, indent=1)
     if args.sheet:
         with replacing(args.sheet) as path:
-            report.draw_sheet(failures).save(path, "PNG")
+            draw_sheet(failures).save(path, "PNG")
 
 
 if __name__ == "__main__":

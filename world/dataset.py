@@ -1,4 +1,4 @@
-"""The small world as a data set: scenes and edits by index, in the form that each stage trains on."""
+"""The small world as data sets: scenes and edits by index, in the form of each training stage."""
 
 import random
 from collections import Counter
@@ -9,14 +9,13 @@ from world import edits, shapes
 
 
 class Shapes:
-    """Scenes of the small world, drawn by (seed, index), as pictures of size x size pixels.
+    """For stage image: scenes that follow from (seed, index), in pictures of size x size pixels.
 
-    split: "train", "val" or "held", grid: of the centres (see shapes.draw_scene). tasks: which
-    tasks, all if empty. number: of scenes, None: without end. Raises ValueError for an unknown task
-    or a grid below 4.
+    split, grid: see shapes.draw_scene. tasks: empty for all. number: of scenes, None for endless.
+    Raises ValueError for an unknown task or a grid below 4.
     """
 
-    kind, name, shard, total, broken = 0, "shapes", None, 0, {}
+    kind, name, shard, total, broken = 0, "shapes", None, 0, {}  # see data.sources.Mixture
 
     def __init__(self, size, seed, split="train", tasks=(), grid=shapes.GRID, number=None):
         unknown = set(tasks) - set(shapes.MIXTURE)
@@ -30,32 +29,34 @@ class Shapes:
         self.sides = np.full((2,) if number is None else (number, 2), size)
 
     def scene(self, index):
-        """Scene, caption (shapes.Prompt), question and answer of one index."""
+        """Return the scene of an index, its caption (a Prompt), a question and the answer."""
         rng = random.Random(f"{self.seed} {self.split} {index}")
         task = shapes.draw_task(rng, self.tasks)
         scene = shapes.draw_scene(rng, task, self.split, grid=self.grid)
         return scene, shapes.describe(rng, scene, task), *shapes.ask(rng, scene)
 
     def edit(self, index):
-        """The edit (edits.Edit) of one index, which has nothing to do with its scene."""
+        """Return the Edit of an index, which is independent of the index's scene."""
         rng = random.Random(f"{self.seed} edit {self.split} {index}")
         type, = rng.choices(edits.TYPES, edits.EDIT_MIXTURE.values())
         return edits.draw_edit(rng, type, self.split, grid=self.grid)
 
     def lesson(self, index):
-        """What the tower learns from one index: scene, text, question, answer, answer to the text.
+        """Return a lesson for the tower: scene, text, question, answer, answer to the text.
 
-        Half of the texts, which come without a picture, ask for a detailed caption. About the
-        scene's picture there are as many captions, questions, and edits, whose answer tells what
-        the picture becomes.
+        The text comes without a picture. Half of the texts ask for a detailed caption, which is
+        their answer. One third each of the questions about the scene's picture are a caption to be
+        completed (without an answer), a question, and an edit. The answer to an edit describes the
+        edited scene.
         """
         rng = random.Random(f"{self.seed} lesson {self.split} {index}")
         scene, prompt, question, answer = self.scene(index)
-        text, detail = prompt.text, None
+        text = prompt.text
+        detail = None
         if index % 2:
             short = prompt
             if prompt.task == "dense":
-                short = shapes.describe(rng, scene, "two objects")  # as if there were two
+                short = shapes.describe(rng, scene, "two objects")  # in the style of this task
             text = f"in detail : {short.text}"  # see Tokenizer.request
             detail = in_detail(rng, scene, short)
         if index % 3 == 1:
@@ -67,32 +68,34 @@ class Shapes:
 
     @property
     def captions(self):
-        """The caption of every scene, each drawn for it."""
+        """The captions of all scenes."""
         return [self.scene(i)[1].text for i in range(self.number)]
 
     def texts(self, number):
-        """All that any stage says about the first scenes, for a vocabulary."""
+        """Yield all texts of all stages about the first scenes, for a vocabulary."""
         yield " ".join(edits.words())
         for i in range(number):
             yield from filter(None, self.lesson(i)[1:])
 
     def __getitem__(self, index):
+        """Return (packed scene, caption, question, answer); every other one has no question."""
         scene, prompt, question, answer = self.scene(index)
-        ask = (question, answer) if index % 2 else (None, None)
-        return shapes.pack([scene])[0], prompt.text, *ask
+        if index % 2 == 0:
+            question = answer = None
+        return shapes.pack([scene])[0], prompt.text, question, answer
 
     def load(self, index, height, width):
-        """The item of one index; its size is the world's."""
+        """Return the item of an index. Its size is always the world's, whatever is asked for."""
         return self[index]
 
     def to_pixels(self, packed, device):
-        """Packed scenes (..., 21) to pictures (..., 3, size, size) in [-1, 1] on the device."""
+        """Render packed scenes (..., 21) on a device: (..., 3, size, size) in [-1, 1]."""
         pictures = shapes.render(packed.flatten(0, -2), self.size, self.size, device)
         return pictures.unflatten(0, packed.shape[:-1])
 
 
 class OutlinedShapes(Shapes):
-    """For the VAE: every other scene is outlined, as an edit may make it: the harder half."""
+    """For stage vae: every other scene is outlined, as an edit may make it, which is harder."""
 
     def scene(self, index):
         scene, *words = super().scene(index)
@@ -100,7 +103,7 @@ class OutlinedShapes(Shapes):
 
 
 class TowerTexts(Shapes):
-    """For the understanding tower: (picture, text, question, answer, answer to the text)."""
+    """For stage understand: (packed scene, text, question, answer, answer to the text)."""
 
     def __getitem__(self, index):
         scene, *texts = self.lesson(index)
@@ -108,32 +111,37 @@ class TowerTexts(Shapes):
 
 
 class Edits(Shapes):
-    """Edits, each beside a scene with its caption: (pictures, caption, instruction, None).
+    """For stage edit: (packed scenes, caption, instruction, None).
 
-    The three pictures are those before and after the edit, and the scene's.
+    The three scenes are those before and after the edit, and an independent one with the caption.
     """
 
     def __getitem__(self, index):
-        (scene, prompt, *_), edit = self.scene(index), self.edit(index)
+        scene, prompt, *_ = self.scene(index)
+        edit = self.edit(index)
         return shapes.pack([edit.source, edit.target, scene]), prompt.text, edit.text, None
 
 
-WORLDS = {"vae": OutlinedShapes, "understand": TowerTexts, "image": Shapes, "edit": Edits}  # of each stage
+WORLDS = {"vae": OutlinedShapes, "understand": TowerTexts, "image": Shapes, "edit": Edits}
 
 
-def in_detail(rng, scene, said=None):
-    """A caption that names all objects of any scene by colour and shape.
+def in_detail(rng, scene, short=None):
+    """Write a caption of any scene that names all objects by colour and shape.
 
-    It says no less than `said`, a caption (shapes.Prompt) of the scene, nothing ambiguous, and no
-    more than two relations.
+    It has no ambiguous relation, at most two relations, and states all that a shorter caption of
+    the scene (a Prompt) does.
     """
-    names = Counter((o.colour, o.shape) for o in scene.objects)
-    clear = {i for i, o in enumerate(scene.objects) if names[o.colour, o.shape] == 1}
+    counts = Counter((o.colour, o.shape) for o in scene.objects)
+    unique = {i for i, o in enumerate(scene.objects) if counts[o.colour, o.shape] == 1}
     while True:
-        dense = shapes.describe(rng, scene, "dense" if len(scene.objects) > 1 else "colours")
-        if len(dense.relations) <= 2 and clear.issuperset(
-                k for i, _, j in dense.relations for k in (i, j)) and (
-                said is None or set(said.relations) <= set(dense.relations)
-                and said.background in (None, dense.background)
-                and all(a.size in (None, b.size) for a, b in zip(said.objects, dense.objects))):
-            return dense.text + (" , drawn as outlines" if scene.style == "outlined" else "")
+        prompt = shapes.describe(rng, scene, "dense" if len(scene.objects) > 1 else "colours")
+        if (len(prompt.relations) <= 2 and (short is None or _includes(prompt, short))
+                and all(i in unique and j in unique for i, _, j in prompt.relations)):
+            return prompt.text + (" , drawn as outlines" if scene.style == "outlined" else "")
+
+
+def _includes(prompt, short):
+    """Return whether a caption states all that another one of the same scene does."""
+    return (set(short.relations) <= set(prompt.relations)
+            and short.background in (None, prompt.background)
+            and all(o.size in (None, p.size) for o, p in zip(short.objects, prompt.objects)))

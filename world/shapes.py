@@ -1,8 +1,9 @@
-"""The small world: scenes of coloured shapes, their words, their pictures, and an exact judge.
+"""The small world: scenes of coloured shapes, captions and questions about them, their pictures.
 
-Every claim of the paper needs pictures whose content is known. Here a scene is a list of objects;
-`render` draws it with signed distance fields, `describe` and `ask` put it into words, and `judge`
-reads the objects back from the pixels alone. The benchmark follows GenEval's six tasks.
+The paper's claims can only be tested on pictures whose content is known. Here a scene is a list of
+objects. `render` draws it with signed distance fields, `describe` writes a caption and `ask` a
+question. `judge.py` recognises the objects of a picture, and `satisfies` compares them with a
+prompt. The benchmark follows GenEval's six tasks.
 
 Lengths are in units of the picture's shorter side, x to the right and y downwards.
 """
@@ -10,11 +11,10 @@ Lengths are in units of the picture's shorter side, x to the right and y downwar
 import math
 import random
 import zlib
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from common import move
 
@@ -28,7 +28,7 @@ COLOURS = {  # GenEval's ten colours
 BACKGROUNDS = {"gray": (135, 135, 135), "beige": (215, 195, 155), "teal": (60, 150, 160),
                "lavender": (175, 165, 225)}
 SIZES = {"small": 0.095, "large": 0.15}  # radius
-STYLES = {"filled": math.inf, "outlined": 0.2}  # width of the line along the edge, in radii
+STYLES = {"filled": math.inf, "outlined": 0.2}  # width of the line inside the edge, in radii
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {  # the first wording is GenEval's
     "left of": ("left of", "to the left of", "on the left of"),
@@ -40,14 +40,14 @@ INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "belo
 PREFIXES = ("a photo of", "a picture of", "an image of", "a drawing of", "")
 TASKS = ("single object", "two objects", "counting", "colours", "position", "attribution")
 MIXTURE = {"single object": 1, "two objects": 3, "counting": 5, "colours": 2, "position": 5,
-           "attribution": 3, "dense": 5}  # training weights: the harder task is drawn more often
+           "attribution": 3, "dense": 5}  # training weights: harder tasks are drawn more often
 MAX_OBJECTS = 4
-REACH = 1.15  # radii that a shape keeps free around it; margins take the square's corners (1.2)
-GRID = 256    # centres lie on a grid of 1/256, so that a scene has an exact identity
+REACH = 1.15  # radii around a centre that stay free; the margins admit a square's corners (1.2)
+GRID = 256    # centres are multiples of 1/256, so that equal scenes have equal numbers
 
 
 class Object(NamedTuple):
-    """One object. In a prompt None means "left open", in a judged picture "not recognisable"."""
+    """One object. None means "left open" in a prompt, "not recognised" in a judged picture."""
     shape: str | None
     colour: str | None = None
     size: str | None = None
@@ -56,14 +56,14 @@ class Object(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a picture shows; in a judged picture None is "not recognisable", for a style "mixed"."""
+    """The content of a picture. If it was judged, None is "not recognised" or a mixed style."""
     objects: tuple[Object, ...]
     background: str | None
     style: str | None = "filled"  # of all objects
 
 
 class Prompt(NamedTuple):
-    """A text and what it asks for; `relations` holds (i, relation, j) over `objects`."""
+    """A text and what it asks for. `relations` holds (i, relation, j), indices of `objects`."""
     text: str
     task: str
     objects: tuple[Object, ...]
@@ -72,7 +72,7 @@ class Prompt(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------
-# The split: what training never shows. Evaluation reports these combinations apart.
+# The split: combinations that training never shows. Evaluation scores them separately.
 
 HELD_COLOURS = {(colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)}
 HELD_PAIRS = {frozenset(p) for p in (("circle", "star"), ("square", "cross"), ("triangle", "ring"),
@@ -90,14 +90,25 @@ HELD_TRIPLES = set(_TRIPLES) | {(b, INVERSE[r], a) for a, r, b in _TRIPLES}
 
 
 def related(a, relation, b):
-    """Whether `a` stands in `relation` to `b`: clearly so, and within 60 degrees of the axis."""
-    dx, dy = b.x - a.x, b.y - a.y
-    ahead = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation]
-    return ahead > 0.1 and ahead > 0.5 * math.hypot(dx, dy)
+    """Return whether `a` is, for example, left of `b`: by 0.1 and within 60 degrees of the axis."""
+    dx = b.x - a.x
+    dy = b.y - a.y
+    along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation]
+    return along > 0.1 and along > 0.5 * math.hypot(dx, dy)
+
+
+def relations_between(a, b):
+    """Return the relations in which `a` stands to `b`: none, one, or two on a diagonal."""
+    return [relation for relation in RELATIONS if related(a, relation, b)]
+
+
+def matches(wanted, o):
+    """Return whether an object has the shape, colour and size of another, where these are given."""
+    return all(value in (None, actual) for value, actual in zip(wanted[:3], o[:3]))
 
 
 def held_out(scene):
-    """Whether the scene contains any combination that training must not show."""
+    """Return whether the scene contains a combination that training must not show."""
     shapes = [o.shape for o in scene.objects]
     return (any((o.colour, o.shape) in HELD_COLOURS for o in scene.objects)
             or any((shapes.count(s), s) in HELD_COUNTS for s in shapes)
@@ -107,7 +118,7 @@ def held_out(scene):
 
 
 def is_validation(scene):
-    """One scene in 16, by all but its style: training and validation can never overlap."""
+    """Return True for one scene in 16, whatever its style; so the splits can never overlap."""
     content = repr((sorted(scene.objects), scene.background))
     return zlib.crc32(content.encode()) % 16 == 0
 
@@ -115,221 +126,242 @@ def is_validation(scene):
 # ------------------------------------------------------------------------------------------------
 # Scenes
 
-def _place(rng, sizes, width, height, grid):
-    """Centres for objects of these sizes, apart from each other and from the edge, or None."""
-    placed = []
+def draw_centres(rng, sizes, width, height, grid):
+    """Draw centres of objects of these sizes, apart from each other and from the edge, or None."""
+    discs = []
     for size in sizes:
-        reach = REACH * SIZES[size]
-        low = math.ceil((reach + 0.03) * grid)
+        radius = REACH * SIZES[size]
+        low = math.ceil((radius + 0.03) * grid)
         for _ in range(8):
             x = rng.randint(low, int(width * grid) - low) / grid
             y = rng.randint(low, int(height * grid) - low) / grid
-            if all(math.hypot(x - u, y - v) > reach + other + 0.04 for u, v, other in placed):
-                placed.append((x, y, reach))
+            if all(math.hypot(x - u, y - v) > radius + other + 0.04 for u, v, other in discs):
+                discs.append((x, y, radius))
                 break
         else:
             return None
-    return [(x, y) for x, y, _ in placed]
+    return [(x, y) for x, y, _ in discs]
 
 
-def _compose(rng, task, width, height, grid):
-    """One scene of a task, without regard to the split; None if it did not fit."""
-    number = {"single object": 1, "colours": 1, "counting": rng.randint(2, 4),
-              "dense": rng.randint(3, 4)}.get(task, 2)
+def _draw_unfiltered(rng, task, width, height, grid):
+    """Draw a scene of a task from any split; None if the attempt failed."""
+    count = {"single object": 1, "colours": 1, "counting": rng.randint(2, 4),
+             "dense": rng.randint(3, 4)}.get(task, 2)
     if task == "counting":
-        shapes = [rng.choice(SHAPES)] * number
+        shapes = [rng.choice(SHAPES)] * count
     elif task == "dense":
-        shapes = rng.choices(SHAPES, k=number)
+        shapes = rng.choices(SHAPES, k=count)
     else:
-        shapes = rng.sample(SHAPES, number)
-    colours = rng.choices(tuple(COLOURS), k=number)
+        shapes = rng.sample(SHAPES, count)
+    colours = rng.choices(tuple(COLOURS), k=count)
     if task == "counting" and rng.random() < 0.5:
-        colours = colours[:1] * number
-    if task == "dense" and len(set(zip(colours, shapes))) < number:
+        colours = colours[:1] * count
+    if task == "dense" and len(set(zip(colours, shapes))) < count:
         return None  # dense captions name objects by colour and shape: these must be unique
-    sizes = rng.choices(tuple(SIZES), k=number)
-    centres = _place(rng, sizes, width, height, grid)
+    sizes = rng.choices(tuple(SIZES), k=count)
+    centres = draw_centres(rng, sizes, width, height, grid)
     if centres is None:
         return None
-    objects = tuple(Object(s, c, z, *xy) for s, c, z, xy in zip(shapes, colours, sizes, centres))
-    if task == "position" and not any(related(objects[0], r, objects[1]) for r in RELATIONS):
+    objects = tuple(Object(shape, colour, size, x, y) for shape, colour, size, (x, y)
+                    in zip(shapes, colours, sizes, centres))
+    if task == "position" and not relations_between(*objects):
         return None
     return Scene(objects, rng.choice(tuple(BACKGROUNDS)))
 
 
-def draw_scene(rng, task, split="train", width=1.0, height=1.0, grid=GRID):
-    """A random scene of one task.
+def in_split(scene, split):
+    """Return whether a scene belongs to a split, see `draw_scene`."""
+    if split == "any":
+        return True
+    if held_out(scene):
+        return split == "held"
+    return split == ("val" if is_validation(scene) else "train")
 
-    split: "train" and "val" hold no held-out combination and are disjoint; "held" holds one;
-    "any" is not filtered. width, height: of the picture, in units of its shorter side.
-    grid: centres are multiples of 1/grid; a coarse grid makes a world that is learned sooner.
+
+def draw_scene(rng, task, split="train", width=1.0, height=1.0, grid=GRID):
+    """Draw a random scene of one task.
+
+    split: "train" and "val" are disjoint and have no held-out combination; "held" has one; "any"
+    is not filtered. width, height: of the picture, in units of its shorter side. grid: centres are
+    multiples of 1/grid; a world with a coarse grid is learned sooner.
     """
     while True:
-        scene = _compose(rng, task, width, height, grid)
-        if scene is None:
-            continue
-        if split == "any" or (held_out(scene) if split == "held" else
-                              not held_out(scene) and is_validation(scene) == (split == "val")):
+        scene = _draw_unfiltered(rng, task, width, height, grid)
+        if scene is not None and in_split(scene, split):
             return scene
 
 
 def draw_task(rng, tasks=MIXTURE):
-    """A task, drawn by its training weight."""
+    """Draw a task by its training weight."""
     return rng.choices(tuple(tasks), weights=[MIXTURE[task] for task in tasks])[0]
 
 
 # ------------------------------------------------------------------------------------------------
 # Words
 
-def _plural(shape):
+def plural(shape):
+    """Return the plural of a shape's name."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def _noun(o, article="a"):
-    words = " ".join(w for w in (o.size, o.colour, o.shape) if w)
+def noun_phrase(o, article="a"):
+    """Return words such as "a small red circle" for the attributes that an object has."""
+    words = " ".join(word for word in (o.size, o.colour, o.shape) if word)
     return f"an {words}" if article == "a" and words[0] in "aeiou" else f"{article} {words}".strip()
 
 
-def _keep(rng, o, colour, size):
-    """The object as a caption names it: colour and size with these probabilities, place never."""
-    return Object(o.shape, o.colour if rng.random() < colour else None,
-                  o.size if rng.random() < size else None)
+def _mention(rng, o, colour_rate, size_rate):
+    """Return an object as a caption names it, with its colour and size at these rates."""
+    colour = o.colour if rng.random() < colour_rate else None
+    size = o.size if rng.random() < size_rate else None
+    return Object(o.shape, colour, size)
+
+
+def _clause(rng, a, relation, b):
+    """Return an addition to a caption such as " , the red circle is over the star"."""
+    a, b = (noun_phrase(Object(o.shape, o.colour), "the") for o in (a, b))
+    return f" , {a} is {rng.choice(RELATIONS[relation])} {b}"
 
 
 def describe(rng, scene, task):
-    """A caption of the scene in the manner of the task, and what it commits to.
+    """Write a caption of the scene, a Prompt, in the style of a task.
 
-    Half of the captions are GenEval's own templates; the rest vary prefix and wording and may add
-    a colour, a size or the background. Of those with a relation most name colours (which of two
-    shapes is where shows little in a noisy picture, which of two colours shows at once), and half
-    say the converse, too: a language model that never needs to tell "left of" from "right of"
-    gives both the same states.
+    Half of the captions are GenEval's own templates. The others vary prefix and wording, and may
+    add a colour, a size or the background. Captions with a relation mostly name colours, because
+    these are visible in noisy pictures before the shapes. Half of them also state the inverse:
+    otherwise the language model gives "left of" and "right of" the same states.
     """
+    objects = scene.objects
     plain = task != "dense" and rng.random() < 0.5
     prefix = PREFIXES[0] if plain else rng.choice(PREFIXES)
-    colour = {"colours": 1, "attribution": 1, "dense": 1}.get(
+    colour_rate = {"colours": 1, "attribution": 1, "dense": 1}.get(
         task, 0 if plain else 0.8 if task == "position" else 0.4)
-    said = tuple(_keep(rng, o, colour, 0 if plain else 0.25) for o in scene.objects)
+    size_rate = 0 if plain else 0.25
+    named = tuple(_mention(rng, o, colour_rate, size_rate) for o in objects)
     background = scene.background if not plain and rng.random() < 0.4 else None
     relations = ()
     if task == "counting":
-        same = len({o.colour for o in scene.objects}) == 1
-        tint = scene.objects[0].colour if same and not plain and rng.random() < 0.5 else None
-        said = tuple(Object(o.shape, tint) for o in scene.objects)
-        words = " ".join(w for w in (NUMBERS[len(said)], tint, _plural(said[0].shape)) if w)
+        one_colour = len({o.colour for o in objects}) == 1
+        colour = objects[0].colour if one_colour and not plain and rng.random() < 0.5 else None
+        named = tuple(Object(o.shape, colour) for o in objects)
+        shapes = plural(named[0].shape)
+        words = " ".join(word for word in (NUMBERS[len(named)], colour, shapes) if word)
     elif task == "position":
-        true = [r for r in RELATIONS if related(scene.objects[0], r, scene.objects[1])]
-        relation = rng.choice(true)
+        relation = rng.choice(relations_between(*objects))
         wording = RELATIONS[relation][0] if plain else rng.choice(RELATIONS[relation])
         relations = ((0, relation, 1),)
-        words = f"{_noun(said[0])} {wording} {_noun(said[1])}"
+        words = f"{noun_phrase(named[0])} {wording} {noun_phrase(named[1])}"
     elif task == "dense":
-        words = " , ".join(map(_noun, said[:-1])) + " and " + _noun(said[-1])
+        words = " , ".join(map(noun_phrase, named[:-1])) + " and " + noun_phrase(named[-1])
     else:
-        words = " and ".join(map(_noun, said))
+        words = " and ".join(map(noun_phrase, named))
     text = f"{prefix} {words}".strip()
     if background:
-        text += f" on {_noun(Object(None, background))} background"
+        text += f" on {noun_phrase(Object(None, background))} background"
     if task == "position" and not plain and rng.random() < 0.5:
-        a, b = (_noun(Object(o.shape, o.colour), "the") for o in said)
-        text += f" , {b} is {rng.choice(RELATIONS[INVERSE[relation]])} {a}"
+        text += _clause(rng, named[1], INVERSE[relation], named[0])
         relations += ((1, INVERSE[relation], 0),)
     if task == "dense":
-        true = [(i, r, j) for i, j in permutations(range(len(said)), 2) for r in RELATIONS
-                if related(scene.objects[i], r, scene.objects[j])]
-        relations = tuple(rng.sample(true, min(len(true), rng.randint(0, 5 - len(said)))))
-        for i, r, j in relations:
-            a, b = (_noun(Object(said[k].shape, said[k].colour), "the") for k in (i, j))
-            text += f" , {a} is {rng.choice(RELATIONS[r])} {b}"
-    return Prompt(text, task, said, relations, background)
+        true = [(i, relation, j) for i, j in permutations(range(len(objects)), 2)
+                for relation in relations_between(objects[i], objects[j])]
+        relations = tuple(rng.sample(true, min(len(true), rng.randint(0, 5 - len(named)))))
+        for i, relation, j in relations:
+            text += _clause(rng, named[i], relation, named[j])
+    return Prompt(text, task, named, relations, background)
+
+
+def _pick(rng, options, table, listed):
+    """Draw one of the options that are in a table, or one of those that are not."""
+    return rng.choice([option for option in options if (option in table) == listed])
 
 
 def ask(rng, scene):
-    """A question about the scene and its answer, both as text."""
-    shapes, colours = [o.shape for o in scene.objects], [o.colour for o in scene.objects]
+    """Draw a question about the scene. Returns the question and its answer as texts."""
+    shapes = [o.shape for o in scene.objects]
+    colours = [o.colour for o in scene.objects]
     o = rng.choice(scene.objects)
     kinds = ["background", "number", "exists"]
     kinds += ["colour"] * 2 if shapes.count(o.shape) == 1 else []
     kinds += ["shape"] * 2 if colours.count(o.colour) == 1 else []
     unique = [p for p in scene.objects if shapes.count(p.shape) == 1]
-    right = [(a, [r for r in RELATIONS if related(a, r, b)], b) for a, b in permutations(unique, 2)]
-    true = [(a, r[0], b) for a, r, b in right if len(r) == 1]  # on a diagonal two are right
-    kinds += ["relation"] * 2 if true else []
+    clear = []
+    for a, b in permutations(unique, 2):
+        relations = relations_between(a, b)
+        if len(relations) == 1:  # on a diagonal two are true
+            clear.append((a, relations[0], b))
+    kinds += ["relation"] * 2 if clear else []
     kind = rng.choice(kinds)
     if kind == "background":
         return "what colour is the background ?", scene.background
     if kind == "number":
-        number = shapes.count(o.shape)
-        return f"how many {_plural(o.shape)} are there ?", "one" if number == 1 else NUMBERS[number]
-    if kind == "exists":  # a false question asks only for combinations that training may show
-        c, s = o.colour, o.shape
-        if rng.random() < 0.5:
-            seen = set(zip(colours, shapes)) | HELD_COLOURS
-            c, s = rng.choice([p for p in ((c, s) for c in COLOURS for s in SHAPES)
-                               if p not in seen])
-        there = (c, s) in zip(colours, shapes)
-        return f"is there {_noun(Object(s, c))} ?", "yes" if there else "no"
+        count = shapes.count(o.shape)
+        return f"how many {plural(o.shape)} are there ?", NUMBERS.get(count, "one")
+    if kind == "exists":
+        colour, shape = o.colour, o.shape
+        if rng.random() < 0.5:  # the answer is no; training may show the combination elsewhere
+            excluded = HELD_COLOURS.union(zip(colours, shapes))
+            colour, shape = _pick(rng, product(COLOURS, SHAPES), excluded, False)
+        answer = "yes" if (colour, shape) in zip(colours, shapes) else "no"
+        return f"is there {noun_phrase(Object(shape, colour))} ?", answer
     if kind == "colour":
         return f"what colour is the {o.shape} ?", o.colour
     if kind == "shape":
         return f"what shape is the {o.colour} object ?", o.shape
-    a, relation, b = rng.choice(true)
-    where = {"left of": "left", "right of": "right"}.get(relation, relation)
-    return f"where is the {a.shape} relative to the {b.shape} ?", where
+    a, relation, b = rng.choice(clear)
+    answer = {"left of": "left", "right of": "right"}.get(relation, relation)
+    return f"where is the {a.shape} relative to the {b.shape} ?", answer
 
 
 def benchmark(task, number, seed=0, held=False):
-    """`number` prompts of a GenEval task in GenEval's template, seen or held-out combinations."""
+    """Return `number` prompts in GenEval's template for a task. Raises ValueError for other tasks.
+
+    held: with held-out combinations instead of those that training shows.
+    """
     if task not in TASKS:
         raise ValueError(f"no benchmark for task {task!r}, expected one of: {', '.join(TASKS)}")
     rng = random.Random(f"benchmark {task} {seed} {held}")
-    pairs = {h: [(c, s) for c in COLOURS for s in SHAPES if ((c, s) in HELD_COLOURS) == h]
-             for h in (False, True)}
-    duos = {h: [p for p in permutations(SHAPES, 2) if (frozenset(p) in HELD_PAIRS) == h]
-            for h in (False, True)}
-    return [_benchmark_prompt(rng, task, held, pairs, duos) for _ in range(number)]
+    return [_benchmark_prompt(rng, task, held) for _ in range(number)]
 
 
-def _benchmark_prompt(rng, task, held, pairs, duos):
+def _benchmark_prompt(rng, task, held):
+    """Draw one prompt of a benchmark."""
+    ordered = {order for pair in HELD_PAIRS for order in permutations(pair)}
+    if task == "counting":
+        count, shape = _pick(rng, product(NUMBERS, SHAPES), HELD_COUNTS, held)
+        text = f"a photo of {NUMBERS[count]} {plural(shape)}"
+        return Prompt(text, task, (Object(shape),) * count)
+    if task == "position":
+        triples = [(a, relation, b) for a, b in permutations(SHAPES, 2) if (a, b) not in ordered
+                   for relation in RELATIONS]
+        a, relation, b = _pick(rng, triples, HELD_TRIPLES, held)
+        text = f"a photo of {noun_phrase(Object(a))} {relation} {noun_phrase(Object(b))}"
+        return Prompt(text, task, (Object(a), Object(b)), ((0, relation, 1),))
     if task == "single object":
-        said = (Object(rng.choice(SHAPES)),)
+        named = [Object(rng.choice(SHAPES))]
     elif task == "two objects":
-        said = tuple(map(Object, rng.choice(duos[held])))
-    elif task == "counting":
-        n, s = rng.choice([(n, s) for n in NUMBERS for s in SHAPES
-                           if ((n, s) in HELD_COUNTS) == held])
-        said = (Object(s),) * n
-        return Prompt(f"a photo of {NUMBERS[n]} {_plural(s)}", task, said)
+        named = map(Object, _pick(rng, permutations(SHAPES, 2), ordered, held))
     elif task == "colours":
-        c, s = rng.choice(pairs[held])
-        said = (Object(s, c),)
-    elif task == "position":
-        a, relation, b = rng.choice([(a, r, b) for a, b in duos[False] for r in RELATIONS
-                                     if ((a, r, b) in HELD_TRIPLES) == held])
-        said = (Object(a), Object(b))
-        text = f"a photo of {_noun(said[0])} {relation} {_noun(said[1])}"
-        return Prompt(text, task, said, ((0, relation, 1),))
-    else:  # attribution: a held-out prompt has one held-out object
-        while True:
-            (c, s), (d, z) = rng.choice(pairs[held]), rng.choice(pairs[False])
-            if (s, z) in duos[False]:
-                break
-        said = (Object(s, c), Object(z, d))
-        said = said if rng.random() < 0.5 else said[::-1]
-    return Prompt("a photo of " + " and ".join(map(_noun, said)), task, said)
+        colour, shape = _pick(rng, product(COLOURS, SHAPES), HELD_COLOURS, held)
+        named = [Object(shape, colour)]
+    else:  # attribution: one object of a held-out prompt is a held-out combination
+        shapes = "", ""
+        while shapes[0] == shapes[1] or shapes in ordered:
+            pairs = [_pick(rng, product(COLOURS, SHAPES), HELD_COLOURS, listed)
+                     for listed in (held, False)]
+            shapes = pairs[0][1], pairs[1][1]
+        named = [Object(shape, colour) for colour, shape in pairs]
+        named = named if rng.random() < 0.5 else named[::-1]
+    named = tuple(named)
+    return Prompt("a photo of " + " and ".join(map(noun_phrase, named)), task, named)
 
 
 def satisfies(prompt, scene):
-    """Whether the scene shows exactly what the prompt asks for: nothing missing, nothing more."""
+    """Return whether a scene shows exactly what the prompt asks for, no object less or more."""
     if (len(prompt.objects) != len(scene.objects) or scene.background is None
-            or prompt.background not in (None, scene.background) or scene.style != "filled"):
+            or prompt.background not in (None, scene.background) or scene.style != "filled"
+            or any(None in (o.shape, o.colour) for o in scene.objects)):
         return False
-
-    def fits(want, seen):
-        return (None not in (seen.shape, seen.colour)
-                and all(w in (None, s) for w, s in zip(want[:3], seen[:3])))
-
-    return any(all(map(fits, prompt.objects, order))
+    return any(all(map(matches, prompt.objects, order))
                and all(related(order[i], r, order[j]) for i, r, j in prompt.relations)
                for order in permutations(scene.objects))
 
@@ -338,9 +370,9 @@ def satisfies(prompt, scene):
 # Pictures
 
 def pack(scenes):
-    """Scenes as a tensor (B, 1 + 4*5): background, then shape (-1: none), colour, size, x, y.
+    """Return scenes as a tensor (B, 1 + 4*5): background, and shape, colour, size, x, y of each.
 
-    The background's number is 4 higher for an outlined scene.
+    The background is an index, 4 higher for an outlined scene. An absent object has the shape -1.
     """
     colours, sizes, backgrounds, styles = map(tuple, (COLOURS, SIZES, BACKGROUNDS, STYLES))
     rows = []
@@ -354,7 +386,10 @@ def pack(scenes):
 
 
 def signed_distance(shape, x, y):
-    """Distance of points to the shape's edge, negative inside; in radii, centre at the origin."""
+    """Return the distance of points to a shape's edge in radii, negative inside.
+
+    x, y: relative to the shape's centre, in radii. Raises ValueError for an unknown shape.
+    """
     ax, ay = x.abs(), y.abs()
     if shape == "circle":
         return torch.hypot(x, y) - 1
@@ -382,181 +417,42 @@ def signed_distance(shape, x, y):
 
 
 def coverage(shape, x, y, radius, line=math.inf):
-    """Share of each pixel that the shape covers; x, y, radius and the line's width in pixels."""
+    """Return the share of each pixel that the shape covers, from 0 to 1. Lengths are in pixels.
+
+    x, y: pixel centres relative to the shape's. line: width of the outline; inf fills the shape.
+    """
     inside = 0.5 - signed_distance(shape, x / radius, y / radius) * radius
     return inside.clamp(0, 1) - (inside - line).clamp(0, 1)
 
 
-def _palette(table, device):
+def palette(table, device):
+    """Return the colours of a table: (number of colours, 3)."""
     return torch.tensor(list(table.values()), dtype=torch.get_default_dtype(), device=device)
 
 
 def render(packed, height=128, width=128, device="cpu"):
     """Draw packed scenes (B, 21) on the device: (B, 3, height, width), values in [-1, 1].
 
-    The scenes should lie in host memory: sorted by shape there, they do not synchronise a GPU.
+    Keep the scenes on the CPU: they are sorted by shape there, and a GPU need not be waited for.
     """
-    unit, radii = min(height, width), torch.tensor(list(SIZES.values()))
-    lines, first = torch.tensor(list(STYLES.values())), packed[:, 0].long()           # (2,), (B,)
-    style, background = first // len(BACKGROUNDS), first % len(BACKGROUNDS)           # (B,) each
-    backgrounds = _palette(BACKGROUNDS, packed.device)[background]                    # (B, 3)
-    image = move(backgrounds, device)[:, :, None, None].repeat(1, 1, height, width)   # (B, 3, H, W)
+    home, unit = packed.device, min(height, width)
+    radii = torch.tensor(list(SIZES.values()), device=home)                           # (2,)
+    lines = torch.tensor(list(STYLES.values()), device=home)                          # (2,)
+    background = packed[:, 0].long() % len(BACKGROUNDS)                               # (B,)
+    style = packed[:, 0].long() // len(BACKGROUNDS)                                   # (B,)
+    paper = palette(BACKGROUNDS, home)[background]                                    # (B, 3)
+    image = move(paper, device)[:, :, None, None].repeat(1, 1, height, width)         # (B, 3, H, W)
     objects = packed[:, 1:].unflatten(1, (MAX_OBJECTS, 5))                            # (B, 4, 5)
     py = torch.arange(height, device=device)[:, None] + 0.5
     px = torch.arange(width, device=device)[None, :] + 0.5
     for index, shape in enumerate(SHAPES):
         picture, slot = (objects[:, :, 0] == index).nonzero(as_tuple=True)            # (O,), (O,)
         _, colour, size, x, y = objects[picture, slot].unbind(1)                      # (O,) each
-        paint = _palette(COLOURS, packed.device)[colour.long()] - backgrounds[picture]  # (O, 3)
-        radius = radii.to(packed.device)[size.long()]                                 # (O,)
-        line = radius * lines.to(packed.device)[style[picture]]                       # (O,)
-        place = torch.stack((x, y, radius, line)) * unit                              # (4, O)
-        x, y, *pen = move(place, device)[:, :, None, None].unbind()                 # (O, 1, 1) each
-        alpha = coverage(shape, px - x, py - y, *pen)[:, None]                        # (O, 1, H, W)
-        image.index_add_(0, move(picture, device), alpha * move(paint, device)[:, :, None, None])
+        ink = palette(COLOURS, home)[colour.long()] - paper[picture]                  # (O, 3)
+        radius = radii[size.long()]                                                   # (O,)
+        line = radius * lines[style[picture]]                                         # (O,)
+        lengths = torch.stack((x, y, radius, line)) * unit                            # (4, O)
+        x, y, radius, line = move(lengths, device)[:, :, None, None].unbind()       # (O, 1, 1) each
+        alpha = coverage(shape, px - x, py - y, radius, line)[:, None]                # (O, 1, H, W)
+        image.index_add_(0, move(picture, device), alpha * move(ink, device)[:, :, None, None])
     return image / 127.5 - 1  # objects never overlap, so adding is painting
-
-
-# ------------------------------------------------------------------------------------------------
-# The judge: from pixels back to objects, by segmenting and then by trying to redraw each segment
-
-NOT_BACKGROUND = 45.0  # distance in 8-bit RGB from which a pixel belongs to an object
-COLOUR_TOLERANCE = 45.0
-SHAPE_TOLERANCE = {"filled": 0.07, "outlined": 0.12}  # squared error of the best redrawing,
-# relative to its own energy; both admit a star's radius within 10 %, other shapes' within less
-SPECK = 8e-4            # smaller segments, as a share of the picture, are noise
-
-
-def _components(mask):
-    """8-connected components of (B, H, W) masks: each pixel gets the largest index of its own."""
-    B, H, W = mask.shape
-    index = torch.arange(H * W, device=mask.device, dtype=torch.float32).view(1, H, W)
-    label = torch.where(mask, index, -1.0)                                            # (B, H, W)
-    while True:
-        spread = torch.where(mask, F.max_pool2d(label[:, None], 3, 1, 1)[:, 0], -1.0)
-        root = spread.flatten(1)                                                      # (B, H*W)
-        root = root.gather(1, root.long().clamp(min=0)).view(B, H, W)  # jump to the label's label
-        new = torch.where(mask, root, -1.0)
-        if torch.equal(new, label):
-            return label.long()
-        label = new
-
-
-def _nearest(colour, table, tolerance):
-    """Names of the nearest palette entries of (O, 3) colours; None where none is near."""
-    distance, index = torch.cdist(colour, _palette(table, colour.device)).min(1)
-    names = tuple(table)
-    return [names[i] if d < tolerance else None for i, d in zip(index.tolist(), distance.tolist())]
-
-
-@torch.no_grad()
-def judge(images):
-    """What pictures (B, 3, H, W) in [-1, 1] show: a list of B scenes, by pixels alone.
-
-    An object whose shape, size or colour fits none that the world knows carries None there.
-    """
-    rgb = (images.float().clamp(-1, 1) + 1) * 127.5
-    B, _, H, W = rgb.shape
-    unit, device = min(H, W), rgb.device
-    border = torch.cat([rgb[:, :, :2].flatten(2), rgb[:, :, -2:].flatten(2),
-                        rgb[:, :, :, :2].flatten(2), rgb[:, :, :, -2:].flatten(2)], 2)
-    background = border.median(2).values                                              # (B, 3)
-    label = _components((rgb - background[:, :, None, None]).norm(dim=1) > NOT_BACKGROUND)
-    offset = torch.arange(B, device=device)[:, None, None] * H * W
-    area = torch.bincount((label + offset)[label >= 0], minlength=B * H * W)
-    roots = (area >= max(6, SPECK * H * W)).nonzero()[:, 0]                           # (O,)
-    picture, root = roots // (H * W), roots % (H * W)
-    seen = _read(rgb, label, background, picture, root, area[roots], unit) if len(roots) else []
-    found = [[] for _ in range(B)]
-    for b, one in zip(picture.tolist(), seen):
-        found[b] += [one] if one else []
-    names = _nearest(background, BACKGROUNDS, COLOUR_TOLERANCE)
-    return [Scene(tuple(o for o, _ in objects), name, _common_style(objects))
-            for objects, name in zip(found, names)]
-
-
-def _common_style(objects):
-    """The style of (object, style) pairs; None if it is not one."""
-    styles = {style for o, style in objects if o.shape} or {"filled"}
-    return min(styles) if len(styles) == 1 else None
-
-
-def _read(rgb, label, background, picture, root, area, unit):
-    """(object, style) of each segment: what is no filled shape may be an outline.
-
-    The outline of a ring is two circles. So of two unknown segments with one centre the first is
-    read as both, and the second one's place holds None.
-    """
-    seen = [(o, "filled") for o in _recognise(rgb, label, background, picture, root, unit)]
-    where, area, unknown = picture.tolist(), area.tolist(), []
-    for i, (o, _) in enumerate(seen):
-        twins = [j for j in unknown if where[i] == where[j] and 0.4 < area[i] / area[j] < 2.5
-                 and math.hypot(seen[j][0].x - o.x, seen[j][0].y - o.y) < 0.02]
-        if o.shape is None and twins:
-            own = label[where[i]]
-            own[own == root[i]], seen[i] = root[twins[0]], None
-        elif o.shape is None:
-            unknown.append(i)
-    if unknown:
-        rest = rgb, label, background, picture[unknown], root[unknown], unit
-        for i, o in zip(unknown, _recognise(*rest, style="outlined")):
-            if o.shape:
-                seen[i] = o, "outlined"
-    return seen
-
-
-def _recognise(rgb, label, background, picture, root, unit, style="filled"):
-    """Name each segment by the object in this style that redraws it best."""
-    device, half = rgb.device, math.ceil(1.2 * SIZES["large"] * unit) + 3
-    own = label[picture] == root[:, None, None]                                       # (O, H, W)
-    mass = own.flatten(1).sum(1)
-    cy = (own.sum(2) * torch.arange(own.shape[1], device=device)).sum(1) / mass
-    cx = (own.sum(1) * torch.arange(own.shape[2], device=device)).sum(1) / mass
-    y0, x0 = cy.round().long(), cx.round().long()
-    reach = torch.arange(-half, half + 1, device=device)
-    rows, columns = (y0[:, None] + half + reach), (x0[:, None] + half + reach)        # (O, P) each
-    at = (picture[:, None, None], rows[:, :, None], columns[:, None, :])
-    window = F.pad(rgb, [half] * 4, value=-1e4).permute(0, 2, 3, 1)[at]               # (O, P, P, 3)
-    labels = F.pad(label, [half] * 4, value=-2)[at]                                   # (O, P, P)
-    mine = labels == root[:, None, None]
-    paper = background[picture][:, None, None]                                        # (O, 1, 1, 3)
-    contrast = torch.where(mine, (window - paper).norm(dim=-1), torch.nan)            # (O, P, P)
-    if style == "outlined":  # a thin line is mostly soft edge: its strongest eighth has its colour
-        rank = 7 * mine.flatten(1).sum(1, keepdim=True) // 8
-        least = contrast.flatten(1).sort(1).values.gather(1, rank)
-        contrast = contrast.where(contrast >= least[..., None], torch.nan)
-    nan = window.where(~contrast.isnan()[..., None], torch.nan).flatten(1, 2)
-    colour = nan.nanmedian(1).values                                                  # (O, 3)
-    ink = colour[:, None, None] - paper                                               # (O, 1, 1, 3)
-    # Besides its own pixels an object has a soft edge, and no share in its neighbours' edges.
-    near = F.max_pool2d(mine[:, None].float(), 3, 1, 1)[:, 0] > 0                     # (O, P, P)
-    keep = mine | (near & (labels == -1))                                             # (O, P, P)
-    alpha = ((window - paper) * ink).sum(-1) / ink.square().sum(-1)
-    alpha = torch.where(keep, alpha, 0).clamp(0, 1)                                   # (O, P, P)
-    inner = F.max_pool2d((~mine)[:, None].float(), 3, 1, 1)[:, 0] == 0                # (O, P, P)
-    stray = (window - colour[:, None, None]).norm(dim=-1) > COLOUR_TOLERANCE          # (O, P, P)
-    if style == "outlined":  # and soft edges are no stray colours
-        inner = mine
-        stray = (window - paper - alpha[..., None] * ink).norm(dim=-1) > COLOUR_TOLERANCE
-    mixed = ((stray & inner).sum((1, 2)) / inner.sum((1, 2)) > 0.1).tolist()  # not of one colour
-    total = alpha.sum((1, 2))
-    ox = ((alpha.sum(1) * reach).sum(1) / total)[:, None, None]
-    oy = ((alpha.sum(2) * reach).sum(1) / total)[:, None, None]
-    radii, line = torch.tensor(list(SIZES.values()), device=device) * unit, STYLES[style]
-    errors, sizes = [], []
-    for shape in SHAPES:
-        at_one = [coverage(shape, reach.float(), reach[:, None].float(), r, line * r).sum()
-                  for r in radii]
-        size = (total[:, None].log() - torch.stack(at_one).log()).abs().argmin(1)     # (O,)
-        radius = radii[size][:, None, None]                                           # (O, 1, 1)
-        drawn = coverage(shape, reach - ox, reach[:, None] - oy, radius, line * radius)
-        errors.append((drawn - alpha).square().sum((1, 2)) / drawn.square().sum((1, 2)))  # (O,)
-        sizes.append(size)
-    error, best = torch.stack(errors).min(0)
-    size = torch.stack(sizes).gather(0, best[None])[0]
-    colours = _nearest(colour, COLOURS, COLOUR_TOLERANCE)
-    x, y = ((x0 + ox[:, 0, 0] + 0.5) / unit).tolist(), ((y0 + oy[:, 0, 0] + 0.5) / unit).tolist()
-    for i, (e, b, z) in enumerate(zip(error.tolist(), best.tolist(), size.tolist())):
-        known = e < SHAPE_TOLERANCE[style]
-        yield Object(SHAPES[b] if known else None, None if mixed[i] else colours[i],
-                     tuple(SIZES)[z] if known else None, x[i], y[i])
