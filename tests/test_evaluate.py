@@ -17,7 +17,6 @@ from scenes import facts, shows_held
 
 from checkpoint import read_vocabulary
 from common import run, to_image, to_tensor
-from config import MoSConfig
 from conftest import ROOT, SMALL, make_config
 from mos import MoS
 from tools import evaluate
@@ -489,7 +488,7 @@ def small(tmp_path_factory):
     """A folder with a small model of random weights that knows the whole world's words."""
     torch.manual_seed(0)
     words = {*read_vocabulary(ROOT / "weights").words, *edits.words()}
-    model = MoS(MoSConfig(**{**SMALL, "max_tokens": 48, "sampling_steps": 1}), Tokenizer(words))
+    model = MoS(make_config(**SMALL | {"max_tokens": 48, "sampling_steps": 1}), Tokenizer(words))
     for p in model.generation.parameters():
         p.data.add_(0.05 * torch.randn_like(p))  # its output layer starts at zero
     folder = tmp_path_factory.mktemp("small") / "model"

@@ -9,7 +9,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import conftest
-from config import MoSConfig
 from mos import MoS
 from pretrained.folders import FolderTokenizer, fill_tower, load_tower
 from towers import Tokenizer
@@ -163,7 +162,7 @@ def edit_with(folder):
         added_tokens=marks, pre_tokenizer=dict(type="Whitespace"),
         model=dict(type="WordLevel", vocab=words, unk_token="0"))))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
-    config = MoSConfig(**conftest.SMALL | dict(und_width=48, und_depth=3, und_folder=str(folder),
+    config = conftest.make_config(**conftest.SMALL | dict(und_width=48, und_depth=3, und_folder=str(folder),
                                                edit_inputs=("understanding",)))
     model = MoS(config, FolderTokenizer(folder)).eval()
     fill_tower(model.understanding, folder)
