@@ -331,3 +331,12 @@ def test_the_weights_are_as_large_as_stated():
     """README says how many megabytes the trained model has."""
     size = sum(path.stat().st_size for path in (ROOT / "weights").iterdir())
     assert f"a trained model of {size / 1e6:.0f} MB" in " ".join(README.read_text().split())
+
+
+def test_figures_of_readme_stand_in_the_documents():
+    """README repeats figures of docs/, where hardware and command stand beside them."""
+    prose = LINK.sub("", BLOCK.sub("", README.read_text()))
+    figures = set(re.findall(r"\d+\.\d+", prose))
+    figures -= {"3.11", "2.1", "2.9", "5.1"}  # versions; sums, which another test checks
+    text = " ".join(path.read_text() for path in DOCUMENTS[1:] if path != LOG)
+    assert figures <= set(re.findall(r"\d+\.\d+", text))
