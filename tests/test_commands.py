@@ -1,6 +1,5 @@
 """The commands: bad input is one line, good input leaves a picture, and the files are safe."""
 
-import importlib
 import json
 import re
 import shlex
@@ -19,11 +18,8 @@ from common import run, to_tensor
 from config import MoSConfig
 from conftest import ROOT, make_model, run_script
 from mos import MoS
-from tools import curves, drill, estimate, evaluate
+from tools import curves, drill, evaluate
 from world import scores
-from world.dataset import Shapes
-
-README = (ROOT / "README.md").read_text()
 
 
 def cases(text):
@@ -344,48 +340,3 @@ def test_requirements_are_pinned():
     pins = dict(re.fullmatch(r"([\w-]+)==([\d.]+)(?:;[^#]+)?\s*(?:#.*)?", line).groups()
                 for line in lines if line.strip() and not line.startswith("#"))
     assert pins.keys() >= {"torch", "triton", "numpy", "pillow", "safetensors", "pytest"}
-
-
-def commands():
-    """The Python commands of README's code blocks and backticks: file and arguments."""
-    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, re.S | re.M)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    for line in lines + re.findall(r"`((?:python|torchrun) [^`]+)`", README):
-        for words in (shlex.split(part, comments=True) for part in line.split("&&")):
-            words = words[next((i for i, w in enumerate(words) if "=" not in w), 0):]  # A=1 python
-            script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-            if words[:1] in (["python"], ["torchrun"]) and script is not None:
-                yield words[script], words[script + 1:]
-
-
-@pytest.mark.parametrize("script, flags", [*commands()])
-def test_readme_commands(script, flags, command, monkeypatch):
-    """Every command in README is accepted by its script's parser, with settings that are valid."""
-    class Reached(Exception):
-        pass
-
-    def reached(*_, **__):
-        raise Reached
-    module = importlib.import_module(script.removesuffix(".py"))
-    for owner, name in ((MoS, "from_pretrained"), (train.World, "join"), (scores, "score_judge"),
-                        (sample, "random_model"), (sample, "read_picture"), (estimate, "show"),
-                        (curves, "read")):
-        monkeypatch.setattr(owner, name, reached)
-    if script == "drill.py":
-        monkeypatch.setattr(module, "start", reached)
-    if script == "bench.py":  # which wants a GPU before anything else
-        monkeypatch.setattr(torch.cuda, "is_available", reached)
-    with pytest.raises(SystemExit if "--help" in flags else Reached):
-        command(module, *flags)
-    if module is train and "--help" not in flags:
-        c, overrides = train.parse(flags)
-        assert MoSConfig(**overrides) and Shapes(64, 0, tasks=c.tasks)
-        for stage in [c.stage] if c.stage else ["image"] if c.estimate else train.STAGES:
-            train.complete(c, stage, torch.device("cpu"))
-
-
-def test_readme_paths():
-    """Every file and folder that README names in backticks exists; its commands make runs/."""
-    paths = re.findall(r"`([\w./-]+(?:\.py|\.md|/)|LICENSE|requirements\.txt)(?::\w+)?`", README)
-    missing = {p for p in paths if not p.startswith("runs/") and not (ROOT / p).exists()}
-    assert paths and not missing
