@@ -419,8 +419,10 @@ def main():
     """The command."""
     flags, recipe, resume, export = parse()
     runs = plan(flags, recipe, resume or export)
-    if export and "stage" not in flags:
+    if export:
         runs = [(c, values) for c, values in runs if checkpoint.folder_of(c).is_dir()]
+        if not runs:
+            raise ValueError(f"no checkpoint in {flags.get('out', DEFAULT_OUT)} to export")
     if not resume and not export:
         for c, _ in runs:
             checkpoint.check_free(c)
