@@ -46,8 +46,7 @@ class MoS(nn.Module):
 
     def __init__(self, config, tokenizer):
         super().__init__()
-        c = config
-        self.config = config
+        c = self.config = config
         self.tokenizer = tokenizer
         self.understanding, self.vae = frozen_parts(config, tokenizer)
         self.router = Router(
@@ -151,7 +150,7 @@ class MoS(nn.Module):
         """Let the tower read prompts and, where given, as many negative ones: a Context.
 
         images: pictures (B, 3, H, W) that stand before the prompts, and before the negative ones.
-        Raises ValueError for prompts that are empty or too long, or not as many as pictures.
+        Raises ValueError for prompts that are empty, too long, or not as many as pictures.
         """
         if isinstance(prompts, str) or not prompts or not all(p.strip() for p in prompts):
             raise ValueError("prompts must be a list of texts, none of them empty")
@@ -311,8 +310,6 @@ class MoS(nn.Module):
         v_0 = None if blank is None else at_least_fp32(self(z, t.expand(len(z)), blank))
         v_c, v_u = v.chunk(2)                                             # (B, C, h, w) each
         return guide(v_c, v_u, guidance, rescale, v_0, image_guidance)    # (B, C, h, w)
-
-    # --- folders, see checkpoint.py --------------------------------------------------------------
 
     def save_pretrained(self, folder):
         """Write the model's folder: configuration, vocabulary and weights."""

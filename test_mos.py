@@ -1,4 +1,4 @@
-"""What MoS must compute: routing, its exact identities, flow, towers, sampling, folders.
+"""What MoS must compute: routing, its exact identities, flow, towers, sampling, sizes.
 
 The oracle is plain numpy in float64, written from the paper's equations (3) and (4) alone.
 """
@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
-import checkpoint
 import mos
-from checkpoint import PARTS
 from config import SCHEDULES, MoSConfig, read_recipe
 from conftest import make_model, same
 from kernels import Keys, apply_rope, mix_states, rope_table
-from mos import MoS, guide, make_schedule, mode_density, sample_t, shift_time
-from router import routing_weights, select
+from mos import guide, make_schedule, mode_density, sample_t, shift_time
+from router import INPUTS, routing_weights, select
 from towers import Tokenizer
 
 PROMPTS = ["a red circle", "a photo of two stars on the gray background",
@@ -154,8 +151,14 @@ def test_exploration_rate_and_independence():
 @pytest.mark.parametrize("projected", [False, True])
 def test_what_is_never_read(projected, monkeypatch):
     """NaN in unrouted states and garbage in the padding change no bit; more padding hardly any."""
-    model, chosen = make_model(und_depth=9), []
-    monkeypatch.setattr(mos, "select", lambda *a: chosen.append(select(*a)) or chosen[-1])
+    model = make_model(und_depth=9)
+    choices = []
+
+    def spy(*arguments):
+        choices.append(select(*arguments))
+        return choices[-1]
+
+    monkeypatch.setattr(mos, "select", spy)
     z, tokens, t, *_ = draw(model)
     context = model.understand(tokens)
 
@@ -168,7 +171,7 @@ def test_what_is_never_read(projected, monkeypatch):
                         states=context.states + 9 * torch.randn(9, 40) * where[..., None, None])
 
     expected = velocity(context)
-    unrouted = torch.ones(context.states.shape[:3]).scatter(2, chosen[0][0].flatten(2), 0).bool()
+    unrouted = torch.ones(context.states.shape[:3]).scatter(2, choices[0][0].flatten(2), 0).bool()
     holed = context.states.masked_fill(unrouted[..., None], torch.nan)
     assert unrouted.any(2).all() and torch.equal(velocity(context, states=holed), expected)
     real = context.keys.mask
@@ -177,23 +180,48 @@ def test_what_is_never_read(projected, monkeypatch):
     close(velocity(model.understand(F.pad(tokens, (0, 5), value=Tokenizer.PAD))), expected, **TIGHT)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("tokenwise", [True, False])
-@pytest.mark.parametrize("inputs", [("prompt",), ("prompt", "time"), ("prompt", "latent"),
-                                    ("prompt", "latent", "time")])
-def test_the_router_reads_exactly_its_inputs(inputs, tokenwise):
-    """A removed input has no influence, a present one has; sample-wise, tokens share a route."""
-    model = make_model(router_inputs=inputs, tokenwise=tokenwise)
+def router_logits(change=None, **settings):
+    """The router's logits of a small model, after a change of one of its inputs."""
+    model = make_model(**settings)
     z, tokens, t, *_ = draw(model)
     context = model.understand(tokens)
-    expected = logits_of(model, context, z, t)
-    other = context._replace(inputs=context.inputs.roll(1, 0))
-    for name, changed in (("latent", logits_of(model, context, z + 1, t)),
-                          ("time", logits_of(model, context, z, 1 - t)),
-                          ("prompt", logits_of(model, other, z, t))):
-        assert torch.allclose(changed, expected, rtol=1e-4, atol=0) == (name not in inputs), name
-    assert torch.allclose(expected, expected[:, :1], rtol=1e-3) != tokenwise
-    assert not torch.allclose(expected[0], expected[1], rtol=1e-3)
+    if change == "latent":
+        z = z + 1
+    if change == "time":
+        t = 1 - t
+    if change == "prompt":
+        context = context._replace(inputs=context.inputs.roll(1, 0))
+    return logits_of(model, context, z, t)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokenwise", [True, False])
+@pytest.mark.parametrize("inputs", [("prompt",), ("prompt", "time"), ("prompt", "latent"), INPUTS])
+def test_the_router_uses_every_input_it_has(inputs, tokenwise):
+    """Another prompt, latent or time changes the logits where the router sees it."""
+    settings = dict(router_inputs=inputs, tokenwise=tokenwise)
+    expected = router_logits(**settings)
+    for name in inputs:
+        assert not torch.allclose(router_logits(name, **settings), expected, rtol=1e-4), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokenwise", [True, False])
+@pytest.mark.parametrize("removed", ["latent", "time"])
+def test_the_router_ignores_an_input_that_was_removed(removed, tokenwise):
+    """Without an input nothing of it reaches the logits."""
+    settings = dict(router_inputs=[name for name in INPUTS if name != removed],
+                    tokenwise=tokenwise)
+    assert torch.equal(router_logits(removed, **settings), router_logits(**settings))
+
+
+@torch.no_grad()
+def test_sample_wise_routing_is_one_route_for_all_tokens():
+    """With the [CLS] token all tokens of a prompt share a route; without it each has its own."""
+    shared, apart = router_logits(tokenwise=False), router_logits(tokenwise=True)
+    assert torch.allclose(shared, shared[:, :1], rtol=1e-3)
+    assert not torch.allclose(apart, apart[:, :1], rtol=1e-3)
+    assert not torch.allclose(shared[0], shared[1], rtol=1e-3)  # each prompt has its own
 
 
 def test_impossible_settings_are_refused():
@@ -211,16 +239,22 @@ def test_impossible_settings_are_refused():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_state_norm_pre_forgets_the_scale(norm):
-    """State norms that grow 1 to 100 by layer are irrelevant with "pre", and only with "pre"."""
-    model, velocities = make_model(state_norm=norm), []
+def velocities_at_two_scales(norm):
+    """Velocities of a model whose states are 100 times, or 1 to 100 times by layer, as large."""
+    model = make_model(state_norm=norm)
     z, tokens, t, *_ = draw(model)
     tower = model.understanding.forward
+    result = []
     for scale in (torch.full((5,), 100.0), torch.logspace(2, 4, 5)):
         model.understanding.forward = lambda x: tower(x) * scale[:, None]
-        velocities.append(model(z, t, model.understand(tokens)))
-    assert torch.allclose(*velocities, rtol=1e-3, atol=1e-4) == (norm == "pre")
+        result.append(model(z, t, model.understand(tokens)))
+    return result
+
+
+def test_state_norm_pre_forgets_the_scale():
+    """State norms that grow by layer are irrelevant with "pre", and only with "pre"."""
+    assert torch.allclose(*velocities_at_two_scales("pre"), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(*velocities_at_two_scales("post"), rtol=1e-3, atol=1e-4)
 
 
 # --- C. exact identities -------------------------------------------------------------------------
@@ -271,12 +305,19 @@ def test_projecting_first_equals_mixing_first(model):
 def test_the_loss(model):
     """z runs straight from z0 to z1; identity 3 in float64: the loss on z0 is t^2 that on v."""
     z0, tokens, t, z1, _ = (a.double() if a.is_floating_point() else a for a in draw(model))
-    v, seen = torch.randn(z0.shape), []
-    model.forward = lambda z, *_: seen.append(z) or v
-    loss, at = model.loss(z0, tokens, t, z1), t[:, None, None, None]
+    v = torch.randn(z0.shape)
+    seen = []
+
+    def velocity(z, *_):
+        seen.append(z)
+        return v
+
+    model.forward = velocity
+    loss = model.loss(z0, tokens, t, z1)
+    time = t[:, None, None, None]
     assert loss.shape == (3,) and (loss > 0.1).all()
-    close(seen[0], z0 + at * (z1 - z0))
-    close((seen[0] - at * v - z0).square().mean((1, 2, 3)), t ** 2 * loss, rtol=1e-12, atol=0)
+    close(seen[0], z0 + time * (z1 - z0))
+    close((seen[0] - time * v - z0).square().mean((1, 2, 3)), t ** 2 * loss, rtol=1e-12, atol=0)
     model.loss(z0, tokens, torch.tensor([0.0, 1, 1]), z1)
     assert torch.equal(seen[1][0], z0[0]) and torch.equal(seen[1][1:], z1[1:])
     model.forward = lambda *_: (z1 - z0)
@@ -382,12 +423,13 @@ def test_frozen_and_trained_parts(model):
         optimizer.zero_grad()
         model.loss(*draw(model), reference=draw(model)[0]).mean().backward()
         for name, p in model.named_parameters():
-            trained = name.startswith(("router", "generation"))
-            assert p.requires_grad == trained == (p.grad is not None), name
-            assert not trained or p.grad.isfinite().all() and p.grad.any(), name
+            if name.startswith(("router", "generation")):
+                assert p.requires_grad and p.grad.isfinite().all() and p.grad.any(), name
+            else:
+                assert not p.requires_grad and p.grad is None, name
         optimizer.step()
-    for name, p in model.state_dict().items():
-        assert torch.equal(p, before[name]) != name.startswith(("router", "generation")), name
+    changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if name.startswith(("router", "generation"))}
 
 
 # --- F. learning ---------------------------------------------------------------------------------
@@ -429,7 +471,12 @@ def test_what_changes_a_picture(painter):
     for size, expected in ((None, (64, 64)), (32, (32, 32)), ((32, 96), (96, 32))):
         assert painter.generate(**call, size=size)[0].size == expected
     branches, forward = [], painter.forward
-    painter.forward = lambda z, *rest, **more: branches.append(len(z)) or forward(z, *rest, **more)
+
+    def spy(z, *rest, **more):
+        branches.append(len(z))
+        return forward(z, *rest, **more)
+
+    painter.forward = spy
     one, nearly = (painter.generate(**{**call, "guidance": g}) for g in (1, 1 + 1e-7))
     assert branches == [1, 1, 2, 2] and same(one, nearly)  # guidance 1 is the conditional branch
 
@@ -448,70 +495,7 @@ def test_what_cannot_be_drawn_is_refused(painter):
             painter.generate(**{"prompts": PROMPTS[:2], "steps": 1, **change})
 
 
-# --- H. folders ----------------------------------------------------------------------------------
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_save_and_load(model, tmp_path):
-    """Parameters return rounded to bf16, buffers exactly, from safetensors and JSON alone."""
-    model.vae.set_statistics(torch.rand(6), torch.rand(6) + 0.5)
-    model.save_pretrained(tmp_path)
-    files = contents(tmp_path)
-    assert files.keys() == {"config.json", "vocab.json", *(f"{p}.safetensors" for p in PARTS)}
-    loaded, parameters = MoS.from_pretrained(tmp_path), dict(model.named_parameters())
-    for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items()):
-        assert name == other and b.dtype == torch.float32
-        assert torch.equal(a.bfloat16().float() if name in parameters else a, b), name
-    assert loaded.config == model.config and loaded.tokenizer.words == model.tokenizer.words
-    loaded.save_pretrained(tmp_path)
-    assert not loaded.training and contents(tmp_path) == files
-    (tmp_path / "vae.safetensors").unlink()
-
-
-HEAD = "generation.head.weight"
-
-
-@pytest.mark.parametrize("name, damage, match", [
-    ("mos.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9]), "damaged"),
-    ("mos.safetensors", lambda path: path.write_bytes(b""), "damaged"),
-    ("mos.safetensors", {HEAD: None}, f"{HEAD} is missing"),
-    ("mos.safetensors", {"more": torch.ones(2)}, "more is not part"),
-    ("mos.safetensors", {HEAD: torch.ones(5, 64)}, rf"{HEAD} has shape \(5, 64\).*\(6, 64\)"),
-    ("config.json", lambda path: path.write_text("{"), ""),
-    ("config.json", lambda path: path.write_text("[]"), ""),
-    ("config.json", lambda path: path.write_text('{"depth": 3}'), "unknown.*depth"),
-    ("vocab.json", lambda path: path.write_text('["a",'), "")])
-def test_damaged_files(model, tmp_path, name, damage, match):
-    """Whatever is damaged or missing, the error names the file and what is wrong with it."""
-    model.save_pretrained(tmp_path)
-    path = tmp_path / name
-    if callable(damage):
-        damage(path)
-    else:
-        save_file({n: p for n, p in (load_file(path) | damage).items() if p is not None}, path)
-    with pytest.raises(ValueError, match=f"{name}.*{match}"):
-        MoS.from_pretrained(tmp_path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=name):
-        MoS.from_pretrained(tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
-    """A disk that fills up while saving costs no old file and leaves no half a new one."""
-    model.save_pretrained(tmp_path)
-    old = contents(tmp_path)
-
-    def full(tensors, path):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="disk full"):
-        make_model(1).save_pretrained(tmp_path)
-    assert contents(tmp_path) == old
-
+# --- H. the paper's sizes ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("recipe, blocks, router", (
     ("ablation_1b", 973_078_528, None), ("mos_s", 2_818_572_288, 105.1),
