@@ -125,7 +125,8 @@ class MoS(nn.Module):
     def flops(self, S, size, edit=False):
         """Return the FLOP of `forward` for one z of size (h, w) with S context tokens."""
         T = size[0] * size[1] // self.generation.patch ** 2
-        seen = T * (1 + edit)  # with the reference picture's tokens
+        reference = edit and "generation" in self.config.edit_inputs
+        seen = T * (1 + reference)  # with the reference picture's tokens
         return self.router.flops(S, seen) + self.generation.flops(S, seen, T)
 
     # --- rectified flow --------------------------------------------------------------------------

@@ -39,8 +39,8 @@ import kernels
 from common import ROOT, CommandLine, randomise, replacing, run
 from config import PRESETS
 from kernels import autocast
-from mos import Context
-from tools.estimate import Products, estimate, forward_flops
+from mos import Context, unfilled
+from tools.estimate import Products, estimate
 from tools.latency import bench_latency, bench_loading
 from tools.timing import (DEVICE, DTYPE, SETS, call_time, ceilings, device_time, header,
                           large_model, normal, replay_time, save, show_profile)
@@ -415,7 +415,7 @@ class TrainCase(NamedTuple):
         else:
             raise ValueError(f"{self.name}: not even {B} pictures fit into this GPU's memory")
         config, side = replace(model.config, size=self.size), self.size // model.vae.factor
-        flops = 3 * B * forward_flops(config, self.tokens, (side, side))
+        flops = 3 * B * unfilled(config).flops(self.tokens, (side, side))
         memory = estimate(config, micro_batch=B, tokens=self.tokens, ema=False,
                           recompute=self.size > 512)
         computed = memory["peak"] - (0 if self.encode else

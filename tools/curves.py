@@ -1,31 +1,39 @@
-"""Is my run right? Its curves over those of other seeds, as a plot and as a table.
+"""Draw the curves of a training run, and compare them with those of other seeds.
 
-    python curves.py runs/laptop                                  # over three of ours
-    python curves.py "seed 0" "seed 1" "seed 2" --save kept.csv   # keep runs for --beside
+    python -m tools.curves runs/laptop                                # with three kept seeds
+    python -m tools.curves runs/0 runs/1 runs/2 --save kept.csv       # keep runs for --beside
+
+Every column of a run's log is drawn into a picture beside the log, for example runs/x/image.png.
+The most important columns are compared with the kept runs, in a table and in a second picture.
 """
 
 import csv
 from pathlib import Path
 
 from common import ROOT, CommandLine, replacing, run
+from config import STAGES
 
-COLUMNS = ("loss", "val_loss", "score", "grad_norm")
-OURS = ROOT / "assets" / "laptop.csv"  # README's laptop recipe, three seeds
+COLUMNS = ("loss", "val_loss", "score", "grad_norm")  # those that are kept and compared
+SEEDS = ROOT / "assets" / "laptop.csv"  # stage image of recipe laptop, three seeds
+GROUPS = {"loss_t": "loss by t", "val_t": "val_loss by t", "edit_t": "val_edit by t",
+          "entropy_": "entropy by block", "score_": "score by task", "edits_": "edits by type",
+          "share_": "share by source"}  # beginnings of columns that share a panel
 
 
 def read(path):
-    """The curves of a CSV: {run: {column: {step: value}}}; without a column "run" it is one run's.
+    """Read a CSV: {run: {column: {step: value}}}; without a column "run" it holds one run.
 
-    Raises OSError, or ValueError if the file is no such log.
+    Raises OSError, or ValueError if the file is not such a log.
     """
     runs = {}
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                curves = runs.setdefault(row.get("run", str(path.parent)), {})
-                for name in COLUMNS:
-                    if row.get(name):
-                        curves.setdefault(name, {})[int(row["step"])] = float(row[name])
+                curves = runs.setdefault(row.pop("run", str(path.parent)), {})
+                step = int(row.pop("step"))
+                for name, text in row.items():
+                    if text:
+                        curves.setdefault(name, {})[step] = float(text)
     except FileNotFoundError:
         raise ValueError(f"no {path.name} in {path.parent}: expected what train.py or --save wrote"
                          ) from None
@@ -37,17 +45,18 @@ def read(path):
 
 
 def save(runs, path):
-    """Write several runs into one CSV, their names its first column."""
+    """Write the columns to be compared of several runs into one CSV."""
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("run", "step", *COLUMNS))
         for name, curves in runs.items():
-            for step in sorted({step for curve in curves.values() for step in curve}):
-                writer.writerow((name, step, *(curves.get(c, {}).get(step, "") for c in COLUMNS)))
+            kept = [curves.get(column, {}) for column in COLUMNS]
+            for step in sorted({step for curve in kept for step in curve}):
+                writer.writerow((name, step, *(curve.get(step, "") for curve in kept)))
 
 
-def show(column, runs, steps):
-    """Print one column of runs at those of the steps that any of them has."""
+def print_table(column, runs, steps):
+    """Print one column of all runs, at those of the steps that any of them has."""
     curves = {name: curves.get(column, {}) for name, curves in runs.items()}
     steps = [step for step in steps if any(step in curve for curve in curves.values())]
     if steps:
@@ -58,49 +67,73 @@ def show(column, runs, steps):
                 f"{curve[step]:9.4f}" if step in curve else f"{'-':>9}" for step in steps))
 
 
-def plot(own, others, path):
-    """Draw all columns, own runs in colours over the others in grey, and say where.
+def group(curves):
+    """Return the panels of one run, {title: {label: curve}}, and its table of layers chosen.
 
-    Without matplotlib the table has to do.
+    The table {(block, layer): share} holds the last value of each column usage_BLOCK_LAYER.
+    """
+    panels, usage = {}, {}
+    for name, curve in curves.items():
+        if name.startswith("usage_"):
+            block, layer = map(int, name.split("_")[1:])
+            usage[block, layer] = list(curve.values())[-1]
+            continue
+        start = next((start for start in GROUPS if name.startswith(start)), name)
+        panels.setdefault(GROUPS.get(start, name), {})[name.removeprefix(start)] = curve
+    return panels, usage
+
+
+def draw(path, panels, across, grey=(), usage=None):
+    """Draw panels {title: {label: {step: value}}} into a PNG, so many in a row; print its path.
+
+    grey: labels of the curves to compare with. usage: see `group`. Without matplotlib there is no
+    picture, and the numbers must do.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
+        print(f"{path} is not drawn: matplotlib is missing")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(COLUMNS), figsize=(15, 3.4))
-    for axis, column in zip(axes, COLUMNS):
-        for runs, style in ((others, dict(color="0.6", lw=1)), (own, dict(lw=1.5))):
-            for name, curves in runs.items():
-                curve = curves.get(column, {})
-                axis.plot(list(curve), list(curve.values()), ".-" if len(curve) < 30 else "-",
-                          label=name, **style)
-        axis.set(title=column, xlabel="step", yscale="log" if "loss" in column else "linear")
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
+    rows = -(-(len(panels) + bool(usage)) // across)
+    figure = Figure(figsize=(3.75 * across, 3 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, across, squeeze=False).flat)
+    for title, curves in panels.items():
+        axis = axes.pop(0)
+        for label, curve in curves.items():
+            style = dict(color="0.6", lw=1, zorder=1) if label in grey else dict(lw=1.5)
+            axis.plot(list(curve), list(curve.values()), ".-" if len(curve) < 30 else "-",
+                      label=label, **style)
+        axis.set(title=title, xlabel="step", yscale="log" if "loss" in title else "linear")
+        if len(curves) > 1:
+            axis.legend(fontsize=6, ncols=1 + (len(curves) > 4))
+    if usage:
+        blocks, layers = (1 + max(numbers) for numbers in zip(*usage))
+        shares = [[usage[j, m] for m in range(layers)] for j in range(blocks)]
+        axis = axes.pop(0)
+        axis.imshow(shares, vmin=0, extent=(0.5, layers + 0.5, blocks + 0.5, 0.5))
+        axis.set(title="layers chosen", xlabel="layer", ylabel="block")
+    for axis in axes:
+        axis.axis("off")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-    plt.close(figure)
-    print(f"\n{path}")
+    print(f"wrote {path}")
 
 
 def parse():
-    """The command line, checked."""
+    """Return the flags. Raises ValueError for a file that cannot be written."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py wrote")
-    parser.add_argument("--stage", default="image", choices=("image", "edit"), help="stage whose "
-                        "log is read")
-    parser.add_argument("--beside", type=Path, default=OURS, help="a CSV that --save wrote")
+    parser.add_argument("--stage", default="image", choices=STAGES, help="stage whose log is read")
+    parser.add_argument("--beside", type=Path, help="a CSV that --save wrote, to compare with; "
+                        "for stage image three seeds of recipe laptop are the default")
     parser.add_argument("--save", type=Path, help="write the runs into this CSV, and draw nothing")
-    parser.add_argument("--steps", type=int, nargs="+", help="of the table",
+    parser.add_argument("--steps", type=int, nargs="+", help="columns of the table",
                         default=(50, 500, 1500, 3000, 4500, 6000))
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the plot")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the comparison")
     args = parser.parse_args()
     for path, suffix in ((args.save, ".csv"), (args.out, ".png")):
         if path and (path.suffix != suffix or path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"cannot write {path}: expected a file {suffix} in a folder that is "
-                             "there")
+            raise ValueError(f"cannot write {path}: expected a {suffix} file in an existing folder")
     for folder in args.runs:
         log = folder / f"{args.stage}.csv"
         if args.save and args.save.exists() and log.exists() and args.save.samefile(log):
@@ -109,23 +142,33 @@ def parse():
 
 
 def main():
-    """The command."""
+    """Run the command."""
     args = parse()
-    own = {f"{folder}": curves for folder in args.runs
-           for curves in read(folder / f"{args.stage}.csv").values()}
+    runs = {}
+    for folder in args.runs:
+        for curves in read(folder / f"{args.stage}.csv").values():
+            runs[str(folder)] = curves
     if args.save:
-        save(own, args.save)
+        save(runs, args.save)
         return
-    others = read(args.beside)
-    if own.keys() & others.keys():
-        own = {f"{name} (yours)": curves for name, curves in own.items()}
-    logged = {step for curves in (own | others).values() for one in curves.values() for step in one}
-    if not logged & set(args.steps):
+    beside = args.beside or (SEEDS if args.stage == "image" else None)
+    others = read(beside) if beside else {}
+    mark = " (yours)" if runs.keys() & others.keys() else ""
+    both = {name + mark: curves for name, curves in runs.items()} | others
+    steps = {step for curves in both.values() for curve in curves.values() for step in curve}
+    if not steps & set(args.steps):
         raise ValueError(f"--steps: nothing was logged at {', '.join(map(str, args.steps))}; "
-                         f"expected steps such as {', '.join(map(str, sorted(logged)[:3]))}")
+                         f"expected steps such as {', '.join(map(str, sorted(steps)[:3]))}")
     for column in COLUMNS:
-        show(column, own | others, args.steps)
-    plot(own, others, args.out)
+        print_table(column, both, args.steps)
+    print()
+    for folder, curves in runs.items():
+        panels, usage = group(curves)
+        draw(Path(folder, f"{args.stage}.png"), panels, across=5, usage=usage)
+    if len(both) > 1:
+        panels = {column: {name: curves[column] for name, curves in both.items()
+                           if column in curves} for column in COLUMNS}
+        draw(args.out, panels, across=4, grey=others)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What a training step of the image stage needs, without building anything.
+"""Compute what a training step of stage image needs on each GPU: memory and time.
 
-    python train.py --estimate --preset mos_s --parallel fsdp --world 64 --micro-batch 16
+    python -m tools.estimate mos_s --phase 512 --parallel fsdp --processes 64
+    python -m tools.estimate mos_s --micro-batch 16 --recompute --ema 0
 
-The model is built without memory and its forward pass is run on tensors without content, the way a
-GPU runs it (our kernels, bf16 autocast): what autograd keeps is counted, and the products' FLOP.
+Nothing is allocated: the forward pass runs on tensors without content, as a GPU would run it (our
+kernels, bf16 autocast), and the bytes that autograd keeps for the backward pass are added up. Every
+setting of train.py is a flag here, too; the recipe gives the others.
 """
 
+import contextlib
 import math
-import time
-import unittest.mock
 from functools import partial
 
 import torch
@@ -17,21 +18,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+import train
+from common import CommandLine, run
+from config import MoSConfig, plan
 from mos import Context, unfilled
 
-RATE = 480e12  # FLOP/s of a training step: `bench.py train` measured 486 and 495 on H100s
-
-
-def product_rate(device):
-    """FLOP/s of a large matrix product, the best of a few: what MFU is a share of."""
-    side, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, best = torch.randn(side, side, device=device, dtype=kind), math.inf
-    for _ in range(8):
-        a.sum().item()  # until all work is done
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * side**3 / best
+RATE = 480e12  # FLOP/s of a training step: `tools.bench train` measured 486 and 495 on H100s
 
 
 class Products(TorchDispatchMode):
@@ -41,126 +33,163 @@ class Products(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls = {}  # what identifies a call: how many there were, arguments of some of them
+        self.calls = {}  # what identifies a call: how many there were, and some of them to repeat
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.overloadpacket.__name__.startswith(("mm", "addmm", "bmm", "_scaled_dot_product")):
             key = str(op), str([(a.shape, a.stride()) if isinstance(a, torch.Tensor) else a
                                 for a in args])
-            number, kept = self.calls.get(key, (0, []))
-            self.calls[key] = number + 1, [*kept, partial(op, *args, **kwargs or {})][:self.KEPT]
+            count, calls = self.calls.get(key, (0, []))
+            calls = [*calls, partial(op, *args, **kwargs or {})][:self.KEPT]
+            self.calls[key] = count + 1, calls
         return op(*args, **kwargs or {})
-
-    def flops(self):
-        """Of all calls: 2mnk for a product, and for attention that of its two products."""
-        total = 0
-        for number, (call, *_) in self.calls.values():
-            tensors = [a for a in call.args if isinstance(a, torch.Tensor)]
-            if "attention" in str(call.func):
-                total += number * 4 * tensors[0].numel() * tensors[1].shape[2]
-            else:
-                total += number * 2 * tensors[-2].numel() * tensors[-1].shape[-1]
-        return total
 
     def all(self, *_):
         """Run every call as often as it was seen, and nothing else."""
-        for number, kept in self.calls.values():
-            for i in range(number):
-                kept[i % len(kept)]()
+        for count, calls in self.calls.values():
+            for i in range(count):
+                calls[i % len(calls)]()
 
 
-def count(module, kind=None):
-    """Bytes of a module's parameters, of `kind` instead of their own type."""
-    return sum(p.numel() * (kind or p.dtype).itemsize for p in module.parameters())
+def parameter_bytes(module, dtype=None):
+    """Return the bytes of a module's parameters, in `dtype` instead of their own type."""
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in module.parameters())
 
 
-def forward(model, batch, tokens, size, weights, recompute, edit=False):
-    """Bytes that autograd keeps of router and generation tower, and the forward pass's FLOP.
+@contextlib.contextmanager
+def gpu_kernels():
+    """Let `kernels` take the paths of a GPU within this block, whatever the device."""
+    before = kernels.fused
+    kernels.fused = lambda x: True
+    try:
+        yield
+    finally:
+        kernels.fused = before
 
-    model: on the meta device, tokens: of each context, size: (height, width) of the latents,
-    weights: the type of the parameters inside, recompute: whether activations are checkpointed,
-    edit: whether there are latents of a reference, too.
+
+def replace_parameters(module, dtype):
+    """Replace the parameters by ones of this type, which under FakeTensorMode take no memory."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=dtype))
+
+
+def kept_bytes(model, batch, tokens, size, dtype, recompute):
+    """Return the bytes that autograd keeps in a forward pass of router and generation tower.
+
+    model: on the meta device, tokens: of each prompt, size: (height, width) of the latents, dtype:
+    of the parameters, recompute: whether the tower's blocks recompute their activations.
     """
-    for block in model.generation.blocks:
-        block.recompute = recompute
-    c, kept = model.config, {}
+    c = model.config
+    storages = {}  # tensors that share memory count once
 
-    def pack(x):
+    def keep(x):
         storage = x.untyped_storage()
-        kept[storage._cdata] = storage  # whatever shares memory counts once
+        storages[storage._cdata] = storage
         return x
 
-    with FakeTensorMode():
-        for part in (model.router, model.generation):
-            for module in part.modules():
-                for name, p in module._parameters.items():
-                    if p is not None:
-                        fake = torch.empty(p.shape, dtype=weights, device="cpu")
-                        module._parameters[name] = torch.nn.Parameter(fake)
-        with torch.device("cpu"):
-            state = torch.empty(batch, tokens, c.und_depth, c.und_width, dtype=torch.bfloat16)
-            context = Context(state[:, :, 0], state, None, runs=[(batch, tokens)])
-            z, t = torch.empty(batch, c.vae_channels, *size), torch.empty(batch)
-            explore = torch.empty(batch, tokens, c.und_depth + 1, c.gen_depth)
-        with saved_tensors_hooks(pack, lambda x: x), Products() as products, \
-                torch.autocast("cpu", torch.bfloat16):
-            model(z, t, context, explore, z if edit else None)
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        return sum(s.nbytes() for key, s in kept.items() if key not in own), products.flops()
+    for block in model.generation.blocks:
+        block.recompute = recompute
+    with FakeTensorMode(), torch.device("cpu"):
+        replace_parameters(model.router, dtype)
+        replace_parameters(model.generation, dtype)
+        states = torch.empty(batch, tokens, c.und_depth, c.und_width, dtype=torch.bfloat16)
+        context = Context(states[:, :, 0], states, kernels.Keys(None, [(batch, tokens)]))
+        z = torch.empty(batch, c.vae_channels, *size)
+        t = torch.empty(batch)
+        uniform = torch.empty(batch, tokens, c.und_depth + 1, c.gen_depth)
+        with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            model(z, t, context, uniform)
+        for p in model.parameters():
+            storages.pop(p.untyped_storage()._cdata, None)  # counted as weights
+        return sum(storage.nbytes() for storage in storages.values())
 
 
-def forward_flops(config, tokens, size, edit=False):
-    """FLOP of router and generation tower for one picture of latent size (height, width).
+def activation_bytes(model, batch, tokens, dtype, recompute):
+    """Return the bytes of activations while they are largest, where the backward pass begins."""
+    side = model.config.size // model.vae.factor
+    kept = partial(kept_bytes, model, batch, tokens, (side, side))
+    with gpu_kernels():
+        if not recompute:
+            return kept(dtype, recompute=False)
+        # Of each block its inputs, and of one block at a time all that it computes again.
+        blocks = len(model.generation.blocks)
+        return kept(dtype, recompute=True) + kept(torch.bfloat16, recompute=False) // blocks
 
-    tokens, edit: see `forward`.
-    """
-    return forward(unfilled(config), 1, tokens, size, torch.float32, False, edit)[1]
 
-
-def estimate(config, parallel="none", world=1, shards=0, micro_batch=1, tokens=128,
-             ema=True, recompute=False):
-    """{what: bytes} of one process's memory in a step, "peak" their sum, and "flops".
+def estimate(config, parallel="none", processes=1, shards=0, micro_batch=1, tokens=128, ema=True,
+             recompute=False):
+    """Return {name: bytes} of one process's memory in a step, "peak" their sum, and its "flops".
 
     Where the backward pass begins, activations are all there and gradients are not; where it ends
-    it is the other way round: the larger of the two counts. Stored latents come on top.
+    it is the other way round: the larger of the two counts. Latents kept in memory are not counted.
+    Raises ValueError where shards do not divide the processes.
     """
     model = unfilled(config)
     parts = torch.nn.ModuleList([model.router, model.generation])
-    trained, blocks = count(parts), model.generation.blocks
-    tower = count(model.understanding, torch.bfloat16)
-    block, others = count(blocks[0], torch.bfloat16), count(parts, torch.bfloat16)
-    others -= sum(count(b, torch.bfloat16) for b in (*blocks, *model.router.blocks))
-    n = dict(fsdp=world, hsdp=shards or min(8, world)).get(parallel, 1)
-    if world % n:
-        raise ValueError(f"shards must divide the {world} processes, got {n}")
+    blocks = [*model.generation.blocks, *model.router.blocks]
     sharded = parallel in ("fsdp", "hsdp")
-    inside = torch.bfloat16 if sharded else torch.float32
-    side = config.size // model.vae.factor
-    run = partial(forward, model, micro_batch, tokens, (side, side))
-    with unittest.mock.patch.object(kernels, "fused", lambda x: True):  # as on a GPU
-        kept, flops = run(inside, recompute)
-        if recompute:  # what one block keeps while its backward pass runs
-            kept += run(torch.bfloat16, False)[0] // len(blocks)
+    n = {"fsdp": processes, "hsdp": shards or min(8, processes)}.get(parallel, 1)
+    if processes % n:
+        raise ValueError(f"shards must divide the {processes} processes, got {n}")
+    weights = parameter_bytes(parts)
+    tower = parameter_bytes(model.understanding, torch.bfloat16)
+    # FSDP keeps what is in no block gathered, and at most two blocks at a time.
+    gathered = parameter_bytes(parts, torch.bfloat16) + 2 * parameter_bytes(blocks[0],
+                                                                            torch.bfloat16)
+    gathered -= sum(parameter_bytes(block, torch.bfloat16) for block in blocks)
+    activations = activation_bytes(model, micro_batch, tokens,
+                                   torch.bfloat16 if sharded else torch.float32, recompute)
     memory = {
-        "weights": trained // n, "optimizer": 2 * trained // n, "average": ema * trained // n,
-        "understanding tower": tower // n, "VAE": count(model.vae),
-        "gathered": others + 2 * block if sharded else 0,
-        "DDP's buckets": trained if parallel == "ddp" else 0,  # a second copy of the gradients
-        "gradients, or activations": max(trained // n, kept)}
-    return memory | {"peak": sum(memory.values()), "flops": 3 * flops}
+        "weights": weights // n,
+        "optimizer": 2 * weights // n,
+        "average": ema * weights // n,
+        "understanding tower": tower // n,
+        "VAE": parameter_bytes(model.vae),
+        "gathered": gathered if sharded else 0,
+        "DDP's buckets": weights if parallel == "ddp" else 0,  # a second copy of the gradients
+        "gradients, or activations": max(weights // n, activations)}
+    side = config.size // model.vae.factor
+    flops = 3 * micro_batch * model.flops(tokens, (side, side))  # backward: two forward passes
+    return memory | {"peak": sum(memory.values()), "flops": flops}
 
 
-def show(config, c):
-    """Print the estimate for a training configuration (train.TrainConfig)."""
-    parallel = c.parallel or ("none" if c.world == 1 else "ddp")
-    accumulate = math.ceil(c.batch / (c.world * c.micro_batch))
-    micro = math.ceil(c.batch / (c.world * accumulate))
-    result = estimate(config, parallel, c.world, c.shards, micro, config.max_tokens,
-                      c.ema > 0, c.recompute)
-    flops = result.pop("flops") * c.batch / c.world / micro
-    print(f"{c.preset}, {config.size}x{config.size}, {c.world} processes, {parallel}, "
-          f"micro-batch {micro}: GiB in each")
+def show(config, c, processes):
+    """Print the estimate for a model and a training configuration (config.TrainConfig)."""
+    parallel = c.parallel or ("none" if processes == 1 else "ddp")
+    accumulate = math.ceil(c.batch / (processes * c.micro_batch))
+    micro_batch = math.ceil(c.batch / (processes * accumulate))
+    result = estimate(config, parallel, processes, c.shards, micro_batch=micro_batch,
+                      tokens=config.max_tokens, ema=c.ema > 0, recompute=c.recompute)
+    flops = result.pop("flops") * c.batch / processes / micro_batch
+    print(f"{c.recipe}, {config.size}x{config.size}, {processes} processes, {parallel}, "
+          f"micro-batch {micro_batch}: GiB in each")
     for name, size in result.items():
         print(f"{name:28}{size / 2**30:9.2f}")
     print(f"a step of {c.batch}: {flops / 1e12:.1f} TFLOP in each, {flops / RATE:.3f} s "
           f"at {RATE / 1e12:.0f} TFLOP/s, without communication")
+
+
+def settings(recipe, flags=()):
+    """Return the MoSConfig and the TrainConfig of stage image of a recipe, changed by flags."""
+    given, recipe, _, _ = train.parse(["--recipe", recipe, *flags, "--stage", "image"])
+    (c, model), = plan(given, recipe)
+    return MoSConfig(**model | {name: given[name] for name in given if name in model}), c
+
+
+def main():
+    """Run the command."""
+    parser = CommandLine(__doc__.split("\n\n")[0])
+    parser.add_argument("recipe", help="a name in recipes/, or the path of a .toml file; behind it "
+                        "any setting of train.py: --phase, --parallel, --batch, --size, ...")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs, one process on each")
+    args, flags = parser.parse_known_args()
+    if args.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {args.processes}")
+    config, c = settings(args.recipe, flags)
+    show(config, c, args.processes)
+
+
+if __name__ == "__main__":
+    run(main)
