@@ -180,7 +180,7 @@ def run_everything(watch, folder):
         watch(known, lambda: model.generate(texts, steps=1, size=(192, 320)))
     watch(two, lambda: model.vae.decode(model.vae.encode(images)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vae, "WHOLE", 1)
+        patch.setattr(vae, "UNTILED", 1)
         watch(two, lambda: model.vae.decode(model.vae.encode(images)))
     watch(two, model.vae.loss, images, torch.randn(2, 6, 4, 5), 1.0)
     pictures = [Image.new("RGB", (96, 64)), Image.new("RGB", (96, 64), "red")]

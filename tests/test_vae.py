@@ -212,7 +212,7 @@ def test_tiles(tile, size, small, monkeypatch):
     x = 2 * torch.rand(1, 3, 16 * h, 16 * w, dtype=torch.float64) - 1
     whole = small.encode(x), small.reconstruct(z)
     monkeypatch.setattr(vae, "TILE", tile)
-    monkeypatch.setattr(vae, "WHOLE", h * w - 1)
+    monkeypatch.setattr(vae, "UNTILED", h * w - 1)
     for a, b in zip(whole, (small.encode(x), small.reconstruct(z))):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     small.encoder.margin -= 1
@@ -243,8 +243,8 @@ def test_which_pictures_are_cut(size, tiles, monkeypatch):
                             calls.append(self) or local(self, x))
     with FakeTensorMode(), torch.no_grad():
         model, found = VAE(), []
-        for whole in (vae.WHOLE, 10 ** 9):
-            monkeypatch.setattr(vae, "WHOLE", whole)
+        for whole in (vae.UNTILED, 10 ** 9):
+            monkeypatch.setattr(vae, "UNTILED", whole)
             for run, x in ((model.posterior, torch.empty(1, 3, *size)),
                            (model.reconstruct, torch.empty(1, 48, size[0] // 16, size[1] // 16))):
                 calls.clear()
