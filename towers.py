@@ -138,7 +138,7 @@ class DecoderBlock(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight, None) if self.q_norm else (None,) * 3
         q, k, v = queries_keys(qkv, rope, self.heads, norms,
                                eps=self.eps)                            # (B, S, H or Hk, Dh) each
-        causal = not cache  # a single token behind the cached ones attends to all
+        causal = not cache  # a single token after the cached ones attends to all of them
         if cache:
             k = torch.cat((cache[0], k), 1)                                 # (B, L, Hk, Dh)
             v = torch.cat((cache[1], v), 1)                                 # (B, L, Hk, Dh)
@@ -164,8 +164,8 @@ class Patches(nn.Sequential):
         halvings = patch.bit_length() - 1
         widths = [3] + [width >> i for i in reversed(range(halvings))]
         layers = []
-        for narrow, wide in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.GELU()]
+        for cin, cout in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(cin, cout, 3, stride=2, padding=1), nn.GELU()]
         super().__init__(*layers[:-1])  # no GELU after the last convolution
         self.patch = patch
 

@@ -32,7 +32,7 @@ class ChannelNorm(nn.Module):
 
 
 class NormSiLU(ChannelNorm):
-    """The same norm, then SiLU, which one kernel computes at sampling."""
+    """The same norm, then SiLU: a single kernel at sampling."""
 
     def forward(self, x):
         return channel_norm(x, self.gamma)
@@ -112,10 +112,9 @@ class Resample(nn.Module):
 
 
 def average_down(x, cout, space, time):
-    """Return an encoder stage's shortcut, without parameters: (B, C, H, W) to (B, C', H/s, W/s).
+    """Return an encoder stage's shortcut: fold space and time into channels, then average these.
 
-    Space and time are folded into channels by the factors s and t, then averaged to `cout`
-    channels. The image is the last of t frames; the others are zero.
+    space, time: the factors s and t. The image is the last of t frames; the others are zero.
     """
     x = F.pixel_unshuffle(x, space)[:, :, None]                           # (B, C*s*s, 1, h, w)
     x = x.unflatten(1, (-1, space * space)).movedim(3, 2)                 # (B, C, 1, s*s, h, w)
@@ -124,10 +123,7 @@ def average_down(x, cout, space, time):
 
 
 def duplicate_up(x, cout, space, time):
-    """Return a decoder stage's shortcut, without parameters: (B, C, h, w) to (B, C', h*s, w*s).
-
-    Channels are repeated, then unfolded into space and time; the image is the last frame.
-    """
+    """Return a decoder stage's shortcut: repeat channels, unfold them, keep the last frame."""
     x = x.repeat_interleave(cout * space * space * time // x.shape[1], 1)  # (B, C'*t*s*s, h, w)
     x = x.unflatten(1, (cout, time, space * space))[:, :, -1]             # (B, C', s*s, h, w)
     return F.pixel_shuffle(x.flatten(1, 2), space)                        # (B, C', h*s, w*s)
@@ -180,7 +176,7 @@ def tile_spans(length, margin):
 
 
 def crop(x, rows, columns, scale):
-    """Return x[rows, columns], spans in latent pixels that are `scale` pixels of x wide."""
+    """Return a part of x (B, C, H, W). rows, columns: spans in latent pixels of `scale` pixels."""
     (top, bottom), (left, right) = rows, columns
     return x[:, :, scale * top:scale * bottom, scale * left:scale * right]
 
@@ -215,7 +211,8 @@ class Encoder(nn.Module):
         last = len(multipliers) - 1
         self.conv_in = nn.Conv2d(12, width, 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(widths[i], widths[i + 1], blocks, i < last, i < last and temporal[i])
+            DownBlock(widths[i], widths[i + 1], blocks, down=i < last,
+                      time=i < last and temporal[i])
             for i in range(last + 1))
         self.mid_block = MidBlock(widths[-1])
         self.norm_out = NormSiLU(widths[-1])
@@ -246,7 +243,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0])
         self.up_blocks = nn.ModuleList(
-            UpBlock(widths[i], widths[i + 1], blocks + 1, i < last, i < last and temporal[-1 - i])
+            UpBlock(widths[i], widths[i + 1], blocks + 1, up=i < last,
+                    time=i < last and temporal[-1 - i])
             for i in range(last + 1))
         self.norm_out = NormSiLU(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 12, 3, padding=1)
@@ -255,8 +253,7 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         x = self.mid_block(self.conv_in(z))                               # (B, C', h, w)
-        scales = 1, self.scale
-        return apply_in_tiles(self.convolve, x, scales, self.margin)      # (B, 12, 8*h, 8*w)
+        return apply_in_tiles(self.convolve, x, (1, self.scale), self.margin)  # (B, 12, 8*h, 8*w)
 
     def convolve(self, x):
         """Apply the stages after the attention, in which a pixel sees its surroundings only."""
@@ -299,12 +296,12 @@ class VAE(nn.Module):
 
     def _apply(self, function, recurse=True):
         """Keep the latents' statistics in at least fp32 when `to`, `bfloat16` and others cast."""
-        before = dict(self.named_buffers())
+        statistics = dict(self.named_buffers())
         super()._apply(function, recurse)
-        for name, values in before.items():
-            after = getattr(self, name)
-            if at_least_fp32(after) is not after:
-                setattr(self, name, values.to(after.device))
+        for name, values in statistics.items():
+            cast = getattr(self, name)
+            if at_least_fp32(cast) is not cast:
+                setattr(self, name, values.to(cast.device))
         return self
 
     def to_network(self, x):
@@ -323,7 +320,7 @@ class VAE(nn.Module):
             raise ValueError(f"pictures must be a multiple of {self.factor} pixels on each side, "
                              f"got {x.shape[-2]}x{x.shape[-1]}")
         # In Wan's 2x2 patches columns come before rows: transpose before and after the unshuffle.
-        x = self.to_network(F.pixel_unshuffle(x.mT, 2).mT)                     # (B, 12, H/2, W/2)
+        x = self.to_network(F.pixel_unshuffle(x.mT, 2).mT)                # (B, 12, H/2, W/2)
         return self.quant_conv(self.encoder(x)).chunk(2, 1)               # (B, C, H/16, W/16) each
 
     def encode(self, x):
@@ -345,15 +342,15 @@ class VAE(nn.Module):
 
     def reconstruct(self, z):
         """Decode unnormalised latents (B, C, h, w), without clamping: (B, 3, 16*h, 16*w)."""
-        x = self.decoder(self.post_quant_conv(self.to_network(z)))             # (B, 12, H/2, W/2)
+        x = self.decoder(self.post_quant_conv(self.to_network(z)))        # (B, 12, H/2, W/2)
         return F.pixel_shuffle(x.mT, 2).mT                                # (B, 3, H, W)
 
     def loss(self, x, noise, kl_weight):
-        """Return the loss of a VAE (Kingma & Welling): L1 of the pictures, and KL of the latents.
+        """Return reconstruction error plus KL (Kingma & Welling), both means over elements.
 
-        Each is a mean over its elements. NOTE (ours): no perceptual or adversarial term. x:
-        (B, 3, H, W), noise: standard normal (B, C, H/16, W/16). Also returns {"psnr": decibel,
-        "kl": nats per latent value}.
+        NOTE (ours): the error is L1, and there is no perceptual or adversarial term. x:
+        (B, 3, H, W), noise: standard normal (B, C, H/16, W/16). Also returns {"psnr": in decibels,
+        "kl": in nats per latent value}.
         """
         mean, log_variance = map(at_least_fp32, self.posterior(x))        # (B, C, h, w) each
         log_variance = log_variance.clamp(-30, 20)

@@ -64,7 +64,7 @@ class VisionTransformer(nn.Module):
         self.side = image // patch
         self.patches = nn.Conv2d(3, width, patch, patch, bias=bias)
         self.cls = nn.Parameter(torch.empty(1, 1, width)) if cls else None
-        self.positions = nn.Parameter(torch.empty(1, cls + self.side ** 2, width))
+        self.position_embedding = nn.Parameter(torch.empty(1, cls + self.side ** 2, width))
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, hidden, eps) for _ in range(depth))
 
     def init_parameter(self, name, p):
@@ -101,9 +101,9 @@ class VisionTransformer(nn.Module):
         if self.cls is not None:
             x = torch.cat((self.cls.expand(len(x), -1, -1), x), 1)        # (B, 1+h*w, Dv)
         n = self.side
-        grid = self.positions[:, -n * n:].mT.unflatten(2, (n, n))         # (1, Dv, n, n)
+        grid = self.position_embedding[:, -n * n:].mT.unflatten(2, (n, n))         # (1, Dv, n, n)
         grid = F.interpolate(grid, (h, w), mode=mode).flatten(2).mT       # (1, h*w, Dv)
-        x = x + torch.cat((self.positions[:, :-n * n], grid), 1)          # (B, L, Dv)
+        x = x + torch.cat((self.position_embedding[:, :-n * n], grid), 1)          # (B, L, Dv)
         return x, h, w
 
     def our_name(self, name):
@@ -133,7 +133,7 @@ class PerceptionEncoder(VisionTransformer):
 
     BLOCK = r"vision_tower\.timm_model\.blocks\.(\d+)\.(.+)"
     MODULES = {"vision_tower.timm_model.cls_token": "cls",
-               "vision_tower.timm_model.pos_embed": "positions",
+               "vision_tower.timm_model.pos_embed": "position_embedding",
                "vision_tower.timm_model.patch_embed.proj": "patches",
                "vision_tower.timm_model.norm_pre": "norm",
                "multi_modal_projector.linear_1": "projector.0",
@@ -189,8 +189,8 @@ class InternVision(VisionTransformer):
     BLOCK = r"(?:vision_tower\.encoder\.layer|vision_model\.encoder\.layers)\.(\d+)\.(.+)"
     MODULES = {"vision_tower.embeddings.cls_token": "cls",
                "vision_model.embeddings.class_embedding": "cls",
-               "vision_tower.embeddings.position_embeddings": "positions",
-               "vision_model.embeddings.position_embedding": "positions",
+               "vision_tower.embeddings.position_embeddings": "position_embedding",
+               "vision_model.embeddings.position_embedding": "position_embedding",
                "vision_tower.embeddings.patch_embeddings.projection": "patches",
                "vision_model.embeddings.patch_embedding": "patches",
                "multi_modal_projector.layer_norm": "norm", "mlp1.0": "norm",
@@ -256,7 +256,7 @@ def expect(values, **expected):
                              "PLM's and InternVL's encoders are published")
 
 
-def side(size):
+def square_side(size):
     """Return the side of a square, which a config.json gives as a number or as a pair."""
     return size if isinstance(size, int) else size[0]
 
@@ -288,7 +288,7 @@ def build_perception(config, vision, kind, size):
     return PerceptionEncoder(
         width=c["embed_dim"], depth=c["depth"], heads=c["num_heads"],
         hidden=int(c["embed_dim"] * c["mlp_ratio"]), out_width=text_config(config)["hidden_size"],
-        cls=c["class_token"], image=side(c["img_size"]), patch=side(c["patch_size"]))
+        cls=c["class_token"], image=square_side(c["img_size"]), patch=square_side(c["patch_size"]))
 
 
 def build_intern(config, vision):
@@ -299,5 +299,5 @@ def build_intern(config, vision):
     return InternVision(
         width=vision["hidden_size"], depth=vision["num_hidden_layers"],
         heads=vision["num_attention_heads"], hidden=vision["intermediate_size"],
-        out_width=text_config(config)["hidden_size"], image=side(vision["image_size"]),
-        patch=side(vision["patch_size"]))
+        out_width=text_config(config)["hidden_size"], image=square_side(vision["image_size"]),
+        patch=square_side(vision["patch_size"]))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from conftest import SMALL as SMALL_MODEL
 from conftest import make_config
 from mos import MoS
-from pretrained.folders import FolderTokenizer, load_tower_weights, load_tower
+from pretrained.folders import FolderTokenizer, load_tower, load_tower_weights
 from towers import Tokenizer
 
 transformers = pytest.importorskip("transformers")

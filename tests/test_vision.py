@@ -256,7 +256,7 @@ def test_pixel_shuffle():
     """A token is four neighbours: the upper half of a picture has its first tokens, and so on."""
     encoder = InternVision(WIDTH, 0, HEADS, HIDDEN, OUT, 56)
     with torch.no_grad():
-        encoder.positions.zero_()
+        encoder.position_embedding.zero_()
     images = torch.rand(1, 3, 56, 56)
     whole = encoder(images)
     torch.testing.assert_close(encoder(images[:, :, :28]), whole[:, :2])
