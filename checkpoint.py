@@ -15,15 +15,16 @@ import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import checksum, full_tensor, initialise, replacing
+from common import assign, checksum, full_tensor, initialise, replacing
 from config import GENERATING, loads_own_weights, read_config, require
-from pretrained.folders import copy_tensors
 from towers import Patches, Tokenizer, Understanding
 from vae import VAE
 
@@ -45,8 +46,8 @@ def frozen_parts(c, tokenizer):
     holds another one than the configuration says, and where the tokenizer is not the tower's.
     """
     if c.und_folder:
-        from pretrained.folders import read_tower
-        tower = read_tower(c.und_folder, c.und_images)
+        from pretrained.folders import build_tower
+        tower = build_tower(c.und_folder, c.und_images)
         check_folder(c, c.und_folder, und_width=len(tower.norm.weight), und_depth=len(tower.blocks))
     else:
         tower = Understanding(
@@ -57,8 +58,8 @@ def frozen_parts(c, tokenizer):
         raise ValueError(f"the tokenizer of {c.und_folder} has {len(tokenizer)} tokens, its tower "
                          f"only {tower.embedding.num_embeddings}: not of one model")
     if c.vae_folder:
-        from pretrained.folders import read_vae
-        vae = read_vae(c.vae_folder)
+        from pretrained.folders import build_vae
+        vae = build_vae(c.vae_folder)
         check_folder(c, c.vae_folder, vae_channels=len(vae.latents_mean))
     else:
         vae = VAE(c.vae_channels, c.vae_width, c.vae_decoder_width)
@@ -161,11 +162,11 @@ def load_part(model, folder, part):
     """
     c = model.config
     if part == "understanding" and c.und_folder:
-        from pretrained.folders import fill_tower
-        fill_tower(model.understanding, c.und_folder)
+        from pretrained.folders import load_tower_weights
+        load_tower_weights(c.und_folder, model.understanding)
     elif part == "vae" and c.vae_folder:
-        from pretrained.folders import fill_vae
-        fill_vae(model.vae, c.vae_folder)
+        from pretrained.folders import load_vae_weights
+        load_vae_weights(c.vae_folder, model.vae)
     else:
         targets = {}
         for module in PARTS[part]:
@@ -348,3 +349,71 @@ def load(checkpoint, tensors):
         raise ValueError(f"{checkpoint} does not fit this run ({str(e).splitlines()[-1]}); "
                          "train into another --out") from None
     return int(checkpoint.name)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tensors of safetensors files
+
+@torch.no_grad()
+def copy_tensors(targets, paths, our_name=lambda name: (name, 0), adapt=None):
+    """Copy the tensors of safetensors files into targets, {our name: tensor}, one at a time.
+
+    our_name: a function from a tensor's name in a file to our name and a part; the parts of one of
+    our tensors are stacked in their order. It returns None for a tensor that is not needed, and
+    raises KeyError for an unknown one. adapt: a function from our name and a file's values to ours.
+    Raises ValueError for a damaged file, and for a tensor that is unknown, missing, in two files,
+    or of another shape than ours.
+    """
+    with ExitStack() as stack:
+        files = {}
+        for path in paths:
+            try:
+                files[path] = stack.enter_context(safe_open(path, "pt"))
+            except SafetensorError as e:
+                raise ValueError(f"{path} is damaged ({e}); copy or train it again") from None
+        sources = find_tensors(targets, files, our_name)
+        for name, target in targets.items():
+            parts = [sources[name][part] for part in sorted(sources[name])]
+            values = [files[path].get_tensor(theirs) for path, theirs in parts]
+            if adapt:
+                values = [adapt(name, value) for value in values]
+            check_shapes(target, values, parts)
+            assign(target, torch.cat(values) if len(values) > 1 else values[0])
+
+
+def find_tensors(targets, files, our_name):
+    """Return {our name: {part: (path, name in the file)}} of open files; see `copy_tensors`."""
+    sources = {name: {} for name in targets}
+    for path, file in files.items():
+        for theirs in file.keys():
+            try:
+                source = our_name(theirs)
+            except KeyError:
+                source = theirs, 0
+            if source is None:
+                continue
+            name, part = source
+            if name not in targets:
+                raise ValueError(f"{path}: tensor {theirs} is not part of this model")
+            if part in sources[name]:
+                other, _ = sources[name][part]
+                raise ValueError(f"{path}: tensor {theirs} is in {other.name}, too; keep one of "
+                                 "them")
+            sources[name][part] = path, theirs
+    missing = sorted(name for name, parts in sources.items() if not parts)
+    if missing:
+        folder = path if len(files) == 1 else path.parent
+        raise ValueError(f"{folder}: tensor {missing[0]} is missing")
+    return sources
+
+
+def check_shapes(target, values, parts):
+    """Raise ValueError unless the parts (path, name), stacked, have the shape of the target."""
+    shape = values[0].shape
+    if len(values) > 1:
+        shape = (sum(len(value) for value in values), *shape[1:])
+    if shape != target.shape or any(value.shape[1:] != shape[1:] for value in values):
+        names = ", ".join(name for _, name in parts)
+        verb = "has" if len(parts) == 1 else "have together"
+        raise ValueError(f"{parts[0][0]}: tensor {names} {verb} shape {tuple(shape)}, config.json "
+                         f"asks for {tuple(target.shape)}")

@@ -169,7 +169,7 @@ class MoS(nn.Module):
         if images is not None:
             images = images.to(device).repeat(len(texts) // len(images), 1, 1, 1)
             if U.image_token is not None and "understanding" in self.config.edit_inputs:
-                images, image_tokens = U.vision.fit(images)
+                images, image_tokens = U.vision.resize(images)
         lengths = [len(self.tokenizer.encode(text, image_tokens)) for text in texts]
         longest = max(lengths)
         if longest - image_tokens > self.config.max_tokens:

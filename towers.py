@@ -1,8 +1,8 @@
-"""The understanding tower: a decoder-only language model that also reads pictures.
+"""The understanding tower: a decoder-only language model that can also read pictures.
 
-It reads the context once and hands out the states after every one of its blocks; MoS routes them.
-The small world's tower is trained by next-token prediction and then frozen; a Llama, Qwen2 or
-Qwen3 is the same decoder with other widths (`folders.py` reads them).
+It reads the context once and returns the states after each of its blocks, which MoS routes. The
+small world's tower is trained by next-token prediction and then frozen. Llama, Qwen2 and Qwen3 are
+the same decoder in other sizes; `pretrained/folders.py` loads them. Letters as in `mos.py`.
 """
 
 import difflib
@@ -17,12 +17,12 @@ from kernels import RMSNorm, SwiGLU, at_least_fp32, attention, autocast, queries
 
 
 class Tokenizer:
-    """Word-level: lower-case words between blanks; , ? ! : ; are words, full stops are dropped."""
+    """A word-level tokenizer. Words are lower-case; , ? ! : ; are words, full stops are dropped."""
 
-    PAD = -1  # no token at all: in other towers' vocabularies 0 is a word
+    PAD = -1  # marks padding; not 0, which is a word in published vocabularies
     BOS, EOS = 1, 2
-    SPECIAL = ("<pad>", "<bos>", "<eos>")  # the first one is never used
-    stops = (EOS,)  # what ends a text that the tower writes
+    SPECIAL = ("<pad>", "<bos>", "<eos>")  # ids 0 to 2; id 0 is never used
+    stops = (EOS,)  # the tokens at which the tower stops to write
 
     def __init__(self, words):
         self.words = list(self.SPECIAL) + sorted(set(words) - set(self.SPECIAL))
@@ -33,15 +33,16 @@ class Tokenizer:
 
     @staticmethod
     def split(text):
-        """The words of a text: lower case, without full stops, punctuation apart."""
+        """Return the words of a text, with its punctuation marks as words of their own."""
         for mark in ",?!:;":
             text = text.replace(mark, f" {mark} ")
         return text.lower().replace(".", " ").split()
 
     def encode(self, text, image_tokens=0):
-        """Token ids of a text, <bos> in front. Raises ValueError that names an unknown word.
+        """Return the token ids of a text, <bos> first. Raises ValueError for an unknown word.
 
-        image_tokens: for how many the text must have places; this tower's stand before the text.
+        image_tokens: the number of placeholders that a published tower needs in the text for a
+        picture. This tower needs none, because its image tokens come before the text.
         """
         ids = [self.BOS]
         for word in self.split(text):
@@ -53,7 +54,10 @@ class Tokenizer:
         return ids
 
     def batch(self, texts, length=None, image_tokens=0):
-        """Right-padded token ids (B, S) of several texts; S is `length` or the longest text."""
+        """Return right-padded token ids (B, S); S is `length`, or that of the longest text.
+
+        Raises ValueError where a text is longer than `length`.
+        """
         rows = [self.encode(text, image_tokens) for text in texts]
         length = length or max(map(len, rows))
         for row, text in zip(rows, texts):
@@ -78,16 +82,16 @@ class Tokenizer:
         return ids + [self.PAD] * padding, targets
 
     def request(self, prompt):
-        """What makes the tower write a detailed caption, and how that begins: token ids and a text.
+        """Return token ids that ask for a detailed caption, and the text with which it begins.
 
-        A tower that has not learned the request goes on with the prompt.
+        A tower that was not trained to write captions continues the prompt instead.
         """
         if "detail" not in self.index:
             return self.encode(prompt), prompt
         return self.encode(f"in detail : {prompt}"), ""
 
     def decode(self, ids):
-        """The text of token ids."""
+        """Return the text of token ids."""
         return " ".join(self.words[i] for i in ids)
 
     def save(self, path):
@@ -96,7 +100,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Read what `save` wrote. Raises ValueError if that is no list of words."""
+        """Read a file of `save`. Raises ValueError where it is not a list of words."""
         words = json.loads(path.read_text())
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError("expected a list of words")
@@ -104,7 +108,7 @@ class Tokenizer:
 
 
 class Bytes(Tokenizer):
-    """The bytes of a text as tokens: for towers with random weights, which know no words."""
+    """A tokenizer of bytes, for towers with random weights, which have no vocabulary."""
 
     def __init__(self):
         super().__init__(map(str, range(256)))
@@ -116,15 +120,57 @@ class Bytes(Tokenizer):
         return self.encode(prompt), ""
 
     def decode(self, ids):
-        known = bytes(i - len(self.SPECIAL) for i in ids if 0 <= i - len(self.SPECIAL) < 256)
-        return known.decode(errors="replace")
+        values = [i - len(self.SPECIAL) for i in ids]
+        return bytes(value for value in values if 0 <= value < 256).decode(errors="replace")
+
+
+class DecoderBlock(nn.Module):
+    """The Llama block: pre-norm causal attention with grouped queries and RoPE, then SwiGLU.
+
+    head_width: Dh. bias: of queries, keys and values, as in Qwen2. qk_norm: normalise queries and
+    keys, as in Qwen3. eps: of the norms.
+    """
+
+    def __init__(self, width, heads, kv_heads, hidden, head_width, bias, qk_norm, eps):
+        super().__init__()
+        self.heads = heads
+        self.head_width = head_width
+        self.eps = eps
+        self.norm1 = RMSNorm(width, eps)
+        self.norm2 = RMSNorm(width, eps)
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=bias)
+        self.q_norm = RMSNorm(head_width, eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_width, eps) if qk_norm else None
+        self.out = nn.Linear(heads * head_width, width, bias=False)
+        self.ffn = SwiGLU(width, hidden)
+
+    def forward(self, x, rope, cache=None):
+        """Apply the block to x (B, S, Du).
+
+        cache: a list to store keys and values in. Where it already holds those of earlier tokens,
+        x must be a single token, which attends to them, too.
+        """
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))  # (B, S, H+2Hk, Dh)
+        norms = (self.q_norm.weight, self.k_norm.weight, None) if self.q_norm else (None,) * 3
+        q, k, v = queries_keys(qkv, rope, self.heads, norms,
+                               eps=self.eps)                            # (B, S, H or Hk, Dh) each
+        causal = not cache  # a single token after the cached ones attends to all of them
+        if cache:
+            k = torch.cat((cache[0], k), 1)                                 # (B, L, Hk, Dh)
+            v = torch.cat((cache[1], v), 1)                                 # (B, L, Hk, Dh)
+        if cache is not None:
+            cache[:] = k, v
+        # Padding needs no mask: it stands to the right of all real tokens, which do not see it.
+        a = attention(q, k, v, causal=causal)                               # (B, S, H*Dh)
+        x, y = self.norm2.add(x, self.out(a))                               # (B, S, Du) each
+        return x + self.ffn(y)
 
 
 class Patches(nn.Sequential):
-    """The small world's encoder: convolutions that halve, then each token's place. NOTE (ours).
+    """The small world's image encoder: strided convolutions, then position embeddings. NOTE (ours).
 
-    patch: side of an image token in pixels, a power of two; width: Du. Raises ValueError for a
-    width that cannot be halved so often, or not be shared by sines and cosines of two places.
+    patch: the side in pixels of the square that an image token stands for, a power of two.
+    width: Du. Raises ValueError where it is not divisible by 4, or is smaller than patch.
     """
 
     def __init__(self, patch, width):
@@ -132,113 +178,82 @@ class Patches(nn.Sequential):
             raise ValueError(f"und_width must be a multiple of 4 and at least {patch} for a tower "
                              f"that reads pictures, got {width}")
         halvings = patch.bit_length() - 1
-        widths = [3, *(width >> i for i in reversed(range(halvings)))]
-        convs = [nn.Conv2d(*pair, 3, 2, 1) for pair in zip(widths, widths[1:])]
-        super().__init__(*[layer for conv in convs for layer in (conv, nn.GELU())][:-1])
+        widths = [3] + [width >> i for i in reversed(range(halvings))]
+        layers = []
+        for cin, cout in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(cin, cout, 3, stride=2, padding=1), nn.GELU()]
+        super().__init__(*layers[:-1])  # no GELU after the last convolution
         self.patch = patch
 
     def init_parameter(self, name, p):
-        """Give the parameter of this name its first values, by which signals keep their size."""
+        """Initialise one parameter so that the scale of activations is kept; biases are 0."""
         if p.ndim == 1:
             p.zero_()
         else:
             p.normal_(0, (2 / p[0].numel()) ** 0.5)
 
     def forward(self, images):
-        """Tokens (B, P, Du) of pictures (B, 3, H, W) in [-1, 1]."""
+        """Encode pictures (B, 3, H, W) in [-1, 1] as image tokens (B, P, Du)."""
         x = super().forward(images.type_as(self[0].weight))               # (B, Du, h, w)
         x = x.permute(0, 2, 3, 1)                                         # (B, h, w, Du)
-        x = x + self._places(*x.shape[1:])
+        x = x + self.position_embedding(*x.shape[1:])
         return x.flatten(1, 2)                                            # (B, h*w, Du)
 
-    def _places(self, height, width, channels):
-        """Sinusoids of row and column, half of the channels each: (h, w, Du). NOTE (ours)."""
-        like, quarter = self[0].weight, channels // 4
-        rate = 100.0 ** (-torch.arange(quarter, device=like.device) / quarter)
-        waves = [torch.cat((a.cos(), a.sin()), -1) for a in
-                 (torch.arange(n, device=like.device)[:, None] * rate for n in (height, width))]
-        rows = waves[0][:, None].expand(-1, width, -1)                    # (h, w, Du/2)
-        columns = waves[1][None].expand(height, -1, -1)                   # (h, w, Du/2)
-        return torch.cat((rows, columns), -1).type_as(like)               # (h, w, Du)
-
-
-class DecoderBlock(nn.Module):
-    """Pre-norm, causal grouped-query attention with RoPE, SwiGLU: the Llama block.
-
-    Qwen2 adds a bias to queries, keys and values, Qwen3 norms of queries and keys.
-    """
-
-    def __init__(self, width, heads, kv_heads, hidden, head_width, bias, qk_norm, eps):
-        super().__init__()
-        self.heads, self.head_width, self.eps = heads, head_width, eps
-        self.norm1, self.norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=bias)
-        self.q_norm, self.k_norm = (RMSNorm(head_width, eps) if qk_norm else None for _ in range(2))
-        self.out = nn.Linear(heads * head_width, width, bias=False)
-        self.ffn = SwiGLU(width, hidden)
-
-    def forward(self, x, rope, past=None):
-        """x: (B, S, Du). Returns x's successor.
-
-        past: a list that takes the keys and values of x. Where it holds some already, they stand
-        before x, which then must be one token.
-        """
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))  # (B, S, H+2Hk, Dh)
-        norms = (self.q_norm.weight, self.k_norm.weight, None) if self.q_norm else (None,) * 3
-        q, k, v = queries_keys(qkv, rope, self.heads, norms, eps=self.eps)  # k: (B, S, Hk, Dh)
-        first = not past
-        if not first:
-            k, v = (torch.cat(pair, 1) for pair in zip(past, (k, v)))
-        if past is not None:
-            past[:] = k, v
-        # Causality makes a mask needless: padding stands to the right of every real token.
-        a = attention(q, k, v, causal=first)                                # (B, S, Du)
-        x, y = self.norm2.add(x, self.out(a))                                   # (B, S, Du) each
-        return x + self.ffn(y)
+    def position_embedding(self, height, width, channels):
+        """Return sinusoids of the row, then of the column, in half of the channels each."""
+        positions = torch.arange(max(height, width), device=self[0].weight.device)[:, None]
+        waves = torch.cat(rope_table(positions, (channels // 2,), theta=100.0), -1)
+        rows = waves[:height, None].expand(-1, width, -1)                 # (h, w, Du/2)
+        columns = waves[None, :width].expand(height, -1, -1)              # (h, w, Du/2)
+        return torch.cat((rows, columns), -1).type_as(self[0].weight)     # (h, w, Du)
 
 
 class Understanding(nn.Module):
     """The tower U of MoS sec. 3.1: the small world's, or a Llama, Qwen2 or Qwen3 from a folder.
 
-    vocabulary: number of words, width: Du, depth: M, tied: the output layer is the embedding.
-    vision: a module from pictures to image tokens (`vision.py`), image_token: the id whose places
-    they take; None: they stand before the text. head_width: None: width / heads. theta, slow: of
-    the rotary embedding, see `rope_table`. bias, qk_norm: see DecoderBlock.
+    vocabulary: number of token ids. width: Du. depth: M. tied: the output layer is the embedding.
+    head_width: Dh; None: width / heads. theta, rope_scaling: base of the rotary frequencies, and a
+    function that changes them. bias, qk_norm, eps: see DecoderBlock.
+    vision: an image encoder, `Patches` or one of `pretrained/encoders.py`. image_token: the id of
+    the placeholders in the text that image tokens replace; None: image tokens precede the text.
     """
 
     def __init__(self, vocabulary, width, depth, heads, kv_heads, hidden, tied=False, vision=None,
-                 image_token=None, head_width=None, theta=1e4, slow=None, bias=False,
+                 image_token=None, head_width=None, theta=1e4, rope_scaling=None, bias=False,
                  qk_norm=False, eps=1e-6):
         super().__init__()
         if heads % kv_heads or not head_width and width % heads:
             raise ValueError(f"the understanding tower's width {width} must be a multiple of its "
                              f"{heads} heads, and those of its {kv_heads} key-value heads")
-        head_width = head_width or width // heads
-        self.axes, self.theta, self.slow = (head_width,), theta, slow
+        self.head_width = head_width or width // heads
+        self.theta = theta
+        self.rope_scaling = rope_scaling
         self.embedding = nn.Embedding(vocabulary, width)
-        self.vision, self.image_token = vision, image_token
+        self.vision = vision
+        self.image_token = image_token
         self.blocks = nn.ModuleList(
-            DecoderBlock(width, heads, kv_heads, hidden, head_width, bias, qk_norm, eps)
+            DecoderBlock(width=width, heads=heads, kv_heads=kv_heads, hidden=hidden,
+                         head_width=self.head_width, bias=bias, qk_norm=qk_norm, eps=eps)
             for _ in range(depth))
         self.norm = RMSNorm(width, eps)
-        # NOTE (ours): not tied. Words that may follow the same words ("left", "right") would get
-        # nearly the same embedding, and the states that MoS routes would hardly tell them apart.
+        # NOTE (ours): the small world's output layer is not tied. Words with the same context, such
+        # as "left" and "right", would get nearly equal embeddings and so nearly equal states.
         self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
         initialise(self)
 
     def init_parameter(self, name, p):
-        """Give the parameter of this name its first values."""
+        """Initialise one parameter."""
         if name.startswith("vision.") and hasattr(self.vision, "init_parameter"):
             self.vision.init_parameter(name.removeprefix("vision."), p)
         elif name == "embedding.weight":
-            p.normal_(0, 0.1)  # far apart, and so they stay
+            p.normal_(0, 0.1)  # large: training hardly changes how far apart words are
         else:
             init_parameter(name, p, len(self.blocks))
 
     def embed(self, tokens, images=None):
-        """Input embeddings (B, S, Du), pictures (B, 3, H, W) in [-1, 1] among them.
+        """Return input embeddings (B, S, Du) of texts and of pictures (B, 3, H, W) in [-1, 1].
 
-        Raises ValueError where the text has not one place for each image token.
+        Raises ValueError unless every text has as many placeholders as its picture has tokens.
         """
         text = self.embedding(tokens.clamp_min(0))                          # (B, S, Du)
         if images is None:
@@ -246,21 +261,21 @@ class Understanding(nn.Module):
         vision = self.vision(images)                                        # (B, P, Du)
         if self.image_token is None:
             return torch.cat((vision, text), 1)                             # (B, P+S, Du)
-        places = tokens == self.image_token                                 # (B, S)
-        if (places.sum(1) != vision.shape[1]).any():
-            raise ValueError(f"the pictures have {vision.shape[1]} image tokens each, the texts "
-                             f"places for {places.sum(1).tolist()}")
-        return text.masked_scatter(places[..., None], vision.type_as(text))  # (B, S, Du)
+        is_image = tokens == self.image_token                                # (B, S)
+        if (is_image.sum(1) != vision.shape[1]).any():
+            raise ValueError(f"each picture has {vision.shape[1]} image tokens, but the texts have "
+                             f"{is_image.sum(1).tolist()} placeholders for them")
+        return text.masked_scatter(is_image[..., None], vision.type_as(text))  # (B, S, Du)
 
     def forward(self, x, cache=None):
-        """States after each block, on the raw residual stream: (B, S, M, Du). MoS eq. (2).
+        """Return the states after each block, before any norm: (B, S, M, Du). MoS eq. (2).
 
-        x: input embeddings (B, S, Du). The embedding itself is not among them, and the last state
-        is not normalised. cache: a list for each block, see DecoderBlock.
+        x: input embeddings (B, S, Du), which are not among the states. cache: a list for each
+        block, see DecoderBlock.
         """
-        before = cache[0][0].shape[1] if cache and cache[0] else 0
-        places = torch.arange(before, before + x.shape[1], device=x.device)[:, None]  # (S, 1)
-        rope = rope_table(places, self.axes, self.theta, self.slow)
+        first = cache[0][0].shape[1] if cache and cache[0] else 0
+        positions = torch.arange(first, first + x.shape[1], device=x.device)[:, None]  # (S, 1)
+        rope = rope_table(positions, (self.head_width,), self.theta, self.rope_scaling)
         states = []
         for m, block in enumerate(self.blocks):
             x = block(x, rope, cache[m] if cache else None)
@@ -268,38 +283,44 @@ class Understanding(nn.Module):
         return torch.stack(states, 2)                                       # (B, S, M, Du)
 
     def logits(self, states):
-        """Next-token scores (B, S, V) in fp32 from the last state."""
+        """Return next-token logits (B, S, V) in fp32 from the last block's states."""
         head = self.head or self.embedding
-        return at_least_fp32(F.linear(self.norm(states[:, :, -1]), head.weight))     # (B, S, V)
+        x = self.norm(states[:, :, -1])                                     # (B, S, Du)
+        return at_least_fp32(F.linear(x, head.weight))                      # (B, S, V)
 
     def loss(self, tokens, target, images=None):
-        """Next-token cross entropy: the mean of a sample's targets (not -100), then of samples.
+        """Return the next-token cross entropy and two accuracies.
 
-        tokens, target: (B, S), images: (B, 3, H, W). Returns the loss and {"token_accuracy": share
-        of targets right after the true words before them, "text_accuracy": share of samples that
-        greedy decoding would get right as a whole}.
+        tokens, target: (B, S); targets of -100 do not count. images: (B, 3, H, W). The loss is a
+        mean over each sample's targets, then over samples: the same however a batch is split.
+        "token_accuracy": share of targets predicted right. "text_accuracy": share of samples with
+        all targets right, which greedy decoding would write without a mistake.
         """
-        states = self(self.embed(tokens, images))
-        scores = self.logits(states[:, -tokens.shape[1]:])                  # (B, S, V)
-        right = scores.argmax(-1) == target                                 # (B, S)
-        each = F.cross_entropy(scores.mT, target, ignore_index=-100, reduction="none")  # (B, S)
+        states = self(self.embed(tokens, images))                           # (B, P+S, M, Du)
+        logits = self.logits(states[:, -tokens.shape[1]:])                  # (B, S, V)
+        correct = logits.argmax(-1) == target                               # (B, S)
+        losses = F.cross_entropy(logits.mT, target, ignore_index=-100, reduction="none")  # (B, S)
         lengths = (target != -100).sum(1)
-        loss = (each.sum(1) / lengths).mean()  # a mean of samples: the same however a batch is cut
-        return loss, {"token_accuracy": right.sum() / lengths.sum(),
-                      "text_accuracy": (right | (target == -100)).all(1).float().mean()}
+        loss = (losses.sum(1) / lengths).mean()
+        return loss, {"token_accuracy": correct.sum() / lengths.sum(),
+                      "text_accuracy": (correct | (target == -100)).all(1).float().mean()}
 
     @torch.no_grad()
     def write(self, tokens, limit, stops, temperature=0.0, seed=0, images=None):
-        """Go on with one text (1, S): yield token ids until one of `stops`, or `limit` of them.
+        """Continue one text (1, S): yield token ids, at most `limit`, until one of `stops` is next.
 
-        temperature: 0 takes the likeliest token, 1 draws from the tower's own distribution.
+        temperature: 0 always takes the likeliest token; 1 samples the tower's own distribution.
         """
         generator = torch.Generator().manual_seed(seed)
-        x, cache = self.embed(tokens, images), [[] for _ in self.blocks]
+        cache = [[] for _ in self.blocks]
+        x = self.embed(tokens, images)                                      # (1, S, Du)
         for _ in range(limit):
-            scores = self.logits(self(x, cache)[:, -1:])[0, 0].cpu()        # (V,)
-            token = scores.argmax() if temperature == 0 else torch.multinomial(
-                ((scores - scores.max()) / temperature).softmax(0), 1, generator=generator)
+            logits = self.logits(self(x, cache)[:, -1:])[0, 0].cpu()        # (V,)
+            if temperature == 0:
+                token = logits.argmax()
+            else:
+                probabilities = ((logits - logits.max()) / temperature).softmax(0)
+                token = torch.multinomial(probabilities, 1, generator=generator)
             if token.item() in stops:
                 return
             yield token.item()
@@ -307,9 +328,9 @@ class Understanding(nn.Module):
 
     @torch.no_grad()
     def rewrite(self, tokenizer, prompt, limit, temperature=0.0, seed=0):
-        """Write a detailed caption of what a prompt asks for. MoS sec. 4.4.
+        """Write a detailed caption of the picture that a prompt asks for. MoS sec. 4.4.
 
-        limit: most tokens, so that the tower can read its caption again.
+        limit: the most tokens of the caption, so that the tower can read it as a prompt.
         """
         request, beginning = tokenizer.request(prompt)
         tokens = torch.tensor([request], device=self.embedding.weight.device)

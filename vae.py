@@ -1,8 +1,9 @@
-"""The image path of the Wan 2.2 VAE: 16x compression, written as a 2-D network.
+"""The image path of the Wan 2.2 VAE, written as a 2-D network: 16 times fewer pixels on each side.
 
-The original is a causal video network. One image is a video of one frame: every causal 3x3x3
-convolution then sees two zero frames before it, so only its last temporal slice matters, and what
-remains is a 2-D network. Module names follow diffusers' `AutoencoderKLWan`.
+The original is a causal video network, to which an image is a video of one frame: each 3x3x3
+convolution sees two frames of zeros before it, so that only the last temporal slice of its kernel
+counts, a 2-D convolution. Modules are named as in diffusers' `AutoencoderKLWan`. Letters as in
+`mos.py`; C' stands for a layer's output channels.
 """
 
 import math
@@ -14,44 +15,47 @@ import torch.nn.functional as F
 from common import initialise
 from kernels import at_least_fp32, channel_norm
 
-TILE = 64  # side of a tile in latent pixels
-WHOLE = 72 * 72  # latent pixels that are not cut into tiles: 1024x1024, and its bucket
+TILE = 64  # side of a tile, in latent pixels
+UNTILED = 72 * 72  # the most latent pixels that are not tiled: 1024x1024 and its aspect buckets
 
 
 class ChannelNorm(nn.Module):
-    """RMS norm over the channels of (B, C, H, W)."""
+    """An RMS norm over the channels of (B, C, H, W)."""
 
     def __init__(self, channels):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x):
-        return F.normalize(at_least_fp32(x), dim=1).type_as(x) * (self.gamma * self.gamma.shape[0] ** 0.5)
+        scale = self.gamma * self.gamma.shape[0] ** 0.5
+        return F.normalize(at_least_fp32(x), dim=1).type_as(x) * scale
 
 
 class NormSiLU(ChannelNorm):
-    """The same norm with SiLU behind it: one pass over the memory at sampling."""
+    """The same norm, then SiLU: a single kernel at sampling."""
 
     def forward(self, x):
         return channel_norm(x, self.gamma)
 
 
 class ResidualBlock(nn.Module):
-    """Twice norm, SiLU and 3x3 convolution, beside a shortcut: (B, C, H, W) to (B, C', H, W)."""
+    """Norm, SiLU and a 3x3 convolution, twice, and a shortcut: (B, C, H, W) to (B, C', H, W)."""
 
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1, self.conv1 = NormSiLU(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = NormSiLU(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1 = NormSiLU(cin)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = NormSiLU(cout)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(self.norm1(x))                                     # (B, C', H, W)
-        return self.conv2(self.norm2(h)) + self.conv_shortcut(x)
+        y = self.conv1(self.norm1(x))                                     # (B, C', H, W)
+        return self.conv2(self.norm2(y)) + self.conv_shortcut(x)          # (B, C', H, W)
 
 
 class Attention(nn.Module):
-    """One head over all positions of the picture."""
+    """Self-attention with one head over all pixels."""
 
     def __init__(self, channels):
         super().__init__()
@@ -66,7 +70,7 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block."""
+    """The middle of encoder and decoder: residual block, attention, residual block."""
 
     def __init__(self, channels):
         super().__init__()
@@ -74,14 +78,15 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels)])
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.attentions[0](self.resnets[0](x))
+        return self.resnets[1](x)
 
 
 class DoublingConv(nn.Conv2d):
-    """A 3x3 convolution of x with every pixel repeated 2x2, in 2.25 times fewer products.
+    """Repeat every pixel 2x2, then apply a 3x3 convolution, with 2.25 times fewer products.
 
-    The copies of a pixel meet neighbouring taps of the kernel, so the pixel meets their sum: a
-    transposed convolution of kernel 4 and stride 2.
+    Where neighbouring taps of the kernel see copies of one pixel, their sum is applied to it once:
+    a transposed convolution with a 4x4 kernel and stride 2, whose result is the same.
     """
 
     def forward(self, x):
@@ -92,22 +97,24 @@ class DoublingConv(nn.Conv2d):
 
 
 class Resample(nn.Module):
-    """Halve (stride-2 convolution) or double (nearest, then convolution) height and width."""
+    """Double height and width (nearest neighbours, then convolution), or halve them (stride 2)."""
 
     def __init__(self, channels, up):
         super().__init__()
-        first = nn.Identity() if up else nn.ZeroPad2d((0, 1, 0, 1))
-        conv = DoublingConv(channels, channels, 3) if up else nn.Conv2d(channels, channels, 3, 2)
-        self.resample = nn.Sequential(first, conv)
+        if up:
+            layers = nn.Identity(), DoublingConv(channels, channels, 3)
+        else:
+            layers = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
+        self.resample = nn.Sequential(*layers)
 
     def forward(self, x):
         return self.resample(x)
 
 
 def average_down(x, cout, space, time):
-    """Parameter-free shortcut: fold space (and time) into channels, then average to `cout`.
+    """Return an encoder stage's shortcut: fold space and time into channels, then average these.
 
-    The one frame is the last of its temporal group, the others are zero.
+    space, time: the factors s and t. The image is the last of t frames; the others are zero.
     """
     x = F.pixel_unshuffle(x, space)[:, :, None]                           # (B, C*s*s, 1, h, w)
     x = x.unflatten(1, (-1, space * space)).movedim(3, 2)                 # (B, C, 1, s*s, h, w)
@@ -116,14 +123,14 @@ def average_down(x, cout, space, time):
 
 
 def duplicate_up(x, cout, space, time):
-    """Parameter-free shortcut: repeat channels, unfold them into space, keep the last frame."""
+    """Return a decoder stage's shortcut: repeat channels, unfold them, keep the last frame."""
     x = x.repeat_interleave(cout * space * space * time // x.shape[1], 1)  # (B, C'*t*s*s, h, w)
     x = x.unflatten(1, (cout, time, space * space))[:, :, -1]             # (B, C', s*s, h, w)
     return F.pixel_shuffle(x.flatten(1, 2), space)                        # (B, C', h*s, w*s)
 
 
 class DownBlock(nn.Module):
-    """An encoder stage: residual blocks, halving, and a parameter-free shortcut around both."""
+    """An encoder stage: residual blocks, then halving if `down`, and a shortcut around both."""
 
     def __init__(self, cin, cout, blocks, down, time):
         super().__init__()
@@ -133,14 +140,14 @@ class DownBlock(nn.Module):
         self.downsampler = Resample(cout, up=False) if down else nn.Identity()
 
     def forward(self, x):
-        h = x
+        y = x
         for block in self.resnets:
-            h = block(h)                                                  # (B, C', H, W)
-        return self.downsampler(h) + average_down(x, **self.shortcut)     # (B, C', H/s, W/s)
+            y = block(y)                                                  # (B, C', H, W)
+        return self.downsampler(y) + average_down(x, **self.shortcut)     # (B, C', H/s, W/s)
 
 
 class UpBlock(nn.Module):
-    """A decoder stage: residual blocks, doubling, and a parameter-free shortcut around both."""
+    """A decoder stage: residual blocks, then, if `up`, doubling with a shortcut around both."""
 
     def __init__(self, cin, cout, blocks, up, time):
         super().__init__()
@@ -150,48 +157,53 @@ class UpBlock(nn.Module):
         self.upsampler = Resample(cout, up=True) if up else None
 
     def forward(self, x):
-        h = x
+        y = x
         for block in self.resnets:
-            h = block(h)                                                  # (B, C', H, W)
+            y = block(y)                                                  # (B, C', H, W)
         if self.upsampler is None:
-            return h
-        return self.upsampler(h) + duplicate_up(x, **self.shortcut)       # (B, C', 2H, 2W)
+            return y
+        return self.upsampler(y) + duplicate_up(x, **self.shortcut)       # (B, C', 2H, 2W)
 
 
-def spans(length, margin):
-    """Of each tile along a side: from where to where it is read, and what of that is kept."""
-    for start in range(0, length, TILE):
-        begin = max(0, start - margin)
-        yield (begin, start + TILE + margin), (start - begin, start - begin + TILE)
+def tile_spans(length, margin):
+    """Yield for each tile along a side the span to read and, within that, the span to keep.
 
-
-def crop(x, rows, columns, cell):
-    """A part of x (B, C, H, W) between rows and columns of cells, which are so many pixels wide."""
-    (top, bottom), (left, right) = rows, columns
-    return x[:, :, cell * top:cell * bottom, cell * left:cell * right]
-
-
-def by_tiles(network, x, cell, out_cell, margin):
-    """network(x) for less memory: a large picture goes through it in tiles, and no seam shows.
-
-    cell, out_cell: side of a latent pixel in x and in the result. Each tile is read with `margin`
-    latent pixels around it, beyond which the network sees nothing: the values are the same.
+    Spans are (begin, end) in latent pixels. A tile is read with a margin at both ends.
     """
-    h, w = (n // cell for n in x.shape[2:])
-    if h * w <= WHOLE:
+    for begin in range(0, length, TILE):
+        before = min(margin, begin)  # there is no margin outside the picture
+        yield (begin - before, begin + TILE + margin), (before, before + TILE)
+
+
+def crop(x, rows, columns, scale):
+    """Return a part of x (B, C, H, W). rows, columns: spans in latent pixels of `scale` pixels."""
+    (top, bottom), (left, right) = rows, columns
+    return x[:, :, scale * top:scale * bottom, scale * left:scale * right]
+
+
+def apply_in_tiles(network, x, scales, margin):
+    """Return network(x), computed tile by tile for a large picture, which takes less memory.
+
+    scales: how many pixels of x and of the result a latent pixel is wide. margin: how far the
+    network sees, in latent pixels. Each tile is read with that margin, so that its values are those
+    of the whole picture, and no seams appear.
+    """
+    in_scale, out_scale = scales
+    h, w = x.shape[2] // in_scale, x.shape[3] // in_scale
+    if h * w <= UNTILED:
         return network(x)
     rows = []
-    for rows_read, rows_kept in spans(h, margin):
-        row = []
-        for columns_read, columns_kept in spans(w, margin):
-            y = network(crop(x, rows_read, columns_read, cell))
-            row.append(crop(y, rows_kept, columns_kept, out_cell))
-        rows.append(torch.cat(row, 3))
+    for read_rows, keep_rows in tile_spans(h, margin):
+        tiles = []
+        for read_columns, keep_columns in tile_spans(w, margin):
+            y = network(crop(x, read_rows, read_columns, in_scale))
+            tiles.append(crop(y, keep_rows, keep_columns, out_scale))
+        rows.append(torch.cat(tiles, 3))
     return torch.cat(rows, 2)                                             # (B, C', H', W')
 
 
 class Encoder(nn.Module):
-    """Patches (B, 12, H/2, W/2) to moments (B, channels, H/16, W/16)."""
+    """From 2x2 patches (B, 12, H/2, W/2) to mean and log-variance (B, 2*C, H/16, W/16)."""
 
     def __init__(self, width, multipliers, temporal, blocks, channels):
         super().__init__()
@@ -199,21 +211,22 @@ class Encoder(nn.Module):
         last = len(multipliers) - 1
         self.conv_in = nn.Conv2d(12, width, 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(widths[i], widths[i + 1], blocks, i < last, i < last and temporal[i])
+            DownBlock(widths[i], widths[i + 1], blocks, down=i < last,
+                      time=i < last and temporal[i])
             for i in range(last + 1))
         self.mid_block = MidBlock(widths[-1])
         self.norm_out = NormSiLU(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
-        self.cell = 2 ** last
-        # Each stage has 2 convolutions a block, and sees half as far as the one that is coarser.
+        self.scale = 2 ** last
+        # Each block has 2 convolutions, and a stage's pixels are half as wide as the next one's.
         self.margin = 4 * blocks + 1
 
     def forward(self, x):
-        x = by_tiles(self.local, x, self.cell, 1, self.margin)            # (B, C', h, w)
+        x = apply_in_tiles(self.convolve, x, (self.scale, 1), self.margin)  # (B, C', h, w)
         return self.conv_out(self.norm_out(self.mid_block(x)))            # (B, 2*C, h, w)
 
-    def local(self, x):
-        """What comes before the attention over the whole picture: convolutions."""
+    def convolve(self, x):
+        """Apply the stages before the attention, in which a pixel sees its surroundings only."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -221,7 +234,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w) to patches (B, 12, 8h, 8w)."""
+    """From latents (B, C, h, w) to 2x2 patches (B, 12, 8*h, 8*w)."""
 
     def __init__(self, width, multipliers, temporal, blocks, channels):
         super().__init__()
@@ -230,29 +243,31 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0])
         self.up_blocks = nn.ModuleList(
-            UpBlock(widths[i], widths[i + 1], blocks + 1, i < last, i < last and temporal[-1 - i])
+            UpBlock(widths[i], widths[i + 1], blocks + 1, up=i < last,
+                    time=i < last and temporal[-1 - i])
             for i in range(last + 1))
         self.norm_out = NormSiLU(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 12, 3, padding=1)
-        self.cell, self.margin = 2 ** last, 4 * (blocks + 1) + 1          # as in the encoder
+        self.scale = 2 ** last
+        self.margin = 4 * (blocks + 1) + 1  # as in the encoder
 
     def forward(self, z):
         x = self.mid_block(self.conv_in(z))                               # (B, C', h, w)
-        return by_tiles(self.local, x, 1, self.cell, self.margin)         # (B, 12, 8*h, 8*w)
+        return apply_in_tiles(self.convolve, x, (1, self.scale), self.margin)  # (B, 12, 8*h, 8*w)
 
-    def local(self, x):
-        """What comes after the attention over the whole picture: convolutions."""
+    def convolve(self, x):
+        """Apply the stages after the attention, in which a pixel sees its surroundings only."""
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(self.norm_out(x))
 
 
 class VAE(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] to normalised latents (B, C, H/16, W/16) and back.
+    """From pictures (B, 3, H, W) in [-1, 1] to normalised latents (B, C, H/16, W/16) and back.
 
-    width, decoder_width: channels of the first encoder and the last decoder stage, multipliers: of
-    the width, for each stage; temporal: which stages also halve time in the video model; blocks:
-    residual blocks of a stage (the decoder has one more).
+    latent_channels: C. width, decoder_width: channels of the first encoder and the last decoder
+    stage. multipliers: of these widths, for each stage. temporal: whether a stage also halves time
+    in the video network. blocks: residual blocks in an encoder stage; a decoder stage has one more.
     The defaults are those of Wan 2.2 TI2V-5B.
     """
 
@@ -260,81 +275,85 @@ class VAE(nn.Module):
                  temporal=(False, True, True), blocks=2):
         super().__init__()
         self.factor = 2 ** len(multipliers)
-        self.encoder = Encoder(width, multipliers, temporal, blocks, 2 * latent_channels)
+        self.encoder = Encoder(width, multipliers, temporal, blocks, channels=2 * latent_channels)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.decoder = Decoder(decoder_width, multipliers, temporal, blocks, latent_channels)
+        self.decoder = Decoder(decoder_width, multipliers, temporal, blocks,
+                               channels=latent_channels)
         self.register_buffer("latents_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latents_std", torch.ones(latent_channels, 1, 1))
         initialise(self)
 
     def init_parameter(self, name, p):
-        """Give the parameter of this name its first values: PyTorch's own, but biases 0."""
-        if p.ndim < 2 or "gamma" in name:
-            p.fill_(1.0 if "gamma" in name else 0.0)
+        """Initialise one parameter as PyTorch does, but biases with 0."""
+        if "gamma" in name:
+            p.fill_(1.0)
+        elif p.ndim == 1:
+            p.zero_()
         else:
             bound = p[0].numel() ** -0.5
             p.uniform_(-bound, bound)
 
     def _apply(self, function, recurse=True):
-        """What `to`, `bfloat16` and others call: the latents' statistics stay in fp32 at least."""
-        before = dict(self.named_buffers())
+        """Keep the latents' statistics in at least fp32 when `to`, `bfloat16` and others cast."""
+        statistics = dict(self.named_buffers())
         super()._apply(function, recurse)
-        for name, values in before.items():
-            after = getattr(self, name)
-            if at_least_fp32(after) is not after:
-                setattr(self, name, values.to(after.device))
+        for name, values in statistics.items():
+            cast = getattr(self, name)
+            if at_least_fp32(cast) is not cast:
+                setattr(self, name, values.to(cast.device))
         return self
 
-    def admit(self, x):
-        """x in the type of the networks, a pixel's channels side by side in memory.
+    def to_network(self, x):
+        """Cast x to the type of the weights, with the channels of a pixel adjacent in memory.
 
-        In that order convolutions are fastest, and norms read what they need in one piece.
+        Convolutions are fastest in this layout, and norms read contiguous memory.
         """
         return x.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
 
     def posterior(self, x):
-        """Mean and log-variance of the latent, unnormalised: (B, C, H/16, W/16) each.
+        """Return mean and log-variance of the unnormalised latents: (B, C, H/16, W/16) each.
 
-        Raises ValueError where a side is no multiple of 16.
+        Raises ValueError where a side is not a multiple of 16.
         """
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise ValueError(f"pictures must be a multiple of {self.factor} pixels on each side, "
                              f"got {x.shape[-2]}x{x.shape[-1]}")
-        # Wan's patches put the column offset before the row offset: transpose around the unshuffle.
-        x = self.admit(F.pixel_unshuffle(x.mT, 2).mT)                     # (B, 12, H/2, W/2)
+        # In Wan's 2x2 patches columns come before rows: transpose before and after the unshuffle.
+        x = self.to_network(F.pixel_unshuffle(x.mT, 2).mT)                # (B, 12, H/2, W/2)
         return self.quant_conv(self.encoder(x)).chunk(2, 1)               # (B, C, H/16, W/16) each
 
     def encode(self, x):
-        """The latent z0 = E(x) of MoS sec. 3.1, the posterior's normalised mean: (B, C, h, w).
+        """Return z0 = E(x) of MoS sec. 3.1, the normalised mean of the posterior: (B, C, h, w).
 
-        The networks may be in bf16 (`vae.to(torch.bfloat16)`); pictures and latents are fp32.
-        Raises ValueError where values leave [-1, 1].
+        Pictures and latents are fp32, even if the weights are bf16 (`vae.to(torch.bfloat16)`).
+        Raises ValueError where pictures leave [-1, 1].
         """
         low, high = x.aminmax()
         if low < -1.001 or high > 1.001:
             raise ValueError(f"pictures must lie in [-1, 1], got [{low:.3f}, {high:.3f}]")
-        return (self.posterior(x)[0] - self.latents_mean) / self.latents_std
+        mean, _ = self.posterior(x)                                       # (B, C, h, w) each
+        return (mean - self.latents_mean) / self.latents_std
 
     def decode(self, z):
-        """Pictures in [-1, 1] of normalised latents (B, C, h, w): (B, 3, 16h, 16w)."""
+        """Return the pictures in [-1, 1] of normalised latents (B, C, h, w): (B, 3, 16*h, 16*w)."""
         z = z * self.latents_std + self.latents_mean
-        return at_least_fp32(self.reconstruct(z)).clamp(-1, 1)                     # (B, 3, H, W)
+        return at_least_fp32(self.reconstruct(z)).clamp(-1, 1)            # (B, 3, H, W)
 
     def reconstruct(self, z):
-        """The decoder without normalisation and clamping: (B, C, h, w) to (B, 3, 16h, 16w)."""
-        x = self.decoder(self.post_quant_conv(self.admit(z)))             # (B, 12, H/2, W/2)
+        """Decode unnormalised latents (B, C, h, w), without clamping: (B, 3, 16*h, 16*w)."""
+        x = self.decoder(self.post_quant_conv(self.to_network(z)))        # (B, 12, H/2, W/2)
         return F.pixel_shuffle(x.mT, 2).mT                                # (B, 3, H, W)
 
     def loss(self, x, noise, kl_weight):
-        """Reconstruction and KL terms (Kingma & Welling), each a mean over its elements.
+        """Return reconstruction error plus KL (Kingma & Welling), both means over elements.
 
-        NOTE (ours): L1, and no perceptual or adversarial term. x: (B, 3, H, W), noise: standard
-        normal (B, C, H/16, W/16).
-        Returns the loss and {"psnr": decibel, "kl": nats per latent value}.
+        NOTE (ours): the error is L1, and there is no perceptual or adversarial term. x:
+        (B, 3, H, W), noise: standard normal (B, C, H/16, W/16). Also returns {"psnr": in decibels,
+        "kl": in nats per latent value}.
         """
-        mean, log_variance = self.posterior(x)
-        mean, log_variance = at_least_fp32(mean), at_least_fp32(log_variance).clamp(-30, 20)
+        mean, log_variance = map(at_least_fp32, self.posterior(x))        # (B, C, h, w) each
+        log_variance = log_variance.clamp(-30, 20)
         z = mean + (0.5 * log_variance).exp() * noise
         error = at_least_fp32(self.reconstruct(z)) - x
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()

@@ -23,7 +23,6 @@ from checkpoint import load_part
 from common import check_made, checksum, replacing, write_made
 from kernels import autocast
 from mos import MoS
-from pretrained.folders import weights_of
 from towers import Tokenizer
 
 SHARD = 256  # prompts in a file
@@ -51,7 +50,8 @@ def fingerprint(config, init):
     """Return what identifies a tower: a checksum, or names and sizes of a published folder's."""
     if not config.und_folder:
         return checksum(init / "understanding.safetensors")
-    return [[path.name, path.stat().st_size] for path in weights_of(config.und_folder)]
+    from pretrained.folders import weight_files
+    return [[path.name, path.stat().st_size] for path in weight_files(config.und_folder)]
 
 
 def produce(questions, answers, *tower):

@@ -181,7 +181,7 @@ def run_everything(watch, folder):
         watch(known, lambda: model.generate(texts, steps=1, size=(192, 320)))
     watch(two, lambda: model.vae.decode(model.vae.encode(images)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vae, "WHOLE", 1)
+        patch.setattr(vae, "UNTILED", 1)
         watch(two, lambda: model.vae.decode(model.vae.encode(images)))
     watch(two, model.vae.loss, images, torch.randn(2, 6, 4, 5), 1.0)
     pictures = [Image.new("RGB", (96, 64)), Image.new("RGB", (96, 64), "red")]
@@ -202,7 +202,7 @@ def run_everything(watch, folder):
         (folder / f"{i}.txt").write_text("a star")
     own = Pictures(folder, [32], train.World(0, 1, torch.device("cpu")))
     for height, width in ((64, 96), (96, 32)):
-        watch({}, own.item, 0, height, width)
+        watch({}, own.load, 0, height, width)
     letters = {"kernels.py": dict(B=2, S=10, D=48, F=64, K=3, Du=48, Dg=32)}
     x, matrices = torch.randn(2, 10, 48), [torch.randn(s) for s in ((128, 48), (48, 64), (32, 48))]
     chosen = torch.zeros(2, 10, 3, dtype=torch.int64), torch.rand(2, 10, 3), matrices[2]

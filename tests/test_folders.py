@@ -14,7 +14,7 @@ import train
 from checkpoint import load_parts, read_tokenizer
 from conftest import SMALL, make_config
 from mos import MoS
-from pretrained.folders import FolderTokenizer, load_tower, load_wan
+from pretrained.folders import FolderTokenizer, load_tower, load_vae
 from towers import Bytes, Tokenizer, Understanding
 from vae import VAE
 
@@ -153,7 +153,7 @@ def test_checkpoint_holds_its_own_parts_only(checkpoint, parts):
     qkv = torch.cat([theirs[f"model.layers.3.self_attn.{x}_proj.weight"] for x in "qkv"])
     torch.testing.assert_close(model.understanding.blocks[3].qkv.weight, qkv.bfloat16())
     torch.testing.assert_close(model.vae.latents_std.flatten(), 1 + 0.1 * torch.arange(6))
-    wan = load_wan(parts["vae_folder"])
+    wan = load_vae(parts["vae_folder"])
     assert torch.equal(model.vae.decoder.conv_in.weight, wan.decoder.conv_in.weight)
     assert len(load_tower(parts["und_folder"]).blocks) == 5
 
@@ -240,7 +240,7 @@ def test_spoiled_configurations(part, changes, blame, parts, tmp_path):
     """What config.json lacks, or has of the wrong kind, is told in one line."""
     folder = spoiled(parts, tmp_path, part, **changes)
     with pytest.raises(ValueError, match=blame):
-        (load_tower if part == "und" else load_wan)(folder)
+        (load_tower if part == "und" else load_vae)(folder)
 
 
 def test_spoiled_files(parts, tmp_path):

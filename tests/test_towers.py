@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import conftest
+from conftest import SMALL as SMALL_MODEL
+from conftest import make_config
 from mos import MoS
-from pretrained.folders import FolderTokenizer, fill_tower, load_tower
+from pretrained.folders import FolderTokenizer, load_tower, load_tower_weights
 from towers import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -162,10 +163,10 @@ def edit_with(folder):
         added_tokens=marks, pre_tokenizer=dict(type="Whitespace"),
         model=dict(type="WordLevel", vocab=words, unk_token="0"))))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
-    config = conftest.make_config(**conftest.SMALL | dict(und_width=48, und_depth=3, und_folder=str(folder),
-                                               edit_inputs=("understanding",)))
+    config = make_config(**SMALL_MODEL | dict(und_width=48, und_depth=3, und_folder=str(folder),
+                                            edit_inputs=("understanding",)))
     model = MoS(config, FolderTokenizer(folder)).eval()
-    fill_tower(model.understanding, folder)
+    load_tower_weights(folder, model.understanding)
     torch.nn.init.normal_(model.generation.head.weight)
     pictures = [Image.new("RGB", (64, 32), colour) for colour in ("red", "blue")]
     found = [model.edit([picture], ["3 4 5"])[0] for picture in pictures]
@@ -204,5 +205,5 @@ def test_pictures(tmp_path):
     assert list(tower.write(tokens[:1], 8, (), images=2 * images[:1] - 1)) == \
         written[0, -8:].tolist()
     edit_with(tmp_path)
-    with pytest.raises(ValueError, match=r"4 image tokens each, the texts places for \[4, 0\]"):
+    with pytest.raises(ValueError, match=r"has 4 image tokens, but the texts have \[4, 0\] pl"):
         tower.embed(tokens.where(torch.tensor([[True], [False]]), 1), images)

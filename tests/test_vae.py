@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import vae
 from conftest import ROOT
 from mos import MoS
-from pretrained.folders import load_wan
+from pretrained.folders import load_vae
 from vae import VAE, ChannelNorm, DoublingConv, NormSiLU
 from world import shapes
 
@@ -83,7 +83,7 @@ def compare(ours, theirs, size, dtype=torch.float64, latents=1e-9, pictures=1e-6
 @pytest.mark.parametrize("size", ((64, 64), (64, 96)))
 def test_parity(size, theirs, folder):
     """Encoder and decoder of one image, with the folder's own mean and std."""
-    compare(load_wan(folder, dtype=torch.float64), theirs, size)
+    compare(load_vae(folder, dtype=torch.float64), theirs, size)
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_parity_at_full_width(tmp_path):
     """The same for the network of Wan 2.2, in fp32."""
     full = make_theirs(FULL, 10 ** 4)
     full.save_pretrained(tmp_path)
-    ours = load_wan(tmp_path)
+    ours = load_vae(tmp_path)
     for size in ((64, 64), (64, 96)):
         compare(ours, full, size, torch.float32, 1e-5, 1e-5)
 
@@ -132,7 +132,7 @@ def test_original_names(theirs, folder):
     assert "decoder.upsamples.1.upsamples.3.resample.1.weight" in named
     assert "encoder.middle.1.to_qkv.weight" in named and "conv2.weight" in named
     save_file(named, folder / "model.safetensors")
-    compare(load_wan(folder, dtype=torch.float64), theirs, (64, 64))
+    compare(load_vae(folder, dtype=torch.float64), theirs, (64, 64))
 
 
 @pytest.mark.parametrize("damage, blame", (
@@ -145,7 +145,7 @@ def test_damaged_tensors(damage, blame, folder):
     damage(tensors)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=blame):
-        load_wan(folder)
+        load_vae(folder)
 
 
 def test_other_folders(folder):
@@ -153,11 +153,11 @@ def test_other_folders(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "is_residual": False}))
     with pytest.raises(ValueError, match="is not Wan 2.2's VAE: expected is_residual"):
-        load_wan(folder)
+        load_vae(folder)
     (folder / "config.json").write_text(json.dumps(config))
     tensors_of(folder)
     with pytest.raises(FileNotFoundError, match="no safetensors files in"):
-        load_wan(folder)
+        load_vae(folder)
 
 
 # --- layers, tiles, types and layout -------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_tiles(tile, size, small, monkeypatch):
     x = 2 * torch.rand(1, 3, 16 * h, 16 * w, dtype=torch.float64) - 1
     whole = small.encode(x), small.reconstruct(z)
     monkeypatch.setattr(vae, "TILE", tile)
-    monkeypatch.setattr(vae, "WHOLE", h * w - 1)
+    monkeypatch.setattr(vae, "UNTILED", h * w - 1)
     for a, b in zip(whole, (small.encode(x), small.reconstruct(z))):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     small.encoder.margin -= 1
@@ -239,12 +239,12 @@ def test_which_pictures_are_cut(size, tiles, monkeypatch):
     """At full width: those of 1024x1024 are not; tiles of larger ones take less than half."""
     calls = []
     for part in (vae.Encoder, vae.Decoder):
-        monkeypatch.setattr(part, "local", lambda self, x, local=part.local:
-                            calls.append(self) or local(self, x))
+        monkeypatch.setattr(part, "convolve", lambda self, x, convolve=part.convolve:
+                            calls.append(self) or convolve(self, x))
     with FakeTensorMode(), torch.no_grad():
         model, found = VAE(), []
-        for whole in (vae.WHOLE, 10 ** 9):
-            monkeypatch.setattr(vae, "WHOLE", whole)
+        for whole in (vae.UNTILED, 10 ** 9):
+            monkeypatch.setattr(vae, "UNTILED", whole)
             for run, x in ((model.posterior, torch.empty(1, 3, *size)),
                            (model.reconstruct, torch.empty(1, 48, size[0] // 16, size[1] // 16))):
                 calls.clear()

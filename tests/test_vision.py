@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from pretrained.encoders import InternVision, PerceptionEncoder, read_vision
+from pretrained.encoders import InternVision, PerceptionEncoder, build_encoder
 from towers import Patches, Understanding
 
 WIDTH, HEADS, HIDDEN, OUT, SIDE = 32, 2, 48, 40, 4  # small encoders: two blocks, a 4x4 grid
@@ -41,13 +41,14 @@ def load(encoder, tensors):
     """Fill every value of an encoder once from a folder's tensors."""
     lacking = {name: p.numel() for name, p in encoder.named_parameters()}
     for name, values in tensors.items():
-        if own := encoder.own_name(name):
-            own, part = own if isinstance(own, tuple) else (own, None)
-            place = encoder.get_parameter(own)
-            place = place if part is None else place.chunk(3)[part]
-            assert values.shape == place.shape, name
-            place.copy_(values)
-            lacking[own] -= values.numel()
+        if ours := encoder.our_name(name):
+            ours, part = ours
+            target = encoder.get_parameter(ours)
+            if values.shape != target.shape:  # queries, keys or values of qkv
+                target = target.chunk(3)[part]
+            assert values.shape == target.shape, name
+            target.copy_(values)
+            lacking[ours] -= values.numel()
     assert not any(lacking.values()), lacking
     return encoder
 
@@ -204,7 +205,7 @@ def test_perception(kind, size):
     """Every block and the tokens are the reference's, in the grid of training and in others."""
     cls = kind == "large"
     tensors = timm_tensors(cls)
-    encoder = load(read_vision(plm(kind, SMALL)).double(), tensors)
+    encoder = load(build_encoder(plm(kind, SMALL)).double(), tensors)
     images = 2 * torch.rand(2, 3, *size, dtype=torch.float64) - 1
     states, found = watch_blocks(encoder.blocks, encoder, images)
     for b, image in enumerate(images):
@@ -234,7 +235,7 @@ def theirs():
 @pytest.mark.parametrize("size", ((56, 56), (84, 84), (28, 84)))
 def test_intern(theirs, size):
     """Every block and, of squares, the tokens are transformers', from its own config.json."""
-    encoder = load(read_vision(theirs.config.to_dict()), theirs.state_dict())
+    encoder = load(build_encoder(theirs.config.to_dict()), theirs.state_dict())
     images = 2 * torch.rand(2, 3, *size) - 1
     mean, deviation = (torch.tensor(a)[:, None, None]
                        for a in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -255,7 +256,7 @@ def test_pixel_shuffle():
     """A token is four neighbours: the upper half of a picture has its first tokens, and so on."""
     encoder = InternVision(WIDTH, 0, HEADS, HIDDEN, OUT, 56)
     with torch.no_grad():
-        encoder.positions.zero_()
+        encoder.position_embedding.zero_()
     images = torch.rand(1, 3, 56, 56)
     whole = encoder(images)
     torch.testing.assert_close(encoder(images[:, :, :28]), whole[:, :2])
@@ -291,10 +292,10 @@ def original(tensors):
 def test_spellings(theirs):
     """Both spellings of InternVL's names, with `model.` in front or not, fill the same encoder."""
     tensors = theirs.state_dict()
-    expected = load(read_vision(internvl()), tensors).state_dict()
+    expected = load(build_encoder(internvl()), tensors).state_dict()
     assert "vision_model.encoder.layers.1.attn.qkv.bias" in original(tensors)
     for spelt in (original(tensors), {f"model.{name}": p for name, p in tensors.items()}):
-        found = load(read_vision(internvl()), spelt).state_dict()
+        found = load(build_encoder(internvl()), spelt).state_dict()
         assert all(torch.equal(expected[name], p) for name, p in found.items())
 
 
@@ -311,12 +312,12 @@ def test_spellings(theirs):
     for name in names])
 def test_unknown_names(config, name):
     """A tensor among an encoder's that it does not have is an error; one of the text is nothing."""
-    encoder = read_vision(config)
+    encoder = build_encoder(config)
     with pytest.raises(KeyError):
-        encoder.own_name(name)
+        encoder.our_name(name)
     for other in ("lm_head.weight", "model.language_model.norm.weight", "model.norm.weight",
                   "language_model.model.layers.0.mlp.up_proj.weight"):
-        assert encoder.own_name(other) is None
+        assert encoder.our_name(other) is None
 
 
 @pytest.mark.parametrize("config, blame", (
@@ -335,12 +336,12 @@ def test_unknown_names(config, name):
 def test_other_encoders(config, blame):
     """What these encoders are not is refused by name."""
     with pytest.raises(ValueError, match=blame):
-        read_vision(config)
+        build_encoder(config)
 
 
 def test_no_encoder():
     """A folder of a language model has none."""
-    assert read_vision(dict(model_type="llama", hidden_size=OUT)) is None
+    assert build_encoder(dict(model_type="llama", hidden_size=OUT)) is None
 
 
 OPENGVLAB = dict(model_type="intern_vit_6b", hidden_size=1024, num_hidden_layers=24,
@@ -359,7 +360,7 @@ CORE = dict(depth=23, embed_dim=1024, img_size=[448, 448], ref_feat_shape=[32, 3
 def test_published_sizes(config, kind, encoder, projector):
     """Full-size encoders have the parameters that their dimensions ask for, and 14 a block."""
     with torch.device("meta"):
-        model = read_vision(config)
+        model = build_encoder(config)
     assert type(model) is kind and all(p.is_meta for p in model.parameters())
     intern, cls = kind is InternVision, encoder < 1e9
     W, N, F = (1024, 23 + intern, 4096) if cls else (1536, 47, 8960)
@@ -378,7 +379,7 @@ def test_published_sizes(config, kind, encoder, projector):
                                     internvl(image_size=448, num_hidden_layers=1)))
 def test_tile(config):
     """A tile of 448 pixels is 256 tokens; a frozen encoder in bf16 takes pictures in fp32."""
-    encoder = read_vision(config).bfloat16()
+    encoder = build_encoder(config).bfloat16()
     with torch.no_grad():
         assert encoder(torch.rand(1, 3, 448, 448)).shape == (1, 256, OUT)
         assert encoder(torch.rand(1, 3, 56, 84)).dtype == torch.bfloat16
@@ -390,7 +391,7 @@ def test_tile(config):
 @pytest.mark.parametrize("config", (plm("large", SMALL), internvl()))
 def test_first_values(config):
     """Norms are 1, biases 0, LayerScales 0.1, all else small and random; every value has one."""
-    for name, p in read_vision(config).named_parameters():
+    for name, p in build_encoder(config).named_parameters():
         if p.ndim == 1:
             assert (p == (0.0 if name.endswith("bias") else 0.1 if "scale" in name else 1.0)).all()
         else:
