@@ -760,7 +760,8 @@ def attention(q, k, v, keys=None, causal=False):
     q: (B, L, H, Dh), k, v: (B, L', Hk, Dh), keys: which of the L' keys are real; None: all.
     """
     mask, runs = keys or (None, None)
-    mask = None if mask is None else mask[:, None, None]                          # (B, 1, 1, L')
+    if mask is not None:
+        mask = mask[:, None, None]                                                # (B, 1, 1, L')
 
     def attend(q, k, v):
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)

@@ -77,7 +77,7 @@ class MoS(nn.Module):
         inputs = self.understanding.embed(tokens, images)                 # (B, S, Du)
         states = self.understanding(inputs)                               # (B, S, M, Du) eq. (2)
         if self.config.state_norm == "pre":
-            states = rms_norm(states, states.new_ones(states.shape[-1]))  # (B, S, M, Du)
+            states = rms_norm(states, states.new_ones(states.shape[-1]))
         (states,) = cast(states)  # once here, instead of in every block
         image_tokens = inputs.shape[1] - tokens.shape[1]
         mask = F.pad(tokens != Tokenizer.PAD, (image_tokens, 0), value=True)  # (B, S)
@@ -177,7 +177,7 @@ class MoS(nn.Module):
                              f"{self.config.max_tokens} are read: "
                              f"{texts[lengths.index(longest)]!r}")
         with autocast(device):
-            tokens = self.tokenizer.batch(texts, image_tokens=image_tokens).to(device)  # (B, S)
+            tokens = self.tokenizer.batch(texts, image_tokens=image_tokens).to(device)
             context = self.understand(tokens, images)
         before = context.inputs.shape[1] - longest  # image tokens that the text does not hold
         runs = [(len(list(same)), before + length) for length, same in groupby(lengths)]
@@ -307,7 +307,7 @@ class MoS(nn.Module):
         zz = torch.cat((z, z)) if both else z                  # (2*B, C, h, w), or (B, C, h, w)
         v = at_least_fp32(self(zz, t.expand(len(zz)), context, reference=reference))
         if not both:
-            return v                                                      # (B, C, h, w)
+            return v
         v_0 = None if blank is None else at_least_fp32(self(z, t.expand(len(z)), blank))
         v_c, v_u = v.chunk(2)                                             # (B, C, h, w) each
         return guide(v_c, v_u, guidance, rescale, v_0, image_guidance)    # (B, C, h, w)
@@ -338,10 +338,10 @@ def sample_t(n, distribution, shift, generator):
     """
     options = dict(generator=generator, device=generator.device)
     if distribution == "logit-normal":
-        t = torch.randn(n, **options).sigmoid()                           # (n,)
+        t = torch.randn(n, **options).sigmoid()
     else:
-        t = mode_density(torch.rand(n, **options))                        # (n,)
-    return shift_time(t, shift)                                           # (n,)
+        t = mode_density(torch.rand(n, **options))
+    return shift_time(t, shift)
 
 
 def mode_density(u, scale=0.8):

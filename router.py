@@ -123,11 +123,11 @@ class Router(nn.Module):
         # NOTE (ours): input embeddings carry no order, so context token s stands at (2 + s, 0, 0),
         # behind the picture (0, y, x) and a reference picture (1, y, x).
         order = torch.arange(2, 2 + S, device=c.device)                     # (S,)
-        places = [F.pad(order[:, None], (0, 2))]                            # (S, 3)
-        tokens = [c]
+        order = F.pad(order[:, None], (0, 2))                               # (S, 3)
+        tokens, places = [], []
         if "latent" in self.inputs:
-            tokens.insert(0, self.latent_norm(self.latent(latent)))         # (B, T, Dr)
-            places.insert(0, positions)
+            tokens.append(self.latent_norm(self.latent(latent)))            # (B, T, Dr)
+            places.append(positions)                                        # (T, 3)
         extra = []  # tokens at position 0, which the rotary embedding leaves alone
         if "time" in self.inputs:
             wave = time_embedding(t).type_as(latent)                        # (B, 256)
@@ -135,8 +135,9 @@ class Router(nn.Module):
         if self.cls is not None:
             extra.append(self.cls.expand(B, 1, -1).type_as(c))              # (B, 1, Dr)
         E = len(extra)
-        x = torch.cat(extra + tokens, 1)                                    # (B, L, Dr)
-        positions = F.pad(torch.cat(places), (0, 0, E, 0))                  # (L, 3)
+        x = torch.cat([*extra, *tokens, c], 1)                              # (B, L, Dr)
+        positions = torch.cat([*places, order])                             # (T+S, 3), or (S, 3)
+        positions = F.pad(positions, (0, 0, E, 0))                          # (L, 3)
         rope = rope_table(positions, self.axes)
         keys = pad_keys(x.shape[1] - S, keys)
         for block in self.blocks:
