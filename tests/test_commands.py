@@ -18,7 +18,7 @@ from common import run, to_tensor
 from config import MoSConfig
 from conftest import ROOT, make_model, run_script
 from mos import MoS
-from tools import curves, drill, evaluate
+from tools import curves, drill, estimate, evaluate, routing
 from world import scores
 
 
@@ -177,6 +177,26 @@ def test_train_refuses(flags, message, refuse, small, monkeypatch, tmp_path):
     refuse(message, train, "--stage", "vae", "--recipe", "laptop", "--out", "run", *flags)
 
 
+@pytest.mark.parametrize("flags, message", cases("""\
+zebra => no recipe 'zebra' | mos_s --phase zebra => phase must be one of 512 | mos_s --k 99 => k=99
+tiny --phase 512 => phase | mos_s --processes 0 => processes | mos_s --ema 2 => ema
+mos_s --gen-width zebra => gen-width | mos_s --zebra 1 => --zebra | mos_s --batch 0 => batch
+mos_s --parallel zebra => none, ddp, fsdp, hsdp, got 'zebra'
+mos_s --processes 8 --parallel hsdp --shards 3 => shards must divide the 8 processes, got 3"""))
+def test_estimate_refuses(flags, message, refuse):
+    """A recipe, phase or setting that does not exist."""
+    refuse(message, estimate, *flags)
+
+
+@pytest.mark.parametrize("flags, message", cases(f"""\
+--checkpoint missing => no config.json in missing | --prompt zebra => unknown word 'zebra'
+--prompt '' => none of them empty | --seed {2 ** 70} | --seed x | --out a.jpg => a.jpg
+--out missing/a.png => missing | --out . | --zebra => --zebra"""))
+def test_routing_refuses(flags, message, refuse, small):
+    """A model or a prompt that cannot be read, a picture that cannot be written."""
+    refuse(message, routing, "--checkpoint", small, "--out", "a.png", *flags)
+
+
 @pytest.mark.parametrize("flags, message", cases("--kills 0 | --processes 0 | --parallel zebra"))
 def test_drill_refuses(flags, message, refuse, monkeypatch):
     """What drill.py cannot do."""
@@ -286,7 +306,7 @@ def test_shipped_weights():
 
 
 def test_curves(command, refuse, capsys, tmp_path):
-    """Runs are kept in one small CSV; another run's table and plot show them beside its own."""
+    """Runs are kept in one small CSV; a run's table and picture show them beside its own."""
     rows = "step,lr,loss,val_loss\n", "50,1,0.5,\n", "100,1,0.25,\n", "100,,,0.75\n"
     for name, end in (("one", 4), ("two", 2)):
         (tmp_path / name).mkdir()
@@ -301,8 +321,9 @@ def test_curves(command, refuse, capsys, tmp_path):
     command(curves, "two", "--beside", "kept.csv", "--steps", 100, "--out", "b.png")
     table = "\n{:13}      100\ntwo (yours)          -\none             {}\ntwo                  -\n"
     assert capsys.readouterr().out == (
-        table.format("loss", "0.2500") + table.format("val_loss", "0.7500") + "\nb.png\n")
-    assert Image.open(tmp_path / "b.png").size == (1500, 340)
+        table.format("loss", "0.2500") + table.format("val_loss", "0.7500")
+        + "\nwrote two/image.png\nwrote b.png\n")
+    assert Image.open(tmp_path / "b.png").size == (1500, 300)
     (tmp_path / "one" / "image.csv").write_text("no log\n")
     refuse("one/image.csv is no log of train.py", curves, "one")
     refuse("no edit.csv in two", curves, "two", "--stage", "edit")

@@ -15,7 +15,7 @@ from config import MoSConfig, read_recipe, recipe_names
 from conftest import make_config, make_model
 from mos import Context, unfilled
 from router import routing_weights, select
-from tools import estimate, routing, trace
+from tools import curves, estimate, routing, trace
 
 PROMPT = "a red circle above two stars"
 TIMES = [0.9, 0.5, 0.1]
@@ -109,7 +109,7 @@ def test_routing_without_matplotlib(command, tmp_path, monkeypatch, capsys):
 def test_trace_counts_functions_and_lines():
     """Comprehensions and lambdas count to their function; other files than ours do not count."""
     files = trace.trace(lambda: kernels.pad_keys(2, kernels.Keys(None, [(1, 3), (2, 4)])))
-    files.pop("tests/test_tools.py")
+    files.pop("tests/test_tools.py")  # the lambda above
     assert files.keys() == {"kernels.py"} and files["kernels.py"].keys() == {"pad_keys"}
     assert trace.totals(files) == (1, 1, 2)
     assert trace.trace(lambda: None).keys() == {"tests/test_tools.py"}
@@ -221,3 +221,54 @@ a step of 2048: 164.1 TFLOP in each, 0.342 s at 480 TFLOP/s, without communicati
     printed = capsys.readouterr().out
     assert "laptop, 64x64, 2 processes, ddp, micro-batch 3: GiB in each" in printed
     assert re.search("average +0.00", printed) and "a step of 12: " in printed
+
+
+# ------------------------------------------------------------------------------------------------
+# Curves
+
+COLUMNS = ("step,lr,loss,loss_t0,loss_t1,val_loss,score,score_two_objects,"
+           "usage_0_0,usage_0_1,usage_1_0,usage_1_1")
+LOG = f"""{COLUMNS}
+50,1,0.5,0.1,0.2,,,,,,,
+100,1,0.25,0.3,0.4,,,,,,,
+100,,,,,0.75,0.5,0.25,0,1,0.25,0.75
+"""
+
+
+def test_panels(tmp_path):
+    """Every column is drawn: by name, in the panel of its group, or as the layers chosen."""
+    path = tmp_path / "image.csv"
+    path.write_text(LOG)
+    (run, log), = curves.read(path).items()
+    assert run == str(tmp_path) and len(log) == COLUMNS.count(",")
+    panels, usage = curves.group(log)
+    assert panels == {
+        "lr": {"": {50: 1, 100: 1}}, "loss": {"": {50: 0.5, 100: 0.25}},
+        "loss by t": {"0": {50: 0.1, 100: 0.3}, "1": {50: 0.2, 100: 0.4}},
+        "val_loss": {"": {100: 0.75}}, "score": {"": {100: 0.5}},
+        "score by task": {"two_objects": {100: 0.25}}}
+    assert usage == {(0, 0): 0, (0, 1): 1, (1, 0): 0.25, (1, 1): 0.75}
+
+
+@pytest.mark.parametrize("stage, written", (("image", ("image.png", "curves.png")),
+                                            ("edit", ("edit.png",)), ("vae", ("vae.png",))))
+def test_what_is_drawn(stage, written, command, capsys, tmp_path):
+    """Only stage image is compared with the kept seeds, unless --beside names other runs."""
+    (tmp_path / f"{stage}.csv").write_text(LOG)
+    command(curves, ".", "--stage", stage)
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if "wrote" in line] == [
+        f"wrote {name}" for name in written]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == sorted(written)
+    assert ("seed 0" in printed) == (stage == "image")
+
+
+def test_curves_without_matplotlib(command, monkeypatch, capsys, tmp_path):
+    """Without matplotlib the table has to do."""
+    (tmp_path / "image.csv").write_text(LOG)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    command(curves, ".")
+    printed = capsys.readouterr().out
+    assert "seed 0" in printed and printed.count("matplotlib is missing") == 2
+    assert not list(tmp_path.glob("*.png"))

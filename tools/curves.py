@@ -134,10 +134,9 @@ def parse():
     for path, suffix in ((args.save, ".csv"), (args.out, ".png")):
         if path and (path.suffix != suffix or path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"cannot write {path}: expected a {suffix} file in an existing folder")
-    for folder in args.runs:
-        log = folder / f"{args.stage}.csv"
-        if args.save and args.save.exists() and log.exists() and args.save.samefile(log):
-            raise ValueError(f"--save {args.save} is the log of a run; choose another name")
+    logs = [(folder / f"{args.stage}.csv").resolve() for folder in args.runs]
+    if args.save and args.save.resolve() in logs:
+        raise ValueError(f"--save {args.save} is the log of a run; choose another name")
     return args
 
 

@@ -77,7 +77,8 @@ def draw_table(axis, chosen, layers, colours):
     """Draw one table: a row for each word, a column for each block; chosen: (S, K, N)."""
     S, _, N = chosen.shape
     shade = 0.9 * chosen[:, 0] / max(1, layers - 1)                            # (S, N)
-    axis.imshow(shade.numpy(), colours, vmin=0, vmax=1, aspect="auto", extent=(0.5, N + 0.5, S - 0.5, -0.5))
+    axis.imshow(shade.numpy(), colours, vmin=0, vmax=1, aspect="auto",
+                extent=(0.5, N + 0.5, S - 0.5, -0.5))
     for s in range(S):
         for j in range(N):
             first, *others = (1 + chosen[s, :, j]).tolist()
