@@ -95,6 +95,7 @@ class Stage(nn.Module):
         """Return the tensors of the next batch: this process's share, on its device."""
         batch, tensors, *_ = next(self.batches)
         self.seen.append(batch)
+        self.waiting = batch.waiting
         for tokens in tensors[1::2]:  # every other tensor: targets or pictures stand between
             self.padding += (tokens == Tokenizer.PAD).sum()
             self.context += tokens.numel()
@@ -116,12 +117,12 @@ class Stage(nn.Module):
         """
         self.broken = self.world.gather(self.broken)
         self.dataset.check(self.broken, self.c.max_broken)
-        values = {"waiting": self.seen[-1].waiting, "broken": len(self.broken)}
+        values = {"waiting": self.waiting, "broken": len(self.broken)}
         if self.context:
             padding = self.world.sum(self.padding).item()
             values["padding"] = padding / (self.context * self.world.size)
         sources = self.dataset.sources
-        if len(sources) > 1:
+        if len(sources) > 1 and self.seen:  # a producer's batches are read ahead
             counts = np.bincount(np.concatenate([batch.source for batch in self.seen]),
                                  minlength=len(sources))
             for source, count in zip(sources, counts):
@@ -404,7 +405,7 @@ class ImageStage(Stage):
         z1 = torch.randn(z0.shape, generator=torch.Generator().manual_seed(1)).to(z0.device)
         with autocast(self.world.device):
             context = model.understand(tokens)
-            x, positions = model.generation.patchify((z0 + z1) / 2)               # (B, T, Dg)
+            x, positions = model.generation.patchify((z0 + z1) / 2)     # (B, T, Dg), (T, 3)
             t = torch.full_like(z0[:, 0, 0, 0], 0.5)                              # (B,)
             weights = model.route(x, positions, t, context)
         weights = weights[context.keys.mask]                                           # (P, M, N)

@@ -75,7 +75,7 @@ class Memory:
             index = self.index(batch)[share]
             rows = torch.from_numpy(self.rows[index]).to(self.device, non_blocking=True)
             index = torch.from_numpy(index).to(self.device, non_blocking=True)
-            z0 = self.latents[batch.bucket[1:3]][rows]                    # (B, C, h, w)
+            z0 = self.latents[batch.bucket[1:3]][rows]  # (B, C, h, w), or (B, 3, C, h, w) in edits
             tokens = self.tokens[index, :batch.bucket.length]             # (B, S)
             yield batch, (z0, tokens)
 

@@ -18,19 +18,23 @@ from typing import NamedTuple
 import pytest
 import torch
 from PIL import Image
+from training import MODEL, WORDS, prepare
 
 import kernels
 import train
 import vae
-from conftest import ROOT, make_model
+from config import STAGES
+from conftest import ROOT, make_config, make_model
 from data.pictures import Pictures
+from mos import MoS
 from pretrained import encoders
-from towers import Patches
+from towers import Patches, Tokenizer
 from world import shapes
 from world.judge import judge
 
 FILES = ("mos.py router.py dit.py towers.py kernels.py vae.py world/shapes.py world/judge.py "
          "data/pictures.py pretrained/encoders.py").split()
+TRAINING = ("stages.py", "data/sources.py", "data/latents.py")
 UNREACHED = set()  # "file.py: commented source text" that no run on the CPU can reach
 ONE = r"\([^()]*,[^()]*\)"
 COMMENT = re.compile(rf"# ({ONE}(?:,(?: or)? {ONE})*)( each)?")
@@ -221,14 +225,37 @@ def run_everything(watch, folder):
         watch(letters, encoder, torch.rand(2, 3, 84, 112))
 
 
-def test_shape_comments(tmp_path):
+def run_stages(watch, folder):
+    """The code of data and of all stages: a validation and a step of each, on a tiny model."""
+    torch.manual_seed(0)
+    MoS(make_config(**MODEL), Tokenizer(WORDS)).save_pretrained(folder / "init")
+    for stage in STAGES:
+        flags = {} if stage == "vae" else dict(init=str(folder / "init"))
+        latents = dict(latents=str(folder / "latents")) if stage == "image" else {}
+        for more in ({}, latents)[:1 + bool(latents)]:
+            trainer = prepare(stage, folder / stage, **flags, **more)
+            watch({}, trainer.begin)
+            watch({}, trainer.step, 0)
+    watch({}, trainer.stage.routing)
+
+
+@pytest.mark.parametrize("files, run", ((FILES, run_everything), (TRAINING, run_stages)))
+def test_shape_comments(files, run, tmp_path, light):
     """Each shape comment of each file is reached and true at every execution."""
-    checker = Checker({ROOT / name: (ROOT / name).read_text() for name in FILES})
-    run_everything(checker.watch, tmp_path)
+    checker = Checker({ROOT / name: (ROOT / name).read_text() for name in files})
+    run(checker.watch, tmp_path)
     print(f"{len(checker.checked)} shape comments checked")
     assert not checker.errors, "\n".join(checker.errors.values())
     assert {note.code for note in checker.unreached} == UNREACHED
-    assert {place.split(":")[0] for place in checker.checked} == {Path(file).name for file in FILES}
+    assert {place.split(":")[0] for place in checker.checked} == {Path(name).name for name in files}
+
+
+def test_every_file_with_shape_comments_is_checked():
+    """No file of the repository but the tests has a shape comment that is not proved."""
+    commented = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py")
+                 if "test" not in str(path.relative_to(ROOT)) and any(read_notes(
+                     path.name, path.read_text()))}
+    assert commented == {*FILES, *TRAINING}
 
 
 TOY = """
