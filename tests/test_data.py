@@ -116,7 +116,7 @@ def test_one_source_and_one_bucket_are_a_permutation_of_each_epoch():
 
 
 def test_resume_at_any_step():
-    """A resumed plan has the same batches; those of one source do not depend on the chunks' size."""
+    """A resumed plan has the same batches; for one source the size of a chunk changes nothing."""
     whole = steps(mixed(), 0, 60)
     assert all(steps(mixed(), s, 60) == whole[s:] for s in (1, 7, 31, 59))
     assert steps(mixed(seed=1), 0, 60) != whole
