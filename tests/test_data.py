@@ -28,7 +28,7 @@ SIZES = ((64, 64), (96, 64), (64, 100), (70, 70), (140, 64))  # four buckets at 
 
 
 def picture(i, size=None, form="PNG"):
-    """The bytes of a picture of its own."""
+    """Return the bytes of picture i: noise with a mark in the corner whose colour says i."""
     width, height = size or SIZES[i % len(SIZES)]
     noise = np.random.default_rng(i).integers(0, 256, (height, width, 3), np.uint8)
     image = Image.fromarray(noise)
@@ -43,7 +43,7 @@ def caption(i):
 
 
 def make_folder(path, number=6):
-    """Pictures with metadata.jsonl, whose field `score` counts from 0."""
+    """Write pictures with a metadata.jsonl whose field `score` counts from 0."""
     path.mkdir(parents=True)
     rows = [{"file_name": f"{i}.png", "text": caption(i), "score": i} for i in range(number)]
     (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -53,18 +53,18 @@ def make_folder(path, number=6):
 
 
 def make_tar(path, members):
-    """A tar of {name: bytes}."""
+    """Write a tar of {name: bytes}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
-            one = tarfile.TarInfo(name)
-            one.size = len(content)
-            tar.addfile(one, io.BytesIO(content))
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     return path
 
 
 def make_shards(path, shards=2, each=4):
-    """Tar shards of pictures with JSON."""
+    """Write tar shards of pictures with JSON."""
     for s in range(shards):
         make_tar(path / f"{s:03d}.tar", {
             name: content for i in range(s * each, s * each + each) for name, content in (
@@ -233,21 +233,21 @@ def test_layouts(tmp_path):
         name: content for i in range(8) for name, content in (
             (f"deep/{i}.jpg", picture(i, form="JPEG")), (f"deep/{i}.txt", caption(i).encode()),
             (f"deep/{i}.json", b'{"caption": "not this"}'))})
-    found = [read(p) for p in (folder, shards, f"{shards}/00*.tar", plain, mixed)]
-    for own in found:
-        assert list(own.captions) == [caption(i) for i in range(8)]
-        assert (own.sides == found[0].sides).all() and not own.broken and own.total == 8
-        items = [own.load(i, *own.sides[i]) for i in range(8)]
-        assert all(item[0].shape == (3, *side) for item, side in zip(items, own.sides))
-    assert found[1].shard.tolist() == [0] * 4 + [1] * 4 and found[0].shard is None
-    assert [json.loads(f)["score"] for f in found[1].fields] == list(range(8))
-    assert json.loads(found[1].fields[1]) == {"score": 1, "width": 96, "height": 64}
+    opened = [read(p) for p in (folder, shards, f"{shards}/00*.tar", plain, mixed)]
+    for data in opened:
+        assert list(data.captions) == [caption(i) for i in range(8)]
+        assert (data.sides == opened[0].sides).all() and not data.broken and data.total == 8
+        items = [data.load(i, *data.sides[i]) for i in range(8)]
+        assert all(item[0].shape == (3, *side) for item, side in zip(items, data.sides))
+    assert opened[1].shard.tolist() == [0] * 4 + [1] * 4 and opened[0].shard is None
+    assert [json.loads(f)["score"] for f in opened[1].fields] == list(range(8))
+    assert json.loads(opened[1].fields[1]) == {"score": 1, "width": 96, "height": 64}
     for i in range(8):  # pixels of one are those of the other
-        a, b, c = (own.load(i, 64, 64)[0].float() for own in (found[0], found[1], found[4]))
+        a, b, c = (data.load(i, 64, 64)[0].float() for data in (opened[0], opened[1], opened[4]))
         mark = a[:, 2:14, 2:14] - torch.tensor([20. * i % 256, 100, 200]).view(3, 1, 1)
         assert torch.equal(a, b)
         assert i % 5 or mark.abs().max() == 0 and (a - c)[:, 2:14, 2:14].abs().max() < 9  # JPEG
-    assert len(np.unique(found[0].sides, axis=0)) == 4
+    assert len(np.unique(opened[0].sides, axis=0)) == 4
 
 
 def test_orientation(tmp_path):
@@ -258,11 +258,11 @@ def test_orientation(tmp_path):
     image.paste("white", (0, 0, 48, 64))
     image.save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "a.txt").write_text("half")
-    own = read(tmp_path)
-    bright = own.load(0, 96, 64)[0].float().mean((0, 2))
-    assert own.sides.tolist() == [[96, 64]] and bright[:40].min() > 200 > 50 > bright[56:].max()
-    drawn = own.to_pixels(own.load(0, 96, 64)[0][None], "cpu")
-    assert drawn.shape == (1, 3, 96, 64) and -1 <= drawn.min() < -0.9 < 0.9 < drawn.max() <= 1
+    data = read(tmp_path)
+    bright = data.load(0, 96, 64)[0].float().mean((0, 2))
+    assert data.sides.tolist() == [[96, 64]] and bright[:40].min() > 200 > 50 > bright[56:].max()
+    pixels = data.to_pixels(data.load(0, 96, 64)[0][None], "cpu")
+    assert pixels.shape == (1, 3, 96, 64) and -1 <= pixels.min() < -0.9 < 0.9 < pixels.max() <= 1
 
 
 def test_what_cannot_be_used_is_counted(tmp_path, monkeypatch, capsys):
@@ -275,16 +275,16 @@ def test_what_cannot_be_used_is_counted(tmp_path, monkeypatch, capsys):
         "5.png": picture(0), "5.json": b"[", "6.png": picture(0, (31, 90)), "6.txt": b"a",
         "7.png": picture(0, (40, 330)), "7.txt": b"a", "8.png": picture(0, (400, 301)),
         "8.txt": b"a", "9.png": picture(0), "9.txt": b"\xff\xfe\xff", "10.png": picture(0)})
-    own = read(path)
-    assert (own.total, list(own.captions)) == (11, ["a star"])
-    told = {name.split("/")[-1]: reason for name, reason in own.broken.items()}
-    assert told == {"1.png": "cannot be read", "2.png": "no caption", "10.png": "no caption",
-                    "3.png": "its caption is empty", "4.txt": "no picture",
-                    "5.png": "its text or JSON is malformed", "6.png": "a side below 32 pixels",
-                    "7.png": "an aspect ratio beyond 8", "8.png": "more than 0 M pixels",
-                    "9.png": "its text or JSON is malformed"}
-    told = capsys.readouterr().out
-    assert "left out of 11: 2 no caption, 2 its text or JSON is malformed" in told
+    data = read(path)
+    assert (data.total, list(data.captions)) == (11, ["a star"])
+    reasons = {name.split("/")[-1]: reason for name, reason in data.broken.items()}
+    assert reasons == {"1.png": "cannot be read", "2.png": "no caption", "10.png": "no caption",
+                       "3.png": "its caption is empty", "4.txt": "no picture",
+                       "5.png": "its text or JSON is malformed", "6.png": "a side below 32 pixels",
+                       "7.png": "an aspect ratio beyond 8", "8.png": "more than 0 M pixels",
+                       "9.png": "its text or JSON is malformed"}
+    printed = capsys.readouterr().out
+    assert "left out of 11: 2 no caption, 2 its text or JSON is malformed" in printed
     with pytest.raises(ValueError, match=r"10 of 11 samples .* --max-broken 0.9 allows: .*a.tar/1."
                                          "png: cannot be read, .*a.tar/2.png: no caption"):
         read(path, broken=0.9)
@@ -311,9 +311,9 @@ def test_broken_shard(tmp_path, cut, kept, broken):
              "between": seventh.offset, "header": seventh.offset}[cut]
     path.write_bytes(whole[:place] + (b"x" * 512 + whole[place + 512:]) * (cut == "header"))
     if kept:
-        own = read(path)
-        assert list(own.captions) == [caption(i) for i in range(kept)]
-        assert len(own.broken) == broken and own.total == kept + broken
+        data = read(path)
+        assert list(data.captions) == [caption(i) for i in range(kept)]
+        assert len(data.broken) == broken and data.total == kept + broken
     else:
         with pytest.raises(ValueError, match="none of its 1 samples"):
             read(path)
@@ -392,10 +392,10 @@ def test_where_drops_and_says_so(tmp_path, capsys):
     path = make_folder(tmp_path / "a", 10)
     rows = (path / "metadata.jsonl").read_text().replace('"score": 9', '"other": 1')
     (path / "metadata.jsonl").write_text(rows)
-    own = read(path, "score >= 2 and width == 64")
-    assert [json.loads(f)["score"] for f in own.fields] == [2, 5, 7]
+    data = read(path, "score >= 2 and width == 64")
+    assert [json.loads(f)["score"] for f in data.fields] == [2, 5, 7]
     assert "keeps 3 of 10; of the others 6 fail, 1 lack score" in capsys.readouterr().out
-    assert own.captions[0] == caption(2) and len(own.sides) == len(own.byte_ranges) == 3
+    assert data.captions[0] == caption(2) and len(data.sides) == len(data.byte_ranges) == 3
     with pytest.raises(ValueError, match="none of its 10 samples fulfils --where 'score > 99'"):
         read(path, "score > 99")
     with pytest.raises(ValueError, match="no sample of .* has the field 'scor' of 'scor > 2'; the "
