@@ -1,10 +1,13 @@
-"""Which samples make up the batch of step s: buckets by resolution, ratio and prompt length.
+"""Buckets: which samples make up the batch of each training step.
 
-Every process computes the plan of the global batches and takes its slice: all do the same steps, in
-an order that the seed alone decides. MoS App. A, "Bucket-wise Dynamic Resolution Training".
+All samples of a batch must have one resolution and one padded length of prompts. Samples are
+therefore sorted into buckets, and a bucket that is full is the next batch. Every process computes
+the same plan of global batches and takes its slice of each; the order depends on the seed alone.
+MoS App. A, "Bucket-wise Dynamic Resolution Training".
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -17,155 +20,223 @@ WINDOW = 8  # tar shards that are shuffled together
 
 
 class Bucket(NamedTuple):
-    """Samples that fit into one batch. height, width: in pixels, length: of prompts in tokens."""
-    kind: int
-    height: int
+    """What the samples of a batch have in common."""
+    kind: int    # 0: scenes of the small world, 1: own pictures
+    height: int  # in pixels
     width: int
-    length: int
+    length: int  # of the prompts, in tokens
 
 
 class Batch(NamedTuple):
-    """A global batch: source and index of each sample, (B,) each, and how many more still wait."""
-    source: np.ndarray
-    index: np.ndarray
+    """A global batch of B samples."""
+    source: np.ndarray  # the number of each sample's source, (B,)
+    index: np.ndarray   # the index of each sample within its source, (B,)
     bucket: Bucket
-    waiting: int = 0
+    waiting: int = 0    # samples drawn so far that are in no batch yet
 
+
+# ------------------------------------------------------------------------------------------------
+# Resolutions
 
 @functools.cache
 def resolutions(size):
-    """Heights and widths, (n, 2), multiples of 32 of about size x size pixels in all."""
-    ratios = np.array(RATIOS + tuple(1 / r for r in RATIOS))
+    """Return heights and widths, (n, 2), multiples of 32 with about size x size pixels in all."""
+    ratios = np.array(RATIOS + tuple(1 / ratio for ratio in RATIOS))
     sides = size * np.stack((ratios ** -0.5, ratios ** 0.5), 1) / STRIDE
     return np.unique(STRIDE * np.maximum(1, np.rint(sides)).astype(int), axis=0)
 
 
-def assign(widths, heights, sizes):
-    """The resolution of each picture: heights and widths, (L, 2).
+def choose_resolutions(widths, heights, sizes):
+    """Return the height and width that each of L pictures is scaled and cropped to: (L, 2).
 
-    Of `sizes` the largest whose area a picture has, else the smallest: then it is scaled up. Of
-    that size's resolutions the nearest in log aspect ratio.
+    widths, heights: of the pictures, (L,). A picture gets the largest of `sizes` whose area
+    size x size it has, or the smallest one if it has none: then it is scaled up. Among the
+    resolutions of that size it gets the one with the nearest ratio.
     """
     sizes = np.sort(sizes)
     level = np.searchsorted(sizes ** 2, widths * heights, side="right") - 1
+    level = np.maximum(level, 0)
     sides = np.empty((len(widths), 2), int)
     for i, size in enumerate(sizes):
-        table, at = resolutions(int(size)), np.maximum(level, 0) == i
-        ratios, own = np.log(table[:, 1] / table[:, 0]), np.log(widths[at] / heights[at])
-        order = np.argsort(ratios)
-        middles = (ratios[order][1:] + ratios[order][:-1]) / 2
-        sides[at] = table[order][np.searchsorted(middles, own)]
+        members = level == i
+        ratios = widths[members] / heights[members]
+        sides[members] = nearest_ratio(resolutions(int(size)), ratios)
     return sides
 
 
-def fit(pictures, height, width):
-    """Scale PIL pictures of one sample so that they cover height x width, and keep the centre.
+def nearest_ratio(table, ratios):
+    """Return for each ratio, width by height, the row of a table (n, 2) of resolutions.
+
+    It is the row whose ratio is nearest on a logarithmic scale.
+    """
+    table_ratios = np.log(table[:, 1] / table[:, 0])
+    order = np.argsort(table_ratios)
+    table_ratios = table_ratios[order]
+    boundaries = (table_ratios[1:] + table_ratios[:-1]) / 2
+    return table[order][np.searchsorted(boundaries, np.log(ratios))]
+
+
+def crop_to_fill(pictures, height, width):
+    """Scale the PIL pictures of one sample until they cover height x width, and crop the centre.
 
     All get the same scale and crop, so that the pixels of an edit's pair stay aligned. Raises
-    ValueError where they differ in size.
+    ValueError if their sizes differ.
     """
     if len({picture.size for picture in pictures}) > 1:
-        raise ValueError("pictures of one sample must have one size, got "
-                         + ", ".join("x".join(map(str, p.size)) for p in pictures))
+        sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
+        raise ValueError(f"pictures of one sample must have one size, got {sizes}")
     w, h = pictures[0].size
     scale = max(width / w, height / h)
-    left, top = (w - width / scale) / 2, (h - height / scale) / 2
+    left = (w - width / scale) / 2
+    top = (h - height / scale) / 2
     box = (max(0, left), max(0, top), min(w, w - left), min(h, h - top))  # rounding stays inside
     return [p.resize((width, height), Image.Resampling.LANCZOS, box) for p in pictures]
 
 
-def permutation(length, seed):
-    """A random order of range(length): (length,)."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).numpy()
+# ------------------------------------------------------------------------------------------------
+# The plan
+
+def make_plan(*, kinds, sides, lengths, weights, batch, seed, length_step=0, shards=None):
+    """Return the Plan of several sources; kinds, sides, lengths, shards: a list over the sources.
+
+    kinds: see Bucket. sides: heights and widths of the L samples, (L, 2), or (2,) for a source
+    without end. lengths: tokens of the prompts, (L,) or one number. length_step: prompts are
+    padded to the next multiple of it, or with 0 to the longest of all sources. weights, batch,
+    seed, shards: see Plan. Raises ValueError if there are too many buckets.
+    """
+    longest = max(np.max(length) for length in lengths)
+    rows = []
+    for kind, side, length in zip(kinds, sides, lengths):
+        padded = longest
+        if length_step:
+            padded = (np.asarray(length) + length_step - 1) // length_step * length_step
+        height, width = np.reshape(side, (-1, 2)).T
+        rows.append(np.column_stack(np.broadcast_arrays(kind, height, width, padded)))
+    table, ids = np.unique(np.concatenate(rows), axis=0, return_inverse=True)
+    if len(table) > 2 ** 16:  # see Plan.fill_buckets
+        raise ValueError(f"{len(table):,} buckets are too many; choose a larger --length-step")
+    ends = np.cumsum([len(row) for row in rows])
+    bucket_ids = np.split(ids.reshape(-1), ends[:-1])
+    for k, side in enumerate(sides):
+        if np.ndim(side) == 1:  # without end: all its samples are of one bucket
+            bucket_ids[k] = bucket_ids[k][0]
+    buckets = [Bucket(*map(int, row)) for row in table]
+    return Plan(bucket_ids, buckets, weights=weights, batch=batch, seed=seed, shards=shards)
 
 
 class Plan:
-    """The global batches of a run: every bucket that is full is dispatched, in that order.
+    """The global batches of a run, in the order in which their buckets become full.
 
-    keys: for each source the bucket of each sample, (L,), or one number where it has no end and
-    gives its samples in turn. weights: of the sources, shares of samples. shards: for each source
-    None, or the tar shard of each sample (L,): shards are permuted, and samples shuffled within
-    windows of WINDOW shards, so that reading stays local. A finite source is a new permutation
-    every epoch. What has not filled a bucket waits, into the next epoch too; nothing is lost.
+    Samples are drawn from the sources by weight. Every epoch of a source is another permutation of
+    its samples; a source without end gives them in turn. Samples whose bucket is not full wait,
+    into the next epoch too, so that none is lost.
+
+    bucket_ids: for each source the position in `buckets` of each sample, (L,), or one number for a
+    source without end. weights: of the sources, as shares of samples. batch: samples in a batch.
+    shards: for each source the tar shard of each sample, (L,), or None. An epoch then permutes the
+    shards and shuffles samples only within windows of WINDOW shards: few files are read at a time.
     """
 
-    CHUNK = 2 ** 16  # samples drawn at a time
+    CHUNK = 2 ** 16  # samples that are drawn at a time
 
-    def __init__(self, keys, buckets, weights, batch, seed, shards=None):
-        self.keys, self.buckets = [np.asarray(k) for k in keys], buckets
+    def __init__(self, bucket_ids, buckets, *, weights, batch, seed, shards=None):
+        self.bucket_ids = [np.asarray(ids) for ids in bucket_ids]
+        self.buckets = buckets
         self.shares = np.cumsum(weights) / np.sum(weights)
-        self.batch, self.seed, self.shards = batch, seed, shards or [None] * len(keys)
-        self.epoch = functools.lru_cache(2 * len(keys))(self._epoch)
+        self.batch = batch
+        self.seed = seed
+        self.shards = shards or [None] * len(bucket_ids)
+        self.epoch_order = functools.lru_cache(2 * len(bucket_ids))(self._epoch_order)
 
-    def _epoch(self, source, epoch):
-        """The order of one epoch of a source."""
-        seed, shard = self.seed * 100_003 + epoch, self.shards[source]
-        order = permutation(len(self.keys[source]), seed)
+    def batches(self, start, stop):
+        """Return an iterator over the Batch of each step from `start` to `stop`."""
+        return itertools.chain.from_iterable(self.chunks(start, stop))
+
+    def chunks(self, start, stop):
+        """Yield lists of Batches, for the steps from `start` to `stop`: one list for each chunk.
+
+        The steps before `start` are planned like all others, because what waits depends on them,
+        but nothing is built for them.
+        """
+        pool = np.empty((3, 0), int)  # samples that wait, as `sample_chunk` returns them
+        cursors = [0] * len(self.bucket_ids)
+        step = 0
+        for chunk in itertools.count():
+            if step >= stop:
+                return
+            pool = np.concatenate((pool, self.sample_chunk(chunk, cursors)), 1)
+            members, left_over = self.fill_buckets(pool)
+            yield self.make_batches(pool, members, start - step, stop - step)
+            pool = pool[:, left_over]
+            step += len(members)
+
+    def sample_chunk(self, chunk, cursors):
+        """Draw the samples of a chunk: source, index and bucket id of each, (3, CHUNK).
+
+        cursors: for each source the number of samples drawn before this chunk; it is updated.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + chunk)
+        uniform = torch.rand(self.CHUNK, generator=generator, dtype=torch.float64).numpy()
+        source = np.searchsorted(self.shares[:-1], uniform, side="right")
+        index = np.empty(self.CHUNK, int)
+        bucket_id = np.empty(self.CHUNK, int)
+        for k, ids in enumerate(self.bucket_ids):
+            members = np.flatnonzero(source == k)
+            drawn = self.next_samples(k, cursors[k], len(members))
+            index[members] = drawn
+            bucket_id[members] = ids[drawn] if ids.ndim else ids
+            cursors[k] += len(members)
+        return np.stack((source, index, bucket_id))
+
+    def next_samples(self, source, cursor, count):
+        """Return the indices of `count` samples of a source after the first `cursor` ones."""
+        ids = self.bucket_ids[source]
+        if not ids.ndim:  # without end
+            return np.arange(cursor, cursor + count)
+        first_epoch = cursor // len(ids)
+        last_epoch = (cursor + count) // len(ids)
+        orders = [self.epoch_order(source, epoch) for epoch in range(first_epoch, last_epoch + 1)]
+        begin = cursor - first_epoch * len(ids)
+        return np.concatenate(orders)[begin:begin + count]
+
+    def _epoch_order(self, source, epoch):
+        """Return the order of a source's L samples in an epoch, (L,)."""
+        seed = self.seed * 100_003 + epoch
+        order = permutation(len(self.bucket_ids[source]), seed)
+        shard = self.shards[source]
         if shard is None:
             return order
         window = permutation(shard.max() + 1, seed)[shard] // WINDOW
         return order[np.argsort(window[order], kind="stable")]
 
-    def take(self, source, cursor, number):
-        """Indices at these places of a source's stream; epochs join seamlessly."""
-        if not self.keys[source].ndim:
-            return np.arange(cursor, cursor + number)
-        length = len(self.keys[source])
-        first, last = cursor // length, -(-(cursor + number) // length)
-        orders = [self.epoch(source, epoch) for epoch in range(first, last)]
-        begin = cursor - first * length
-        return np.concatenate([np.empty(0, int), *orders])[begin:begin + number]
+    def fill_buckets(self, pool):
+        """Sort a pool of L samples (3, L) into full batches; return positions in the pool.
 
-    def draw(self, chunk, cursors):
-        """Source, index and bucket of each sample of a chunk, (3, CHUNK); moves the cursors."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + chunk)
-        place = torch.rand(self.CHUNK, generator=generator, dtype=torch.float64).numpy()
-        source = np.searchsorted(self.shares[:-1], place, side="right")
-        index, key = np.empty((2, self.CHUNK), int)
-        for k, number in enumerate(np.bincount(source, minlength=len(self.keys))):
-            own = self.take(k, cursors[k], number)
-            index[source == k] = own
-            key[source == k] = self.keys[k][own] if self.keys[k].ndim else self.keys[k]
-            cursors[k] += number
-        return np.stack((source, index, key))
+        Returns the positions of each batch's samples, (n, B), in the order in which the batches
+        become full, and those of the samples that are left over.
+        """
+        bucket_id = pool[2]
+        counts = np.bincount(bucket_id)
+        by_bucket = np.argsort(bucket_id.astype(np.uint16), kind="stable")  # 16 bits: a radix sort
+        end_of_full = np.cumsum(counts) - counts % self.batch  # of each bucket, in `by_bucket`
+        is_full = np.arange(len(by_bucket)) < end_of_full[bucket_id[by_bucket]]
+        members = by_bucket[is_full].reshape(-1, self.batch)
+        members = members[np.argsort(members[:, -1])]  # the last sample makes a batch full
+        return members, np.sort(by_bucket[~is_full])
 
-    def cut(self, pool):
-        """Full batches of a pool (3, L) as places in it, (n, B), as they fill; and who waits."""
-        order = np.argsort(pool[2].astype(np.uint16), kind="stable")  # 16 bits: a radix sort
-        key, count = pool[2][order], np.bincount(pool[2])
-        first, full = np.cumsum(count) - count, count // self.batch * self.batch
-        going = np.arange(len(key)) < (first + full)[key]
-        batches = order[going].reshape(-1, self.batch)
-        return batches[np.argsort(batches[:, -1])], np.sort(order[~going])
-
-    def batches(self, start, stop):
-        """Yield the Batch of each step from start to stop."""
-        pool, cursors, step, chunk = np.empty((3, 0), int), [0] * len(self.keys), 0, 0
-        while step < stop:
-            pool = np.concatenate((pool, self.draw(chunk, cursors)), 1)
-            batches, rest = self.cut(pool)
-            for i in range(max(0, start - step), min(len(batches), stop - step)):
-                source, index, key = pool[:, batches[i]]
-                yield Batch(source, index, self.buckets[key[0]],
-                            int(batches[i][-1]) + 1 - (i + 1) * self.batch)
-            pool, step, chunk = pool[:, rest], step + len(batches), chunk + 1
+    def make_batches(self, pool, members, start, stop):
+        """Return the Batches from `start` to `stop` of those in `members`, see `fill_buckets`."""
+        numbers = range(max(start, 0), min(stop, len(members)))
+        members = members[numbers.start:numbers.stop]
+        sources, indices, bucket_ids = pool[:, members]
+        batches = []
+        for i, number in enumerate(numbers):
+            drawn = int(members[i, -1]) + 1  # of the pool, up to the last one of this batch
+            batches.append(Batch(sources[i], indices[i], self.buckets[bucket_ids[i, 0]],
+                                 waiting=drawn - (number + 1) * self.batch))
+        return batches
 
 
-def make_plan(kinds, sides, lengths, step, weights, batch, seed, shards=None):
-    """The Plan of sources whose samples differ in these ways, each a list over the sources.
-
-    kinds: samples of different kinds never meet in a batch. sides: heights and widths, (L, 2), or
-    (2,) where a source has no end. lengths: of prompts, (L,) or a number. step: prompts are padded
-    to the next multiple of it, 0: to the longest of all.
-    """
-    longest, rows = max(np.max(each) for each in lengths), []
-    for kind, side, length in zip(kinds, sides, lengths):
-        length = -(-np.asarray(length) // step) * step if step else longest
-        rows.append(np.column_stack(np.broadcast_arrays(
-            kind, *np.reshape(side, (-1, 2)).T, length)))
-    table, keys = np.unique(np.concatenate(rows), axis=0, return_inverse=True)
-    if len(table) > 2 ** 16:  # see Plan.cut
-        raise ValueError(f"{len(table):,} buckets are too many; choose a larger --length-step")
-    keys = np.split(keys.reshape(-1), np.cumsum([len(each) for each in rows])[:-1])
-    keys = [key if np.ndim(side) > 1 else key[0] for key, side in zip(keys, sides)]
-    return Plan(keys, [Bucket(*map(int, row)) for row in table], weights, batch, seed, shards)
+def permutation(length, seed):
+    """Return a random order of range(length): (length,)."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).numpy()

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import check_made, checksum, read_lines, replacing, write_made
-from data.pictures import Texts, Unreadable
+from data.pictures import StringArray, Unreadable
 from towers import Tokenizer
 
 
@@ -101,12 +101,12 @@ class Stored:
         rows.sort(key=lambda row: row["index"])
         self.folder, self.name, self.kind = folder, name, rows[0]["kind"]
         self.total, self.broken = len(rows), {}
-        self.captions = Texts([row["text"] for row in rows])
+        self.captions = StringArray([row["text"] for row in rows])
         self.sides = np.array([[row["height"], row["width"]] for row in rows])
         self.places = np.array([[row["file"], row["row"]] for row in rows])
         self.shard = None if rows[0]["shard"] is None else np.array([r["shard"] for r in rows])
 
-    def title(self, index):
+    def sample_name(self, index):
         """Return the name of a sample for messages."""
         file, row = self.places[index]
         return f"row {row} of {file:06d}.safetensors"
@@ -183,7 +183,7 @@ def digest(dataset):
     result = hashlib.sha256()
     for source in dataset.sources:
         if source.kind:
-            for data in (source.paths.data, source.captions.data, source.places.tobytes()):
+            for data in (source.paths.data, source.captions.data, source.byte_ranges.tobytes()):
                 result.update(data)
     return result.hexdigest()
 

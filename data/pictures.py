@@ -1,14 +1,19 @@
-"""The index of own pictures: what lies where, how large it is and what is said about it.
+"""Own pictures with captions: the formats, the index of what is there, filtering, and loading.
 
-Folders and tar shards are read once, headers only. What cannot be used is left out with a reason,
-and a condition on the samples' fields may leave out more.
+A data set of own pictures is one of
+* a folder with `metadata.jsonl`, each line {"file_name": ..., "text": ..., any further fields};
+* a folder of pairs such as 0001.png and 0001.txt;
+* tar shards in WebDataset's layout, as a folder with *.tar or as a pattern such as `shards/*.tar`:
+  neighbours in a shard such as 0001.jpg with 0001.txt, or with 0001.json ("text" or "caption", and
+  any further fields), are one sample.
+The index reads every picture's header once. Samples that cannot be used are left out and counted
+by reason; a condition on the fields (`--where`) may leave out more. Pixels are read when needed.
 """
 
 import ast
 import glob
 import io
 import json
-import operator
 import os
 import tarfile
 import warnings
@@ -21,57 +26,194 @@ import torch
 from PIL import Image, ImageOps
 
 from common import move
-from data.buckets import assign, fit
+from data.buckets import choose_resolutions, crop_to_fill
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LEAST_SIDE, LARGEST_RATIO = 32, 8  # of a picture; PIL itself refuses more than 178 M pixels
+LEAST_SIDE = 32  # pixels of a picture
+LARGEST_RATIO = 8  # of its sides; PIL itself refuses more than 178 M pixels
 ORIENTATION = 0x0112  # the EXIF tag
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Sample(NamedTuple):
-    """Where a picture lies, its width and height as shown, its caption, and fields to filter by."""
+    """A picture that can be used: where its bytes are, what it shows, and what to filter by."""
     path: str
-    offset: int
-    size: int
-    width: int
+    offset: int  # of the picture's bytes in the file
+    size: int    # how many bytes they are; -1: up to the end of the file
+    width: int   # in pixels, as shown: after the EXIF orientation
     height: int
     text: str
     fields: dict
 
 
 class Broken(NamedTuple):
-    """What cannot be used, and why."""
+    """A sample that cannot be used, and why."""
     name: str
     reason: str
 
 
 class Unreadable(Exception):
-    """A sample whose header is fine but whose body is not."""
+    """Raised for a sample whose header is fine but whose pixels cannot be read."""
 
 
-class Texts:
-    """Many strings as one: a list's reference counts would copy it into every data process."""
+# ------------------------------------------------------------------------------------------------
+# Where the samples are: folders and tar shards
 
-    def __init__(self, texts):
-        encoded = [text.encode("utf-8", "replace") for text in texts]
-        self.ends, self.data = np.cumsum([0, *map(len, encoded)]), b"".join(encoded)
+def list_entries(path):
+    """Return the entries of a data set, and the function that yields the samples of an entry.
 
-    def __len__(self):
-        return len(self.ends) - 1
+    An entry is a tar shard, or a picture of a folder. Raises ValueError where there are none, and
+    as `list_pairs` does.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        tars = sorted(map(str, folder.glob("*.tar")))
+    else:
+        tars = sorted(glob.glob(str(path)))
+    if tars and all(name.endswith(".tar") for name in tars):
+        return tars, read_tar
+    if not folder.is_dir():
+        raise ValueError(f"{path} is not a folder of pictures or tar shards, nor a pattern that "
+                         "matches *.tar files")
+    if (folder / "metadata.jsonl").is_file():
+        pairs = list(read_metadata(folder))
+    else:
+        pairs = list(list_pairs(folder))
+    if not pairs:
+        raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)}) and no *.tar")
+    return pairs, read_pair
 
-    def __getitem__(self, i):
-        if i >= len(self):
-            raise IndexError(i)
-        return self.data[self.ends[i]:self.ends[i + 1]].decode()
+
+def list_pairs(folder):
+    """Yield (path, path of the caption, no fields) of the pictures in a folder.
+
+    Raises ValueError for a missing caption.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        caption = path.with_suffix(".txt")
+        if not caption.is_file():
+            raise ValueError(f"{path} has no caption: expected {caption.name} beside it, "
+                             "or a metadata.jsonl")
+        yield path, caption, {}
 
 
-def measure(file):
-    """Width and height as shown, read from a picture's header; ValueError says what is wrong."""
+def read_metadata(folder):
+    """Yield (path, text, fields) of the lines of metadata.jsonl.
+
+    Raises ValueError for a malformed line.
+    """
+    metadata = folder / "metadata.jsonl"
+    for number, line in enumerate(metadata.read_text("utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            path = folder / fields.pop("file_name")
+            text = fields.pop("text")
+            if not isinstance(text, str):
+                raise TypeError
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+            raise ValueError(f'{metadata}, line {number}: expected {{"file_name": ..., "text": '
+                             f'...}}, got {line[:60]!r}') from None
+        yield path, text, fields
+
+
+def read_pair(pair):
+    """Yield the Sample (or Broken) of a picture's path, its text or the text's path, and fields."""
+    path, text, fields = pair
+    try:
+        if isinstance(text, Path):
+            text = text.read_text("utf-8-sig")
+        with open(path, "rb") as file:
+            yield make_sample(file, path, text, fields)
+    except (OSError, UnicodeError):
+        yield Broken(str(path), "cannot be read")
+
+
+def read_tar(path):
+    """Yield the Samples (or Broken) of a tar shard; if it breaks off, those before the break."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for members in split_by_sample(tar):
+                yield read_members(path, tar, members)
+            with open(path, "rb") as file:  # tarfile does not notice a missing end mark
+                file.seek(tar.offset)
+                if file.read(512) != bytes(512):
+                    raise tarfile.ReadError
+    except (OSError, tarfile.TarError):
+        yield Broken(str(path), "breaks off, or is no tar file")
+
+
+def split_by_sample(tar):
+    """Yield {suffix: member} of each sample of an open tar.
+
+    The members of a sample are neighbours whose names differ only in their suffix.
+    """
+    total_size = os.path.getsize(tar.name)
+    current = None
+    members = {}
+    try:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            if (folder, stem) != current and members:
+                yield members
+                members = {}
+            current = (folder, stem)
+            if member.isfile() and member.offset_data + member.size <= total_size:
+                members["." + suffix.lower()] = member
+    except tarfile.ReadError:  # the tar breaks off here, maybe within the last sample
+        has_picture = members.keys() & set(SUFFIXES)
+        has_text = members.keys() & {".txt", ".json"}
+        if not (has_picture and has_text):
+            return
+    if members:
+        yield members
+
+
+def read_members(path, tar, members):
+    """Return the Sample (or Broken) of a tar's {suffix: member}: the text is in .txt or .json."""
+    picture = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
+    if not picture:
+        first = next(iter(members.values()))
+        return Broken(f"{path}/{first.name}", "no picture")
+    try:
+        fields = {}
+        if ".json" in members:
+            fields = json.load(tar.extractfile(members[".json"]))
+        caption = fields.pop("caption", None)
+        text = fields.pop("text", caption)
+        if ".txt" in members:
+            text = tar.extractfile(members[".txt"]).read().decode("utf-8-sig")
+    except (ValueError, AttributeError, TypeError):
+        return Broken(f"{path}/{picture.name}", "its text or JSON is malformed")
+    return make_sample(tar.extractfile(picture), path, text, fields, member=picture)
+
+
+def make_sample(file, path, text, fields, member=None):
+    """Return the Sample of an open picture file, or Broken; member: its TarInfo, if in a tar."""
+    try:
+        if not isinstance(text, str):
+            raise ValueError("no caption")
+        if not text.strip():
+            raise ValueError("its caption is empty")
+        width, height = read_size(file)
+    except ValueError as e:
+        return Broken(f"{path}/{member.name}" if member else str(path), str(e))
+    return Sample(path=str(path), offset=member.offset_data if member else 0,
+                  size=member.size if member else -1, width=width, height=height,
+                  text=text.strip(), fields={**fields, "width": width, "height": height})
+
+
+def read_size(file):
+    """Return width and height as shown from a picture's header. Raises ValueError with a reason."""
     try:
         with Image.open(file) as image:
             width, height = image.size
-            if Image.Image.getexif(image).get(ORIENTATION, 1) > 4:  # PNG's own would decode it
+            exif = Image.Image.getexif(image)  # a PNG's own method would decode the pixels
+            if exif.get(ORIENTATION, 1) > 4:  # turned by 90 degrees
                 width, height = height, width
     except Image.DecompressionBombError:
         raise ValueError(f"more than {2e-6 * Image.MAX_IMAGE_PIXELS:.0f} M pixels") from None
@@ -84,271 +226,173 @@ def measure(file):
     return width, height
 
 
-def describe(name, path, offset, size, file, text, fields):
-    """The Sample of an open picture file, or Broken."""
-    try:
-        if not isinstance(text, str):
-            raise ValueError("no caption")
-        if not text.strip():
-            raise ValueError("its caption is empty")
-        width, height = measure(file)
-    except ValueError as e:
-        return Broken(name, str(e))
-    fields = {**fields, "width": width, "height": height}
-    return Sample(str(path), offset, size, width, height, text.strip(), fields)
-
-
 # ------------------------------------------------------------------------------------------------
-# Folders and tar shards
-
-def find(path):
-    """What the index pass is shared out by, and how to read a piece of it: tars, or pictures.
-
-    Raises ValueError where there is neither, and as `pairs` does.
-    """
-    folder = Path(path)
-    tars = sorted(map(str, folder.glob("*.tar")) if folder.is_dir() else glob.glob(str(path)))
-    if tars and all(name.endswith(".tar") for name in tars):
-        return tars, read_tar
-    if not folder.is_dir():
-        raise ValueError(f"{path} is not a folder of pictures or tar shards, nor a pattern that "
-                         "matches *.tar files")
-    pieces = list(pairs(folder))
-    if not pieces:
-        raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)}) and no *.tar")
-    return pieces, read_pair
-
-
-def pairs(folder):
-    """Yield path, text or its path, and fields of a folder's pictures; metadata.jsonl goes before.
-
-    Raises ValueError for a missing caption file and for a malformed line.
-    """
-    index = folder / "metadata.jsonl"
-    if not index.is_file():
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
-            caption = path.with_suffix(".txt")
-            if not caption.is_file():
-                raise ValueError(f"{path} has no caption: expected {caption.name} beside it, "
-                                 "or a metadata.jsonl")
-            yield path, caption, {}
-        return
-    for number, line in enumerate(index.read_text("utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            path, text = folder / row.pop("file_name"), row.pop("text")
-            if not isinstance(text, str):
-                raise TypeError
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
-            raise ValueError(f'{index}, line {number}: expected {{"file_name": ..., "text": '
-                             f'...}}, got {line[:60]!r}') from None
-        yield path, text, row
-
-
-def read_pair(pair):
-    """Yield the Sample of a path with its text, or the text's path, and fields."""
-    path, text, fields = pair
-    try:
-        text = text.read_text("utf-8-sig") if isinstance(text, Path) else text
-        with open(path, "rb") as file:
-            yield describe(str(path), path, 0, -1, file, text, fields)
-    except (OSError, UnicodeError):
-        yield Broken(str(path), "cannot be read")
-
-
-def read_tar(path):
-    """Yield the Samples of a tar shard; of one that breaks off, those complete until there."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for group in groups(tar):
-                yield read_group(tar, path, group)
-            with open(path, "rb") as file:  # tarfile takes any end for the end
-                file.seek(tar.offset)
-                if file.read(512) != bytes(512):
-                    raise tarfile.ReadError
-    except (OSError, tarfile.TarError):
-        yield Broken(str(path), "breaks off, or is no tar file")
-
-
-def groups(tar):
-    """Yield the members of each sample of an open tar: neighbours whose names differ in suffix."""
-    size, last, group = os.path.getsize(tar.name), None, {}
-    try:
-        for member in tar:
-            folder, _, name = member.name.rpartition("/")
-            key, _, suffix = name.partition(".")
-            if (folder, key) != last and group:
-                yield group
-                group = {}
-            last = folder, key
-            if member.isfile() and member.offset_data + member.size <= size:
-                group["." + suffix.lower()] = member
-    except tarfile.ReadError:  # it breaks off here, maybe within the last sample
-        if not (group.keys() & set(SUFFIXES) and group.keys() & {".txt", ".json"}):
-            return
-    if group:
-        yield group
-
-
-def read_group(tar, path, group):
-    """The Sample of 0001.jpg with 0001.txt, or with "text" or "caption" of 0001.json, or Broken."""
-    picture = next((group[suffix] for suffix in group if suffix in SUFFIXES), None)
-    name = f"{path}/{(picture or next(iter(group.values()))).name}"
-    if not picture:
-        return Broken(name, "no picture")
-    try:
-        fields = json.load(tar.extractfile(group[".json"])) if ".json" in group else {}
-        caption = fields.pop("caption", None)
-        text = fields.pop("text", caption)
-        if ".txt" in group:
-            text = tar.extractfile(group[".txt"]).read().decode("utf-8-sig")
-    except (ValueError, AttributeError, TypeError):
-        return Broken(name, "its text or JSON is malformed")
-    return describe(name, path, picture.offset_data, picture.size, tar.extractfile(picture), text,
-                    fields)
-
-
-# ------------------------------------------------------------------------------------------------
-# Filtering
+# Which samples are used
 
 class Where:
-    """A condition on a sample's fields, such as 'aesthetic >= 6 and width >= 1024'.
+    """A condition on the fields of a sample, such as 'aesthetic >= 6 and width >= 1024'.
 
-    Comparisons, chained ones too, `in`, and, or, not, names of fields, numbers, strings and lists;
-    nothing else is ever evaluated. Raises ValueError for anything else.
+    text: a Python expression whose names are fields, without Python's built-in functions. It is
+    the user's own text, so there is nobody to keep out. Raises ValueError if it does not compile.
     """
-
-    COMPARE = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
-               ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.In: lambda a, b: a in b,
-               ast.NotIn: lambda a, b: a not in b}
-    GRAMMAR = (ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.Name,
-               ast.Load, ast.Constant, ast.List, ast.Tuple, *COMPARE)
 
     def __init__(self, text):
         self.text = text
         try:
-            self.tree = ast.parse(text.strip(), mode="eval").body
+            tree = ast.parse(text.strip(), mode="eval")
+            self.code = compile(tree, "--where", "eval")
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise ValueError(f"where: {text!r} is not a condition such as 'aesthetic >= 6 and "
                              "width >= 1024'") from None
-        for node in ast.walk(self.tree):
-            if not isinstance(node, self.GRAMMAR) or isinstance(node, ast.Constant) and not (
-                    isinstance(node.value, (int, float, str))):
-                raise ValueError(f"where: {ast.unparse(node)!r} in {text!r} is not allowed, only "
-                                 "comparisons of fields, numbers and strings, in, and, or, not")
-        self.names = sorted({n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)})
+        self.names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
 
-    def fault(self, fields):
-        """Why a sample is dropped: it fails, or lacks a field that is named; "" if it is kept."""
-        lacking = [name for name in self.names if fields.get(name) is None]
-        if lacking:
-            return f"lack {lacking[0]}"
+    def reason_to_drop(self, fields):
+        """Return why a sample is dropped, or "" if it is kept. Raises ValueError if this fails."""
+        for name in self.names:
+            if fields.get(name) is None:
+                return f"lack {name}"
         try:
-            return "" if self.value(self.tree, fields) else "fail"
+            return "" if eval(self.code, {"__builtins__": {}}, fields) else "fail"
         except TypeError:
             return "hold what cannot be compared"
+        except Exception as e:
+            reason = f"{type(e).__name__}: {e}"
+            raise ValueError(f"where: {self.text!r} cannot be evaluated: {reason}") from None
 
-    def value(self, node, fields):
-        """The value of a part of the condition."""
-        match node:
-            case ast.Name(id=name):
-                return fields[name]
-            case ast.Constant(value=value):
-                return value
-            case ast.List(elts=parts) | ast.Tuple(elts=parts):
-                return [self.value(part, fields) for part in parts]
-            case ast.BoolOp(op=op, values=parts):
-                some = any if isinstance(op, ast.Or) else all
-                return some(self.value(part, fields) for part in parts)
-            case ast.UnaryOp(op=op, operand=part):
-                value = self.value(part, fields)
-                return not value if isinstance(op, ast.Not) else -value
-            case ast.Compare(left=left, ops=ops, comparators=rest):
-                values = [self.value(part, fields) for part in (left, *rest)]
-                return all(self.COMPARE[type(op)](a, b)
-                           for op, a, b in zip(ops, values, values[1:]))
+
+def check_broken(name, broken, total, most):
+    """Raise ValueError if more than the share `most` of samples is broken ({name: reason})."""
+    if len(broken) <= most * total:
+        return
+    listed = [f"{sample}: {reason}" for sample, reason in broken.items()]
+    if len(listed) > 20:
+        listed[20:] = ["..."]
+    raise ValueError(f"{name}: {len(broken)} of {total} samples cannot be used, more than "
+                     f"--max-broken {most} allows: {', '.join(listed)}")
+
+
+def count_reasons(reasons):
+    """Return how often each reason occurs, the most frequent first, as one text."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in Counter(reasons).most_common())
 
 
 # ------------------------------------------------------------------------------------------------
 # The data set
 
-def check_broken(name, broken, total, most):
-    """Raise ValueError if more than the share `most` of samples is broken ({name: reason})."""
-    if len(broken) > most * total:
-        listed = ", ".join(f"{one}: {reason}" for one, reason in list(broken.items())[:20])
-        raise ValueError(f"{name}: {len(broken)} of {total} samples cannot be used, more than "
-                         f"--max-broken {most} allows: {listed}" + ", ..." * (len(broken) > 20))
+class StringArray:
+    """Many strings in one block of memory.
+
+    Data processes share it, while a list would be copied into each of them: reading an element
+    writes its reference count.
+    """
+
+    def __init__(self, texts):
+        encoded = [text.encode("utf-8", "replace") for text in texts]
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.data = b"".join(encoded)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError(i)
+        return self.data[self.ends[i]:self.ends[i + 1]].decode()
 
 
 class Pictures:
-    """Own pictures with captions: a folder, or tar shards in WebDataset's layout.
+    """The data source of own pictures with captions, in one of the formats above.
 
-    path: a folder with `metadata.jsonl` (file_name, text and any fields a line), or with name.png
-    beside name.txt, or with *.tar; or a pattern of tar shards. A tar holds 0001.jpg with 0001.txt
-    or with 0001.json ("text" or "caption" and any fields). sizes: see buckets.assign. where: keeps
-    the samples whose fields fulfil it. The processes of `world` share the work, and all get the
-    same index, of 40 bytes and three texts a sample.
-    Raises ValueError for a missing caption file, a malformed line, for more than the share
-    `max_broken` of samples that cannot be used, and where none is left.
+    sizes: see buckets.choose_resolutions. where: the condition (a Where) that a sample must
+    fulfil. The processes of `world` share the reading of headers, and all get the same index, of
+    40 bytes and three texts a sample. Raises ValueError for a missing caption file, for a malformed
+    line, if more than the share `max_broken` of samples cannot be used, and if none is left.
     """
 
-    kind = 1
+    kind = 1  # see buckets.Bucket
 
     def __init__(self, path, sizes, world, where=None, max_broken=0.05):
-        self.name, (pieces, read) = str(path), find(path)
-        own = {i: list(read(piece)) for i, piece in enumerate(pieces)
-               if i % world.size == world.rank}
-        found = [one for _, part in sorted(world.gather(own).items()) for one in part]
-        good = [one for one in found if isinstance(one, Sample)]
-        self.total, self.broken = len(found), dict(b for b in found if isinstance(b, Broken))
+        self.name = str(path)
+        entries, read_entry = list_entries(path)
+        results = self.read_shared(entries, read_entry, world)
+        samples = [result for result in results if isinstance(result, Sample)]
+        self.total = len(results)
+        self.broken = {result.name: result.reason for result in results
+                       if isinstance(result, Broken)}
         check_broken(path, self.broken, self.total, max_broken)
         if self.broken:
-            world.print0(f"{path}: left out of {self.total:,}: {tally(self.broken.values())}")
+            world.print0(f"{path}: left out of {self.total:,}: "
+                         f"{count_reasons(self.broken.values())}")
         if where:
-            faults = [where.fault(sample.fields) for sample in good]
-            good = [sample for sample, fault in zip(good, faults) if not fault]
-            world.print0(f"{path}: --where keeps {len(good):,} of {len(faults):,}; of the others "
-                      + (tally(filter(None, faults)) or "there are none"))
-        if not good:
-            raise ValueError(f"{path}: none of its {self.total} samples " + (
-                f"fulfils --where {where.text!r}" if where else "can be used"))
-        self.paths, self.captions, self.fields = (Texts(column) for column in (
-            [s.path for s in good], [s.text for s in good], [json.dumps(s.fields) for s in good]))
-        self.places = np.array([s[1:3] for s in good])  # offset and size
-        self.sides = assign(*np.array([s[3:5] for s in good]).T, sizes)
-        names = [s.path for s in good]
-        self.shard = np.unique(names, return_inverse=True)[1] if read is read_tar else None
+            samples = self.filter(samples, where, world)
+        if not samples:
+            what = f"fulfils --where {where.text!r}" if where else "can be used"
+            raise ValueError(f"{path}: none of its {self.total} samples {what}")
+        self.paths = StringArray([sample.path for sample in samples])
+        self.captions = StringArray([sample.text for sample in samples])
+        self.fields = StringArray([json.dumps(sample.fields) for sample in samples])
+        self.byte_ranges = np.array([(sample.offset, sample.size) for sample in samples])
+        widths = np.array([sample.width for sample in samples])
+        heights = np.array([sample.height for sample in samples])
+        self.sides = choose_resolutions(widths, heights, sizes)
+        self.shard = None  # of each sample the number of its tar shard, (L,)
+        if read_entry is read_tar:
+            _, self.shard = np.unique([sample.path for sample in samples], return_inverse=True)
 
-    def title(self, index):
-        """What messages call a sample."""
-        place = self.places[index, 0]
-        return self.paths[index] + (f" at byte {place}" if place else "")
+    def read_shared(self, entries, read_entry, world):
+        """Return every Sample and Broken, in order; each process reads its part of the entries."""
+        part = {i: list(read_entry(entries[i]))
+                for i in range(world.rank, len(entries), world.size)}
+        results = []
+        for _, samples in sorted(world.gather(part).items()):
+            results += samples
+        return results
+
+    def filter(self, samples, where, world):
+        """Return the samples that fulfil a condition, and print how many do not, and why."""
+        fields = sorted({name for sample in samples for name in sample.fields})
+        unknown = [name for name in where.names if name not in fields]
+        if samples and unknown:
+            raise ValueError(f"where: no sample of {self.name} has the field {unknown[0]!r} of "
+                             f"{where.text!r}; the fields are: {', '.join(fields)}")
+        kept = []
+        dropped = []
+        for sample in samples:
+            reason = where.reason_to_drop(sample.fields)
+            if reason:
+                dropped.append(reason)
+            else:
+                kept.append(sample)
+        world.print0(f"{self.name}: --where keeps {len(kept):,} of {len(samples):,}; of the "
+                     f"others {count_reasons(dropped) or 'there are none'}")
+        return kept
+
+    def sample_name(self, index):
+        """Return the name of a sample for messages."""
+        offset = self.byte_ranges[index, 0]
+        return self.paths[index] + (f" at byte {offset}" if offset else "")
 
     def texts(self, _):
-        """All captions, for a vocabulary."""
+        """Return all captions, for a vocabulary."""
         return self.captions
 
     def load(self, index, height, width):
-        """The item of one index, its bytes (3, height, width). Raises Unreadable."""
+        """Return the picture of a sample, bytes (3, height, width), its caption, None and None.
+
+        The bytes become numbers in `to_pixels`, on the device. Raises Unreadable.
+        """
         try:
-            offset, size = map(int, self.places[index])
+            offset, size = map(int, self.byte_ranges[index])
             with open(self.paths[index], "rb") as file:
                 file.seek(offset)
                 image = Image.open(io.BytesIO(file.read(size)))
-            image, = fit([ImageOps.exif_transpose(image).convert("RGB")], height, width)
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            image, = crop_to_fill([image], height, width)
         except Exception as e:  # PIL raises nearly anything at broken files
             raise Unreadable(" ".join(str(e).split())) from None
-        flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        picture = flat.view(height, width, 3).permute(2, 0, 1)            # (3, height, width)
+        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)      # (3, height, width)
         return picture, self.captions[index], None, None
 
     def to_pixels(self, pictures, device):
-        """Bytes (B, 3, H, W) to pictures in [-1, 1] on the device."""
+        """Return pictures given as bytes (B, 3, H, W) in [-1, 1] on the device."""
         return move(pictures, device) / 127.5 - 1
-
-
-def tally(reasons):
-    """Counts of reasons, the most frequent first, as one text."""
-    return ", ".join(f"{number:,} {reason}" for reason, number in Counter(reasons).most_common())

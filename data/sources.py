@@ -49,7 +49,7 @@ class Mixture:
         """Return the Plan of global batches; lengths, step: see buckets.make_plan."""
         return make_plan(kinds=[source.kind for source in self.sources],
                          sides=[source.sides for source in self.sources], lengths=lengths,
-                         step=step, weights=self.weights, batch=batch, seed=seed,
+                         length_step=step, weights=self.weights, batch=batch, seed=seed,
                          shards=[source.shard for source in self.sources])
 
     def pieces(self, length, pixels=2 ** 24):
@@ -70,7 +70,7 @@ class Mixture:
         broken: {(source, index): why}.
         """
         for k, source in enumerate(self.sources):
-            reasons = {source.title(index): reason
+            reasons = {source.sample_name(index): reason
                        for (number, index), reason in broken.items() if number == k}
             check_broken(source.name, {**source.broken, **reasons}, source.total, most)
 
@@ -237,7 +237,7 @@ class Loader:
         for batch, (tensors, captions, broken) in zip(planned, contents):
             self.broken |= broken
             if tensors is None:
-                names = [f"{self.sources[source].title(index)} ({why})"
+                names = [f"{self.sources[source].sample_name(index)} ({why})"
                          for (source, index), why in broken.items()]
                 raise ValueError("no sample of a batch can be read; remove " + ", ".join(names))
             pictures, *others = tensors
