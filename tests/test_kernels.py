@@ -277,7 +277,7 @@ def gpu(test):
 def fused(monkeypatch):
     """The kernels take tensors on the CPU, too: with the interpreter."""
     if not GPU:
-        monkeypatch.setattr(kernels, "fused", lambda x: not kernels.PLAIN)
+        monkeypatch.setattr(kernels, "fused", lambda *_: not kernels.PLAIN)
 
 
 def evaluate(call, inputs, upstream=None, strided=False, times=1):
@@ -508,7 +508,7 @@ def launches():
 
     replaced = {name: Recorder(value) for name, value in real.items() if name.endswith("_kernel")}
     replaced |= {name: op._init_fn for name, op in OPERATORS.items()}
-    vars(kernels).update(replaced, fused=lambda x: True)
+    vars(kernels).update(replaced, fused=lambda *_: True)
     try:
         with FakeTensorMode():
             for case in LARGE.values():
