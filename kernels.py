@@ -1,13 +1,18 @@
-"""What towers, router and VAE do most: each operation as a PyTorch twin, then as a Triton kernel.
+"""The operations that the towers, the router and the VAE share: in PyTorch first, then in Triton.
 
-These are the places where a network spends its memory traffic. The twin defines the result and
-runs wherever Triton has no GPU; on such a GPU the kernels below it take its place, unless the
-environment variable MOS_PLAIN=1 asks for the twins.
+    operation      formula                                                       used by
+    rms_norm       s = x + residual, y = s / sqrt(mean(s^2) + eps) * weight      all but the VAE
+    feed_forward   down(silu(gate) * up), gate and up = gate_up(x)               all but the VAE
+    rope_table     angle = position * theta^(-2i / channels)                     all but the VAE
+    queries_keys   q, k, v = split(qkv), then rms_norm and rotation of q and k   all but the VAE
+    mix_states     sum over the K chosen layers of weight * state, eq. (4)       mos.py, sampling
+    mix_project    Proj of that sum                                              mos.py, training
+    channel_norm   silu(x / |x| * sqrt(C) * gamma)                               vae.py
+    attention      softmax(q k^T / sqrt(Dh)) v over the real keys                all but the VAE
 
-A kernel's floor is the bytes it must move over the bandwidth of the memory (`bench.py` prints the
-fraction), so each reads its inputs once, keeps the rest in registers and writes its outputs once.
-Backward passes rebuild what they need from what the forward pass read or wrote. Where many programs
-add to one sum, each writes a row of partial sums and no atomics are used: same input, same bits.
+The first half of this file is all that a reader of the model needs. `NAME_twin` computes an
+operation in plain PyTorch and defines its result. `NAME` has the same signature and takes the
+Triton kernels of the second half where `fused` says so. attention uses PyTorch's own kernels.
 """
 
 import os
@@ -25,63 +30,54 @@ from torch.utils.checkpoint import checkpoint
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton for this platform: the twins do all the work
-    triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=None)
+except ImportError:  # Triton does not exist for this platform: the twins do all the work
+    triton = SimpleNamespace(jit=lambda function: function)
+    tl = SimpleNamespace(constexpr=None)
 
 PLAIN = os.environ.get("MOS_PLAIN", "0") == "1" or not hasattr(tl, "load")
+# The width in channels below which a compiled model does without our kernels: the compiler fuses
+# the twins with the operations around them, which is worth more while tensors are small.
+NARROW = 1024
 
 
-def fused(x):
-    """Whether the Triton kernels take this tensor."""
-    return x.is_cuda and not PLAIN
+def fused(x, width=None):
+    """Return whether the Triton kernels compute x: on a GPU, unless MOS_PLAIN=1.
+
+    Inside torch.compile the model must also be at least NARROW channels wide. width: the model's;
+    None: that of x's last axis.
+    """
+    if not x.is_cuda or PLAIN:
+        return False
+    width = x.shape[-1] if width is None else width
+    return width >= NARROW or not torch.compiler.is_compiling()
 
 
+# --- Precision -----------------------------------------------------------------------------------
 def autocast(device):
-    """bf16 matrix products on a GPU, fp32 elsewhere. MoS App. A."""
+    """Return the context in which matrix products are bf16 on a GPU, fp32 elsewhere. MoS App. A."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def at_least_fp32(x):
-    """x in fp32 for what must not be rounded to less; fp64, in which tests compare, stays."""
+    """Cast x to fp32, since sums and norms are not safe in bf16. fp64, used by tests, is kept."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def cast(*tensors):
-    """The tensors as autocast hands them to a matrix product."""
+    """Return the tensors in the type that autocast gives to the inputs of a matrix product."""
     kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
-def operator(fake):
-    """Make a function the operator `mos::name`, which torch.compile calls instead of tracing it.
-
-    Called eagerly on a GPU it stays a function: an operator's way through the dispatcher costs the
-    host more time than the launch. fake: the same signature; returns outputs of the right shape and
-    type, uncomputed.
-    """
-    def wrap(function):
-        op = torch.library.custom_op(f"mos::{function.__name__}", function, mutates_args=())
-        op.register_fake(fake)
-
-        @wraps(function)
-        def call(*arguments):
-            eager = arguments[0].is_cuda and not torch.compiler.is_compiling()
-            return (function if eager else op)(*arguments)
-        call.operator = op
-        return call
-    return wrap
-
-
-# ------------------------------------------------------------------------------------------------
-# RMSNorm, alone or with the residual addition before it
-
+# --- RMSNorm, alone or after a residual addition -------------------------------------------------
 def rms_norm_twin(x, weight, residual=None, eps=1e-6):
-    """s = x + residual, y = s / sqrt(mean(s^2) + eps) * weight, in fp32 (Zhang & Sennrich).
+    """Return y = s / sqrt(mean(s^2) + eps) * weight with s = x + residual (Zhang & Sennrich).
 
-    x, residual: (..., D) of any float type, weight: (D,). Returns y in x's type; with a residual s
-    and y, s in the wider type of the two.
+    x, residual: (..., D) of any float type, weight: (D,). Without a residual y alone is returned,
+    in x's type; with one the pair s, y, where s has the wider type of x and residual. Computed in
+    fp32.
     """
     s = x if residual is None else x + residual
     n = at_least_fp32(s)
@@ -90,123 +86,17 @@ def rms_norm_twin(x, weight, residual=None, eps=1e-6):
     return y if residual is None else (s, y)
 
 
-@triton.jit
-def rms_norm_kernel(x_ptr, r_ptr, w_ptr, s_ptr, y_ptr, rows, D, eps: tl.constexpr,
-                    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program normalises ROWS whole rows; ADD: of x + r, which is written to s."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, BLOCK)[None]
-    inside, at = (row < rows) & (col < D), row * D + col
-    s = tl.load(x_ptr + at, inside, 0)
-    if ADD:  # rounded to the type that is stored, so that the backward pass sees the same s
-        s = s.to(tl.float32) + tl.load(r_ptr + at, inside, 0).to(tl.float32)
-        s = s.to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + at, s, inside)
-    s = s.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(s * s, 1, keep_dims=True) / D + eps)
-    w = tl.load(w_ptr + col, col < D, 0).to(tl.float32)
-    tl.store(y_ptr + at, s * scale * w, inside)
-
-
-@triton.jit
-def rms_norm_backward_kernel(s_ptr, w_ptr, ds_ptr, dy_ptr, dx_ptr, dw_ptr, rows, D,
-                             eps: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
-                             BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """With n = s * scale, g = dy * w:  dx = scale * (g - n * mean(g * n)) + ds, dw = sum(dy * n).
-
-    A few programs for each multiprocessor stride over all rows: dw stays in registers, and the next
-    rows are on their way (STAGES) while these are reduced. dw_ptr: a row for each program.
-    """
-    col = tl.arange(0, BLOCK)[None]
-    w = tl.load(w_ptr + col, col < D, 0).to(tl.float32)
-    dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    for i in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = (i * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        inside, at = (row < rows) & (col < D), row * D + col
-        s = tl.load(s_ptr + at, inside, 0).to(tl.float32)
-        dy = tl.load(dy_ptr + at, inside, 0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(s * s, 1, keep_dims=True) / D + eps)
-        g, n = dy * w, s * scale
-        dx = scale * (g - n * (scale * tl.sum(g * s, 1, keep_dims=True) / D))
-        if ADD:
-            dx += tl.load(ds_ptr + at, inside, 0).to(tl.float32)
-        tl.store(dx_ptr + at, dx, inside)
-        dw += dy * n
-    tl.store(dw_ptr + tl.program_id(0) * D + col, tl.sum(dw, 0, keep_dims=True), col < D)
-
-
-def multiprocessors(x):
-    """Of the tensor's GPU; the interpreter has one."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
-def norm_shape(x):
-    """Rows and width of x, and the tile for them: whole rows, about 4096 values."""
-    block = triton.next_power_of_2(x.shape[-1])
-    return x.numel() // x.shape[-1], x.shape[-1], dict(BLOCK=block, ROWS=max(1, 4096 // block))
-
-
-def empty_sum(x, residual):
-    """Uninitialised x + residual, in their common type; nothing where there is no residual."""
-    if residual is None:
-        return x.new_empty(0)
-    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
-
-
-@operator(lambda x, weight, residual, eps: (empty_sum(x, residual), torch.empty_like(x)))
-def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
-                     eps: float) -> tuple[Tensor, Tensor]:
-    """s (empty without a residual) and y of `rms_norm_twin`; x and residual contiguous."""
-    rows, D, tile = norm_shape(x)
-    s, y = empty_sum(x, residual), torch.empty_like(x)
-    rms_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        x, residual, weight.contiguous(), s, y, rows, D, eps, ADD=residual is not None, **tile,
-        num_warps=4)
-    return s, y
-
-
-@operator(lambda s, weight, ds, dy, eps: (torch.empty_like(s), torch.empty_like(weight)))
-def rms_norm_backward(s: Tensor, weight: Tensor, ds: Tensor | None, dy: Tensor,
-                      eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x (that of the residual, too) and of the weight; s is x without a residual."""
-    rows, D, tile = norm_shape(s)
-    programs = min(triton.cdiv(rows, tile["ROWS"]), 2 * multiprocessors(s))
-    dx, dw = torch.empty_like(s), s.new_empty(programs, D, dtype=torch.float32)
-    rms_norm_backward_kernel[(programs,)](
-        s, weight.contiguous(), ds, dy, dx, dw, rows, D, eps, ADD=ds is not None, **tile, STAGES=3,
-        num_warps=4)
-    return dx, dw.sum(0).to(weight.dtype)
-
-
-class FusedNorm(Function):
-    """`rms_norm_twin`, one pass forward and one backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, residual, eps):
-        x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
-        s, y = rms_norm_forward(x, weight, residual, eps)
-        ctx.save_for_backward(x if residual is None else s, weight)
-        ctx.eps, ctx.dtypes = eps, (x.dtype, None if residual is None else residual.dtype)
-        return y if residual is None else (s, y)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        s, weight = ctx.saved_tensors
-        *ds, dy = (d.contiguous() for d in gradients)
-        dx, dw = rms_norm_backward(s, weight, ds[0] if ds else None, dy, ctx.eps)
-        return dx.to(ctx.dtypes[0]), dw, dx.to(ctx.dtypes[1]) if ds else None, None
-
-
 def rms_norm(x, weight, residual=None, eps=1e-6):
-    """`rms_norm_twin` by the path that suits x. Raises ValueError for shapes that do not fit."""
+    """Compute `rms_norm_twin`. Raises ValueError for shapes that do not fit."""
     if weight.shape != x.shape[-1:] or residual is not None and residual.shape != x.shape:
-        raise ValueError(f"x {tuple(x.shape)} needs a weight as wide and a residual of its shape, "
-                         f"got {[tuple(a.shape) for a in (weight, residual) if a is not None]}")
+        shapes = [tuple(a.shape) for a in (weight, residual) if a is not None]
+        raise ValueError(f"x {tuple(x.shape)} needs a weight of shape {tuple(x.shape[-1:])} and a "
+                         f"residual of its own shape, got {shapes}")
     return (FusedNorm.apply if fused(x) else rms_norm_twin)(x, weight, residual, eps)
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its learned weight, over the last axis of width D."""
+    """`rms_norm` over the last axis, of width D, with its learned weight."""
 
     def __init__(self, width, eps=1e-6):
         super().__init__()
@@ -221,84 +111,470 @@ class RMSNorm(nn.Module):
         return rms_norm(branch, self.weight, x, self.eps)
 
 
-# ------------------------------------------------------------------------------------------------
-# From the packed projection to queries and keys: a norm for each head, then the rotary embedding
+# --- The feed-forward network --------------------------------------------------------------------
+def swiglu_twin(gate_up):
+    """Return silu(gate) * up (Shazeer): (..., F). gate_up: both side by side, (..., 2F)."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
 
-def rope_table(positions, axes, theta=1e4, slow=None):
-    """Angles of an axial rotary embedding (Su et al.): each axis rotates its share of a head.
 
-    positions: (L, A), axes: A even channel counts that sum to the head width, slow: changes the
-    frequencies, in radians a position. Returns cos and sin, each (L, Dh/2) in fp32.
+def feed_forward_twin(x, gate_up, down, recompute=False):
+    """Return down(swiglu(gate_up(x))): (..., D). x: (..., D), gate_up: (2F, D), down: (D, F).
+
+    recompute: keep only the inputs for the backward pass, which then computes the rest again.
+    """
+    if recompute:
+        return checkpoint(feed_forward_twin, x, gate_up, down, use_reentrant=False)
+    return F.linear(swiglu_twin(F.linear(x, gate_up)), down)
+
+
+def feed_forward(x, gate_up, down, recompute=False):
+    """Compute `feed_forward_twin`."""
+    if fused(x):
+        return FusedFeedForward.apply(x.contiguous(), gate_up, down, recompute)
+    return feed_forward_twin(x, gate_up, down, recompute)
+
+
+class SwiGLU(nn.Module):
+    """`feed_forward` with its learned weights, without biases."""
+
+    recompute = False  # True: less memory for one more matrix product, see `feed_forward_twin`
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return feed_forward(*cast(x, self.gate_up.weight, self.down.weight), self.recompute)
+
+
+# --- Queries and keys: a norm for each head, then the rotary embedding ---------------------------
+def rope_table(positions, axes, theta=1e4, scale_rates=None):
+    """Return cos and sin of an axial rotary embedding (Su et al.), each (L, Dh/2) in fp32.
+
+    positions: (L, A). axes: for each of the A coordinates the even number of channels that it
+    rotates; they sum to the head width. scale_rates: a function that changes the frequencies, which
+    are radians for each step in position.
     """
     angles = []
     for axis, channels in enumerate(axes):
         index = torch.arange(0, channels, 2, device=positions.device, dtype=torch.float32)
-        rate = theta ** (-index / channels)
-        angles.append(positions[:, axis, None].float() * (slow(rate) if slow else rate))
+        rates = theta ** (-index / channels)
+        if scale_rates:
+            rates = scale_rates(rates)
+        angles.append(positions[:, axis, None].float() * rates)
     angles = torch.cat(angles, -1)                                                # (L, Dh/2)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x, rope):
     """Rotate the channel pairs (i, i + Dh/2) of x: (B, L, H, Dh) by the table's angles, in fp32."""
-    cos, sin = (a[:, None] for a in rope)                                    # (L, 1, Dh/2) each
-    a, b = at_least_fp32(x).chunk(2, -1)                                              # (B, L, H, Dh/2) each
+    cos, sin = (table[:, None] for table in rope)                            # (L, 1, Dh/2) each
+    a, b = at_least_fp32(x).chunk(2, -1)                                     # (B, L, H, Dh/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)       # (B, L, H, Dh)
 
 
 def queries_keys_twin(qkv, rope, heads, weights=(None, None, None), context=None, eps=1e-6):
-    """Queries, keys and values of a packed projection, normalised by head and rotated.
+    """Return queries, keys and values of a packed projection, normalised by head and rotated.
 
-    qkv: (B, L, H+2Hk, Dh), H queries, Hk keys, Hk values; rope: `rope_table` of L positions.
-    weights: of the norms of q and k, and of the context's k, each (Dh,), or None: no norm.
+    qkv: (B, L, H+2Hk, Dh), H queries, Hk keys, Hk values. rope: `rope_table` of the L positions.
+    weights: (Dh,) each, of the norms of q, k and the context's k; None: no norm.
     context: (B, S, 2Hk, Dh), keys and values of tokens that are not rotated and come last.
     Returns q (B, L, H, Dh), k and v (B, L+S, Hk, Dh) in qkv's type.
     """
-    H, Hk = heads, (qkv.shape[2] - heads) // 2
-    q, k, v = qkv.split([H, Hk, Hk], 2)                                 # (B, L, H or Hk, Dh) each
-    q, k = (a if w is None else rms_norm_twin(a, w, None, eps) for a, w in zip((q, k), weights))
-    q, k = apply_rope(q, rope), apply_rope(k, rope)
+    def norm(x, weight):
+        return x if weight is None else rms_norm_twin(x, weight, None, eps)
+
+    kv_heads = (qkv.shape[2] - heads) // 2
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 2)                 # (B, L, H or Hk, Dh) each
+    q = apply_rope(norm(q, weights[0]), rope)                                     # (B, L, H, Dh)
+    k = apply_rope(norm(k, weights[1]), rope)                                     # (B, L, Hk, Dh)
     if context is not None:
         kc, vc = context.chunk(2, 2)                                         # (B, S, Hk, Dh) each
-        kc = kc if weights[2] is None else rms_norm_twin(kc, weights[2], None, eps)
-        k, v = torch.cat((k, kc), 1), torch.cat((v, vc), 1)                  # (B, L+S, Hk, Dh) each
+        k = torch.cat((k, norm(kc, weights[2])), 1)                               # (B, L+S, Hk, Dh)
+        v = torch.cat((v, vc), 1)                                                 # (B, L+S, Hk, Dh)
     return q, k, v
 
 
+def queries_keys(qkv, rope, heads, weights=(None, None, None), context=None, eps=1e-6):
+    """Compute `queries_keys_twin`.
+
+    Raises ValueError where the table is not for L positions, or some have a norm and others none.
+    """
+    L, head_width = qkv.shape[1], qkv.shape[3]
+    if any(table.shape != (L, head_width // 2) for table in rope):
+        raise ValueError(f"{L} tokens with heads of width {head_width} need tables of shape "
+                         f"{(L, head_width // 2)}, got {tuple(rope[0].shape)}")
+    weights = weights[:2] if context is None else weights
+    without_norm = [weight is None for weight in weights]
+    if any(without_norm) and not all(without_norm):
+        raise ValueError("queries and keys must all have a norm, or none of them")
+    if fused(qkv, heads * head_width):
+        context_weight = None if context is None else weights[2]
+        return FusedQueriesKeys.apply(qkv, context, *rope, *weights[:2], context_weight, heads, eps)
+    return queries_keys_twin(qkv, rope, heads, weights, context, eps)
+
+
+# --- Mixing the chosen states of the understanding tower -----------------------------------------
+def mix_states_twin(states, index, weight, bias=None):
+    """Return the weighted sum of each token's chosen states. MoS eq. (4), for one block.
+
+    states: (B, S, M, D), index and weight: (B, S, K), bias: (D,), is added.
+    Returns (B, S, D) in the states' type.
+    """
+    rows = index[..., None].expand(-1, -1, -1, states.shape[-1])                  # (B, S, K, D)
+    chosen = at_least_fp32(states.gather(2, rows))                                # (B, S, K, D)
+    mixture = (chosen * at_least_fp32(weight[..., None])).sum(2)                  # (B, S, D)
+    if bias is not None:
+        mixture = mixture + at_least_fp32(bias)                                   # (B, S, D)
+    return mixture.type_as(states)
+
+
+def mix_states(states, index, weight, bias=None):
+    """Compute `mix_states_twin`. The kernel is for sampling: it refuses to lose a gradient."""
+    if not fused(states):
+        return mix_states_twin(states, index, weight, bias)
+    inputs = [x for x in (states, weight, bias) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise RuntimeError("mix_states() has no gradient on a GPU; training uses mix_project()")
+    bias = None if bias is None else bias.contiguous()
+    return mix_forward(states.contiguous(), index, weight, bias)
+
+
+def mix_project_twin(states, index, weight, proj, bias):
+    """Return Proj(mixture) of MoS eq. (4): (B, S, Dg). proj: (Dg, Du), bias: (Dg,)."""
+    return F.linear(mix_states_twin(states, index, weight), proj, bias)
+
+
+def mix_project(states, index, weight, proj, bias):
+    """Compute `mix_project_twin` under autocast. On a GPU the states must be frozen."""
+    states, proj, bias = cast(states, proj, bias)
+    if not fused(states):
+        return mix_project_twin(states, index, weight, proj, bias)
+    if states.requires_grad:
+        raise RuntimeError("mix_project() gives the states no gradient: freeze the tower first")
+    return FusedMixProject.apply(states.contiguous(), index, weight, proj, bias)
+
+
+# --- RMSNorm over the channels of pictures, then SiLU --------------------------------------------
+def channel_norm_twin(x, gamma):
+    """Return silu(x / |x| * sqrt(C) * gamma), |x| over the channels, in fp32; 0 stays 0.
+
+    x: (B, C, H, W) of any float type, gamma: (C, 1, 1). Returns x's shape and type.
+    """
+    y = F.normalize(at_least_fp32(x), dim=1).type_as(x) * (gamma * gamma.shape[0] ** 0.5)
+    return F.silu(y).type_as(x)
+
+
+def channel_norm(x, gamma):
+    """Compute `channel_norm_twin`. The kernel is for sampling: channels last, without gradients.
+
+    Raises ValueError where gamma is not one value for each channel.
+    """
+    if gamma.shape != (x.shape[1], 1, 1):
+        raise ValueError(f"x {tuple(x.shape)} needs a gamma of shape {(x.shape[1], 1, 1)}, "
+                         f"got {tuple(gamma.shape)}")
+    trained = torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    if fused(x, x.shape[1]) and channels_last and not trained:
+        return channel_norm_forward(x, gamma)
+    return channel_norm_twin(x, gamma)
+
+
+# --- Attention, by PyTorch -----------------------------------------------------------------------
+class Keys(NamedTuple):
+    """Which keys of a padded batch are real, in one of two forms.
+
+    mask: (B, L') True at real keys. runs: where every sample's real keys come first, a pair
+    (samples, keys) for each run of neighbouring samples that have the same number of real keys. It
+    saves the mask, which rules out the fastest attention kernels.
+    """
+    mask: torch.Tensor | None
+    runs: list | None = None
+
+
+def pad_keys(before, keys):
+    """Return the Keys where `before` real keys stand in front of those of `keys`."""
+    if keys.runs:
+        return Keys(None, [(samples, before + count) for samples, count in keys.runs])
+    return Keys(F.pad(keys.mask, (before, 0), value=True))
+
+
+def attention(q, k, v, keys=None, causal=False):
+    """Return softmax(q k^T / sqrt(Dh)) v: (B, L, H*Dh), where H/Hk queries share a key.
+
+    q: (B, L, H, Dh), k, v: (B, L', Hk, Dh), keys: the `Keys` of L' keys; None: all are real.
+    causal: token i sees the keys 0 to i only.
+    """
+    def attend(q, k, v, mask=None):
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+    q = q.transpose(1, 2)                                                         # (B, H, L, Dh)
+    k = k.transpose(1, 2)                                                         # (B, Hk, L', Dh)
+    v = v.transpose(1, 2)                                                         # (B, Hk, L', Dh)
+    if keys is None:
+        return attend(q, k, v)                                                    # (B, L, H*Dh)
+    if not keys.runs:
+        return attend(q, k, v, keys.mask[:, None, None])                          # (B, L, H*Dh)
+    parts = []
+    first = 0
+    for samples, count in keys.runs:
+        run = slice(first, first + samples)
+        parts.append(attend(q[run], k[run, :, :count], v[run, :, :count]))
+        first += samples
+    return torch.cat(parts)                                                       # (B, L, H*Dh)
+
+
+# ==================================== second half: the kernels ====================================
+#
+# A kernel takes at least the time in which the memory moves its inputs and outputs; `python -m
+# tools.bench kernels` prints the fraction reached. So each reads its inputs once, keeps the rest in
+# registers and writes its outputs once. Backward passes compute again what they need. Where many
+# programs add to one sum, each writes its own row of partial sums instead of atomic additions, so
+# that the same input gives the same bits.
+
+def operator(empty):
+    """Make a function the operator `mos::name`, which torch.compile calls instead of tracing it.
+
+    Called eagerly on a GPU it stays a function, because PyTorch's dispatcher would cost the host
+    more time than the launch. empty: takes the same arguments, returns the outputs uninitialised.
+    """
+    def wrap(function):
+        op = torch.library.custom_op(f"mos::{function.__name__}", function, mutates_args=())
+        op.register_fake(empty)
+
+        @wraps(function)
+        def call(*arguments):
+            eager = arguments[0].is_cuda and not torch.compiler.is_compiling()
+            return (function if eager else op)(*arguments)
+        call.operator = op
+        return call
+    return wrap
+
+
+def sm_count(x):
+    """Return the number of SMs of the tensor's GPU (1 in the interpreter)."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def rows_and_tile(x):
+    """Return rows and width of x, and the constants of a tile: full rows, about 4096 values."""
+    width = x.shape[-1]
+    block = triton.next_power_of_2(width)
+    return x.numel() // width, width, dict(BLOCK=block, ROWS=max(1, 4096 // block))
+
+
+# --- rms_norm ------------------------------------------------------------------------------------
+@triton.jit
+def rms_norm_kernel(x_ptr, r_ptr, w_ptr, s_ptr, y_ptr, rows, D, eps: tl.constexpr,
+                    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Normalise ROWS full rows in each program; ADD: rows of x + r, which are written to s."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None]
+    inside = (row < rows) & (col < D)
+    offset = row * D + col
+    s = tl.load(x_ptr + offset, inside, 0)
+    if ADD:  # rounded to the type that is stored, so that the backward pass sees the same s
+        s = s.to(tl.float32) + tl.load(r_ptr + offset, inside, 0).to(tl.float32)
+        s = s.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + offset, s, inside)
+    s = s.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(s * s, 1, keep_dims=True) / D + eps)
+    w = tl.load(w_ptr + col, col < D, 0).to(tl.float32)
+    tl.store(y_ptr + offset, s * scale * w, inside)
+
+
+@triton.jit
+def rms_norm_backward_kernel(s_ptr, w_ptr, ds_ptr, dy_ptr, dx_ptr, dw_ptr, rows, D,
+                             eps: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+                             BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """With n = s * scale, g = dy * w:  dx = scale * (g - n * mean(g * n)) + ds, dw = sum(dy * n).
+
+    A few programs for each SM loop over all rows: dw stays in registers, and the next rows are
+    loaded (STAGES) while these are reduced. dw_ptr: a row of partial sums for each program.
+    """
+    col = tl.arange(0, BLOCK)[None]
+    w = tl.load(w_ptr + col, col < D, 0).to(tl.float32)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = (i * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (row < rows) & (col < D)
+        offset = row * D + col
+        s = tl.load(s_ptr + offset, inside, 0).to(tl.float32)
+        dy = tl.load(dy_ptr + offset, inside, 0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(s * s, 1, keep_dims=True) / D + eps)
+        g = dy * w
+        n = s * scale
+        dx = scale * (g - n * (scale * tl.sum(g * s, 1, keep_dims=True) / D))
+        if ADD:
+            dx += tl.load(ds_ptr + offset, inside, 0).to(tl.float32)
+        tl.store(dx_ptr + offset, dx, inside)
+        dw += dy * n
+    tl.store(dw_ptr + tl.program_id(0) * D + col, tl.sum(dw, 0, keep_dims=True), col < D)
+
+
+def empty_norm(x, weight, residual, eps):
+    """Return s and y uninitialised; s is empty without a residual."""
+    if residual is None:
+        return x.new_empty(0), torch.empty_like(x)
+    kind = torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty_like(x, dtype=kind), torch.empty_like(x)
+
+
+@operator(empty_norm)
+def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
+                     eps: float) -> tuple[Tensor, Tensor]:
+    """Return s (empty without a residual) and y of `rms_norm_twin`. x, residual: contiguous."""
+    rows, D, tile = rows_and_tile(x)
+    s, y = empty_norm(x, weight, residual, eps)
+    rms_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        x, residual, weight.contiguous(), s, y, rows, D, eps, ADD=residual is not None, **tile,
+        num_warps=4)
+    return s, y
+
+
+@operator(lambda s, weight, ds, dy, eps: (torch.empty_like(s), torch.empty_like(weight)))
+def rms_norm_backward(s: Tensor, weight: Tensor, ds: Tensor | None, dy: Tensor,
+                      eps: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x (which the residual shares) and weight; s: x if no residual."""
+    rows, D, tile = rows_and_tile(s)
+    programs = min(triton.cdiv(rows, tile["ROWS"]), 2 * sm_count(s))
+    dx = torch.empty_like(s)
+    dw = s.new_empty(programs, D, dtype=torch.float32)
+    rms_norm_backward_kernel[(programs,)](
+        s, weight.contiguous(), ds, dy, dx, dw, rows, D, eps, ADD=ds is not None, **tile, STAGES=3,
+        num_warps=4)
+    return dx, dw.sum(0).to(weight.dtype)
+
+
+class FusedNorm(Function):
+    """`rms_norm_twin`, one pass over memory forward and one backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, residual, eps):
+        x = x.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        s, y = rms_norm_forward(x, weight, residual, eps)
+        ctx.eps = eps
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.save_for_backward(x if residual is None else s, weight)
+        return y if residual is None else (s, y)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        s, weight = ctx.saved_tensors
+        *ds, dy = (d.contiguous() for d in gradients)
+        dx, dw = rms_norm_backward(s, weight, ds[0] if ds else None, dy, ctx.eps)
+        return dx.to(ctx.dtypes[0]), dw, dx.to(ctx.dtypes[1]) if ds else None, None
+
+
+# --- feed_forward --------------------------------------------------------------------------------
+@triton.jit
+def swiglu_kernel(gu_ptr, dh_ptr, dgu_ptr, h_ptr, width, BACK: tl.constexpr, HIDDEN: tl.constexpr,
+                  BLOCK: tl.constexpr):
+    """HIDDEN: write h = gate * s * up with s = sigmoid(gate). BACK: also write the gradients
+    dgate = dh * up * s * (1 + gate * (1 - s)), dup = dh * gate * s.
+
+    A program takes BLOCK columns of one row, of the gate and of what it gates.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offset = row * 2 * width + col
+    inside = col < width
+    gate = tl.load(gu_ptr + offset, inside, 0).to(tl.float32)
+    up = tl.load(gu_ptr + offset + width, inside, 0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    if BACK:
+        dh = tl.load(dh_ptr + row * width + col, inside, 0).to(tl.float32)
+        tl.store(dgu_ptr + offset, dh * up * s * (1 + gate * (1 - s)), inside)
+        tl.store(dgu_ptr + offset + width, dh * gate * s, inside)
+    if HIDDEN:
+        tl.store(h_ptr + row * width + col, gate * s * up, inside)
+
+
+def empty_swiglu(gate_up, dh, hidden):
+    """Return the outputs of `swiglu` uninitialised."""
+    half = *gate_up.shape[:-1], gate_up.shape[-1] // 2
+    dgate_up = gate_up.new_empty(0) if dh is None else torch.empty_like(gate_up)
+    return dgate_up, gate_up.new_empty(half if hidden else 0)
+
+
+@operator(empty_swiglu)
+def swiglu(gate_up: Tensor, dh: Tensor | None, hidden: bool) -> tuple[Tensor, Tensor]:
+    """Return the gradient of gate_up, if there is one of h (dh), and h of `swiglu_twin`, if wanted.
+
+    What is not asked for is empty. gate_up: contiguous.
+    """
+    dgate_up, h = empty_swiglu(gate_up, dh, hidden)
+    width = gate_up.shape[-1] // 2
+    swiglu_kernel[(gate_up.numel() // (2 * width), triton.cdiv(width, 4096))](
+        gate_up, dh, dgate_up, h, width, BACK=dh is not None, HIDDEN=hidden, BLOCK=4096,
+        num_warps=8)
+    return dgate_up, h
+
+
+class FusedFeedForward(Function):
+    """`feed_forward_twin` that keeps 2F values a token for its backward pass, or none.
+
+    The matrix products are PyTorch's. Ours is the activation between them, computed again in the
+    backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate_up, down, recompute):
+        hidden = x @ gate_up.mT                                                   # (B, S, 2F)
+        ctx.save_for_backward(x, gate_up, down, None if recompute else hidden)
+        return swiglu(hidden, None, True)[1] @ down.mT                                # (B, S, D)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, gate_up, down, hidden = ctx.saved_tensors
+        hidden = x @ gate_up.mT if hidden is None else hidden                     # (B, S, 2F)
+        dhidden, h = swiglu(hidden, dy @ down, True)                        # (B, S, 2F), (B, S, F)
+        dx = dhidden @ gate_up                                                    # (B, S, D)
+        dhidden, h, dy, x = (a.flatten(0, -2) for a in (dhidden, h, dy, x))
+        return dx, dhidden.mT @ x, dy.mT @ h, None
+
+
+# --- queries_keys --------------------------------------------------------------------------------
 @triton.jit
 def head_tile(q_ptr, k_ptr, v_ptr, token, kv_row, first, H, Hk, HALF: tl.constexpr,
               GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """GROUP heads of a token, from `first` on, of its H queries, Hk keys and Hk values.
+    """Find GROUP heads of a token, from `first` on, among its H queries, Hk keys and Hk values.
 
-    Returns whether they are queries, whether they are values, and where their first halves are, in
-    the packed tensor and in q, k or v; the second halves are HALF further on.
+    Returns whether each is a query, whether it is a value, its offset in the packed tensor, and its
+    address in q, k or v: those of the first half of the head, HALF before the second half.
     """
-    head, col = first + tl.arange(0, GROUP)[:, None], tl.arange(0, BLOCK)[None]
+    head = first + tl.arange(0, GROUP)[:, None]
+    col = tl.arange(0, BLOCK)[None]
     packed = (token * (H + 2 * Hk) + head) * 2 * HALF + col
-    apart = tl.where(head < H + Hk, k_ptr + ((kv_row * Hk + head - H) * 2 * HALF + col),
+    split = tl.where(head < H + Hk, k_ptr + ((kv_row * Hk + head - H) * 2 * HALF + col),
                      v_ptr + ((kv_row * Hk + head - H - Hk) * 2 * HALF + col))
-    apart = tl.where(head < H, q_ptr + ((token * H + head) * 2 * HALF + col), apart)
-    return head < H, head >= H + Hk, packed, apart
+    split = tl.where(head < H, q_ptr + ((token * H + head) * 2 * HALF + col), split)
+    return head < H, head >= H + Hk, packed, split
 
 
 @triton.jit
 def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
-                        L, KEYS, OFFSET, H, Hk, HEADS, eps: tl.constexpr, NORM: tl.constexpr,
-                        TURN: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+                        L, KEYS, FIRST, H, Hk, HEADS, eps: tl.constexpr, NORM: tl.constexpr,
+                        ROTATE: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
                         BLOCK: tl.constexpr):
-    """A program takes the first HEADS heads of one token, so that its angles are read once.
+    """Take the first HEADS heads of one token in each program, so that its angles are read once.
 
-    Token l of a sample has its key and its value in row OFFSET + l of KEYS.
+    Token l of a sample has its key and its value in row FIRST + l of KEYS.
     """
     token = tl.program_id(0).to(tl.int64)
-    kv_row, lane = token // L * KEYS + OFFSET + token % L, tl.arange(0, GROUP)[:, None]
-    # Angles and weights are loaded in the shape of a tile: broadcast later, they would move.
+    kv_row = token // L * KEYS + FIRST + token % L
+    lane = tl.arange(0, GROUP)[:, None]
+    # Angles and weights are loaded in the shape of a tile: a later broadcast would move them.
     col = tl.broadcast_to(tl.arange(0, BLOCK)[None], (GROUP, BLOCK))
-    if TURN:
+    if ROTATE:
         cos = tl.load(cos_ptr + token % L * HALF + col, col < HALF, 0)
         sin = tl.load(sin_ptr + token % L * HALF + col, col < HALF, 0)
     for first in range(0, HEADS, GROUP):
-        query, value, packed, apart = head_tile(q_ptr, k_ptr, v_ptr, token, kv_row, first, H, Hk,
+        query, value, packed, split = head_tile(q_ptr, k_ptr, v_ptr, token, kv_row, first, H, Hk,
                                                 HALF, GROUP, BLOCK)
         inside = (first + lane < HEADS) & (col < HALF)
         a = tl.load(x_ptr + packed, inside, 0).to(tl.float32)
@@ -310,39 +586,39 @@ def queries_keys_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v
             square = tl.sum(a * a, 1, keep_dims=True) + tl.sum(b * b, 1, keep_dims=True)
             scale = tl.rsqrt(square / (2 * HALF) + eps)
             y, z = a * scale * w1.to(tl.float32), b * scale * w2.to(tl.float32)
-        if TURN:
+        if ROTATE:
             y, z = y * cos - z * sin, z * cos + y * sin
-        tl.store(apart, tl.where(value, a, y), inside)  # values pass
-        tl.store(apart + HALF, tl.where(value, b, z), inside)
+        tl.store(split, tl.where(value, a, y), inside)  # values stay as they are
+        tl.store(split + HALF, tl.where(value, b, z), inside)
 
 
 @triton.jit
 def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dv_ptr,
-                                 dx_ptr, dw_ptr, tokens, L, KEYS, OFFSET, H, Hk,
-                                 eps: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+                                 dx_ptr, dw_ptr, tokens, L, KEYS, FIRST, H, Hk,
+                                 eps: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
                                  HALF: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Turn back, then through the norm, into the packed shape.
+    """Rotate the gradients back, take them through the norm, and write them packed.
 
-    As in RMSNorm's, the programs stride over all tokens with dw in registers. dw_ptr: for each
-    program that of the queries' norm and that of the keys'.
+    As in rms_norm_backward_kernel, the programs loop over all tokens with dw in registers. dw_ptr:
+    for each program two rows of partial sums, of the queries' norm and of the keys'.
     """
     lane = tl.arange(0, GROUP)[:, None]
     col = tl.broadcast_to(tl.arange(0, BLOCK)[None], (GROUP, BLOCK))
-    none = tl.zeros((GROUP, BLOCK), tl.float32)
-    q1, q2, k1, k2 = none, none, none, none
+    zeros = tl.zeros((GROUP, BLOCK), tl.float32)
+    q1, q2, k1, k2 = zeros, zeros, zeros, zeros  # dw of queries and keys, by halves
     for token in range(tl.program_id(0).to(tl.int64), tokens, tl.num_programs(0)):
-        kv_row = token // L * KEYS + OFFSET + token % L
-        if TURN:
+        kv_row = token // L * KEYS + FIRST + token % L
+        if ROTATE:
             cos = tl.load(cos_ptr + token % L * HALF + col, col < HALF, 0)
             sin = tl.load(sin_ptr + token % L * HALF + col, col < HALF, 0)
         for first in range(0, H + 2 * Hk, GROUP):
-            query, value, packed, apart = head_tile(dq_ptr, dk_ptr, dv_ptr, token, kv_row, first,
+            query, value, packed, split = head_tile(dq_ptr, dk_ptr, dv_ptr, token, kv_row, first,
                                                     H, Hk, HALF, GROUP, BLOCK)
             inside = (first + lane < H + 2 * Hk) & (col < HALF)
-            d1 = tl.load(apart, inside, 0).to(tl.float32)
-            d2 = tl.load(apart + HALF, inside, 0).to(tl.float32)
+            d1 = tl.load(split, inside, 0).to(tl.float32)
+            d2 = tl.load(split + HALF, inside, 0).to(tl.float32)
             y, z = d1, d2
-            if TURN:
+            if ROTATE:
                 y, z = d1 * cos + d2 * sin, d2 * cos - d1 * sin
             if NORM:
                 w = tl.where(query, qw_ptr, kw_ptr) + col
@@ -358,73 +634,88 @@ def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr
                 mean = tl.sum(y * a, 1, keep_dims=True) + tl.sum(z * b, 1, keep_dims=True)
                 mean /= 2 * HALF
                 y, z = scale * (y - a * mean), scale * (z - b * mean)
-            tl.store(dx_ptr + packed, tl.where(value, d1, y), inside)  # values pass
+            tl.store(dx_ptr + packed, tl.where(value, d1, y), inside)  # values stay as they are
             tl.store(dx_ptr + packed + HALF, tl.where(value, d2, z), inside)
     if NORM:
-        dw, col = dw_ptr + tl.program_id(0) * 4 * HALF, tl.arange(0, BLOCK)
+        dw = dw_ptr + tl.program_id(0) * 4 * HALF
+        col = tl.arange(0, BLOCK)
         tl.store(dw + col, tl.sum(q1, 0), col < HALF)
         tl.store(dw + HALF + col, tl.sum(q2, 0), col < HALF)
         tl.store(dw + 2 * HALF + col, tl.sum(k1, 0), col < HALF)
         tl.store(dw + 3 * HALF + col, tl.sum(k2, 0), col < HALF)
 
 
-def empty_heads(qkv, heads, context):
-    """Uninitialised q, k, v of `queries_keys_twin`; v without a context is empty, nothing moves."""
-    B, L, total, Dh = qkv.shape
-    q, kv_heads = qkv.new_empty(B, L, heads, Dh), (total - heads) // 2
-    if context is None:
-        return q, qkv.new_empty(B, L, kv_heads, Dh), qkv.new_empty(0)
-    k = qkv.new_empty(B, L + context.shape[1], kv_heads, Dh)
-    return q, k, torch.empty_like(k)
+def empty_heads(qkv, context, cos, sin, q_weight, k_weight, context_weight, heads, eps):
+    """Return q, k, v uninitialised; without a context v is empty, because it stays in qkv."""
+    B, L, packed_heads, Dh = qkv.shape
+    kv_heads = (packed_heads - heads) // 2
+    keys = L if context is None else L + context.shape[1]
+    k = qkv.new_empty(B, keys, kv_heads, Dh)
+    v = qkv.new_empty(0) if context is None else torch.empty_like(k)
+    return qkv.new_empty(B, L, heads, Dh), k, v
 
 
-@operator(lambda qkv, context, cos, sin, q_weight, k_weight, c_weight, heads, eps:
-          empty_heads(qkv, heads, context))
-def queries_keys_forward(qkv: Tensor, context: Tensor | None, cos: Tensor, sin: Tensor,
-                         q_weight: Tensor | None, k_weight: Tensor | None, c_weight: Tensor | None,
-                         heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of `queries_keys_twin`; without a context v is empty: it stays in qkv."""
-    q, k, v = empty_heads(qkv, heads, context)
-    (B, L), (_, keys, Hk, Dh) = qkv.shape[:2], k.shape
-    for x, qw, kw, length, offset, H in ((qkv, q_weight, k_weight, L, 0, heads),
-                                         (context, c_weight, c_weight, keys - L, L, 0)):
-        if x is not None and x.numel():
-            queries_keys_kernel[(B * length,)](
-                x, qw, kw, cos, sin, q, k, v, length, keys, offset, H, Hk,
-                H + (Hk if context is None else 2 * Hk), eps, NORM=qw is not None,
-                TURN=x is qkv, HALF=Dh // 2, GROUP=8, BLOCK=triton.next_power_of_2(Dh // 2),
-                num_warps=2)
+@operator(empty_heads)
+def queries_keys_forward(
+        qkv: Tensor, context: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
+        k_weight: Tensor | None, context_weight: Tensor | None, heads: int,
+        eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v of `queries_keys_twin`; without a context v is empty: it stays in qkv."""
+    q, k, v = empty_heads(qkv, context, cos, sin, q_weight, k_weight, context_weight, heads, eps)
+    B, keys, Hk, Dh = k.shape
+
+    written = Hk if context is None else 2 * Hk  # heads of keys and values
+
+    def launch(x, qw, kw, first, H, rotate):
+        """Take the heads of x; its first token has its key in row `first`."""
+        if x.numel():
+            queries_keys_kernel[(B * x.shape[1],)](
+                x, qw, kw, cos, sin, q, k, v, x.shape[1], keys, first, H, Hk, H + written, eps,
+                NORM=qw is not None, ROTATE=rotate, HALF=Dh // 2, GROUP=8,
+                BLOCK=triton.next_power_of_2(Dh // 2), num_warps=2)
+
+    launch(qkv, q_weight, k_weight, first=0, H=heads, rotate=True)
+    if context is not None:
+        launch(context, context_weight, context_weight, first=qkv.shape[1], H=0, rotate=False)
     return q, k, v
 
 
-def empty_gradients(qkv, context, q_weight):
-    """Uninitialised gradients of qkv, the context (empty if there is none), and all norms."""
-    norms = 0 if q_weight is None else 4
-    return (torch.empty_like(qkv), qkv.new_empty(0) if context is None else
-            torch.empty_like(context), qkv.new_empty(norms, qkv.shape[3], dtype=torch.float32))
+def empty_qkv_gradients(qkv, context, cos, sin, q_weight, *_):
+    """Return the outputs of `queries_keys_backward` before the kernels write them."""
+    dcontext = qkv.new_empty(0) if context is None else torch.empty_like(context)
+    rows = 0 if q_weight is None else 4
+    return torch.empty_like(qkv), dcontext, qkv.new_zeros(rows, qkv.shape[3], dtype=torch.float32)
 
 
-@operator(lambda qkv, context, cos, sin, q_weight, *_: empty_gradients(qkv, context, q_weight))
-def queries_keys_backward(qkv: Tensor, context: Tensor | None, cos: Tensor, sin: Tensor,
-                          q_weight: Tensor | None, k_weight: Tensor | None,
-                          c_weight: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
-                          eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, context (else empty), and of the norms: q, k, none, context's k."""
-    dqkv, dcontext, dw = empty_gradients(qkv, context, q_weight)
-    (B, L, heads, Dh), (_, keys, Hk, _) = dq.shape, dk.shape
-    dw.zero_()
-    for i, x, dx, qw, kw, length, offset, H in (
-            (0, qkv, dqkv, q_weight, k_weight, L, 0, heads),
-            (2, context, dcontext, c_weight, c_weight, keys - L, L, 0)):
-        if x is not None and x.numel():
-            programs = min(B * length, 16 * multiprocessors(x))
+@operator(empty_qkv_gradients)
+def queries_keys_backward(
+        qkv: Tensor, context: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
+        k_weight: Tensor | None, context_weight: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+        eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of qkv, of the context (else empty), and of the norms' weights.
+
+    The last has a row each for q, k, nothing, and the context's k; none if there are no norms.
+    """
+    dqkv, dcontext, dw = empty_qkv_gradients(qkv, context, cos, sin, q_weight)
+    _, keys, Hk, Dh = dk.shape
+
+    def launch(x, dx, qw, kw, dw, first, H, rotate):
+        """Write dx and the two rows of dw for the heads of x; first: see the forward pass."""
+        if x.numel():
+            B, L = x.shape[:2]
+            programs = min(B * L, 16 * sm_count(x))
             sums = dw.new_empty(programs, 2, Dh)
             queries_keys_backward_kernel[(programs,)](
-                x, qw, kw, cos, sin, dq, dk, dv, dx, sums, B * length, length, keys, offset, H, Hk,
-                eps, NORM=qw is not None, TURN=x is qkv, HALF=Dh // 2, GROUP=4,
+                x, qw, kw, cos, sin, dq, dk, dv, dx, sums, B * L, L, keys, first, H, Hk, eps,
+                NORM=qw is not None, ROTATE=rotate, HALF=Dh // 2, GROUP=4,
                 BLOCK=triton.next_power_of_2(Dh // 2), num_warps=1)
             if qw is not None:
-                dw[i:i + 2] = sums.sum(0)
+                dw.copy_(sums.sum(0))
+
+    launch(qkv, dqkv, q_weight, k_weight, dw[:2], first=0, H=dq.shape[2], rotate=True)
+    if context is not None:
+        launch(context, dcontext, context_weight, context_weight, dw[2:], first=dq.shape[1], H=0,
+               rotate=False)
     return dqkv, dcontext, dw
 
 
@@ -432,9 +723,9 @@ class FusedQueriesKeys(Function):
     """`queries_keys_twin`, read in place from the packed projection."""
 
     @staticmethod
-    def forward(ctx, qkv, context, cos, sin, q_weight, k_weight, c_weight, heads, eps):
+    def forward(ctx, qkv, context, cos, sin, q_weight, k_weight, context_weight, heads, eps):
         inputs = [x if x is None else x.contiguous()
-                  for x in (qkv, context, cos, sin, q_weight, k_weight, c_weight)]
+                  for x in (qkv, context, cos, sin, q_weight, k_weight, context_weight)]
         ctx.save_for_backward(*inputs)
         ctx.eps = eps
         q, k, v = queries_keys_forward(*inputs, heads, eps)
@@ -445,153 +736,20 @@ class FusedQueriesKeys(Function):
         inputs = ctx.saved_tensors
         dqkv, dcontext, dw = queries_keys_backward(
             *inputs, *(d.contiguous() for d in gradients), ctx.eps)
-        dw = [w if w is None else dw[i].to(w.dtype) for i, w in zip((0, 1, 3), inputs[4:])]
-        return dqkv, None if inputs[1] is None else dcontext, None, None, *dw, None, None
+        dweights = [None if weight is None else dw[row].to(weight.dtype)
+                    for row, weight in zip((0, 1, 3), inputs[4:])]
+        dcontext = None if inputs[1] is None else dcontext
+        return dqkv, dcontext, None, None, *dweights, None, None
 
 
-def queries_keys(qkv, rope, heads, weights=(None, None, None), context=None, eps=1e-6):
-    """`queries_keys_twin` by the path that suits qkv.
-
-    Raises ValueError where the table is not for L positions, or only some have a norm.
-    """
-    L, half = qkv.shape[1], qkv.shape[3] // 2
-    if any(table.shape != (L, half) for table in rope):
-        raise ValueError(f"{L} tokens with heads {2 * half} wide need tables of shape {(L, half)}, "
-                         f"got {tuple(rope[0].shape)}")
-    weights = weights if context is not None else (*weights[:2], None)
-    if len({w is None for w in weights[:2 if context is None else 3]}) > 1:
-        raise ValueError("queries and keys must all have a norm, or none")
-    if fused(qkv):
-        return FusedQueriesKeys.apply(qkv, context, *rope, *weights, heads, eps)
-    return queries_keys_twin(qkv, rope, heads, weights, context, eps)
-
-
-# ------------------------------------------------------------------------------------------------
-# The feed-forward network
-
-def swiglu_twin(gate_up):
-    """silu(gate) * up (Shazeer). gate_up: (..., 2F), returns (..., F)."""
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def feed_forward_twin(x, gate_up, down):
-    """down(swiglu(gate_up(x))). x: (..., D), gate_up: (2F, D), down: (D, F). Returns (..., D)."""
-    return F.linear(swiglu_twin(F.linear(x, gate_up)), down)
-
-
-@triton.jit
-def swiglu_kernel(gu_ptr, dh_ptr, dgu_ptr, h_ptr, width, BACK: tl.constexpr, HIDDEN: tl.constexpr,
-                  BLOCK: tl.constexpr):
-    """With s = sigmoid(gate), h = gate * s * up is written if HIDDEN; BACK: also the gradients
-    dgate = dh * up * s * (1 + gate * (1 - s)), dup = dh * gate * s.
-
-    A program takes BLOCK columns of one row, of the gate and of what it gates.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at, inside = row * 2 * width + col, col < width
-    gate = tl.load(gu_ptr + at, inside, 0).to(tl.float32)
-    up = tl.load(gu_ptr + at + width, inside, 0).to(tl.float32)
-    s = tl.sigmoid(gate)
-    if BACK:
-        dh = tl.load(dh_ptr + row * width + col, inside, 0).to(tl.float32)
-        tl.store(dgu_ptr + at, dh * up * s * (1 + gate * (1 - s)), inside)
-        tl.store(dgu_ptr + at + width, dh * gate * s, inside)
-    if HIDDEN:
-        tl.store(h_ptr + row * width + col, gate * s * up, inside)
-
-
-def empty_half(gate_up):
-    """Uninitialised h of `swiglu_twin`."""
-    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-
-
-@operator(empty_half)
-def swiglu_forward(gate_up: Tensor) -> Tensor:
-    """`swiglu_twin` of a contiguous tensor."""
-    h = empty_half(gate_up)
-    width = h.shape[-1]
-    swiglu_kernel[(h.numel() // width, triton.cdiv(width, 4096))](
-        gate_up, None, None, h, width, BACK=False, HIDDEN=True, BLOCK=4096, num_warps=8)
-    return h
-
-
-@operator(lambda gate_up, dh, rebuild: (
-    torch.empty_like(gate_up), empty_half(gate_up) if rebuild else gate_up.new_empty(0)))
-def swiglu_backward(gate_up: Tensor, dh: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
-    """The gradient of gate_up, and h once more if it is to be rebuilt (else empty)."""
-    width = dh.shape[-1]
-    dgu, h = torch.empty_like(gate_up), empty_half(gate_up) if rebuild else gate_up.new_empty(0)
-    swiglu_kernel[(dh.numel() // width, triton.cdiv(width, 4096))](
-        gate_up, dh, dgu, h, width, BACK=True, HIDDEN=rebuild, BLOCK=4096, num_warps=8)
-    return dgu, h
-
-
-class FusedFeedForward(Function):
-    """`feed_forward_twin` that keeps 2F values a token for its backward pass, or none.
-
-    The products are the library's; ours is the activation between them, rebuilt going back.
-    """
-
-    @staticmethod
-    def forward(ctx, x, gate_up, down, recompute):
-        hidden = x @ gate_up.mT                                                   # (B, S, 2F)
-        ctx.save_for_backward(x, gate_up, down, None if recompute else hidden)
-        return swiglu_forward(hidden) @ down.mT                                   # (B, S, D)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, gate_up, down, hidden = ctx.saved_tensors
-        hidden = x @ gate_up.mT if hidden is None else hidden                     # (B, S, 2F)
-        dhidden, h = swiglu_backward(hidden, dy @ down, True)               # (B, S, 2F), (B, S, F)
-        dx = dhidden @ gate_up                                                    # (B, S, D)
-        dhidden, h, dy, x = (a.flatten(0, -2) for a in (dhidden, h, dy, x))
-        return dx, dhidden.mT @ x, dy.mT @ h, None
-
-
-def feed_forward(x, gate_up, down, recompute=False):
-    """`feed_forward_twin` by the path that suits x; recompute: rebuild everything in backward."""
-    if fused(x):
-        return FusedFeedForward.apply(x.contiguous(), gate_up, down, recompute)
-    if recompute:
-        return checkpoint(feed_forward_twin, x, gate_up, down, use_reentrant=False)
-    return feed_forward_twin(x, gate_up, down)
-
-
-class SwiGLU(nn.Module):
-    """`feed_forward` with its learned weights, without biases."""
-
-    recompute = False  # set it to keep nothing for the backward pass, for one more product
-
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x):
-        return feed_forward(*cast(x, self.gate_up.weight, self.down.weight), self.recompute)
-
-
-# ------------------------------------------------------------------------------------------------
-# Mixing the chosen states
-
-def mix_states_twin(states, index, weight, bias=None):
-    """The weighted sum of each token's chosen states. MoS eq. (4), for one generation block.
-
-    states: (B, S, M, D), index and weight: (B, S, K), bias: (D,) to be added.
-    Returns (B, S, D) in the states' type.
-    """
-    rows = index[..., None].expand(-1, -1, -1, states.shape[-1])                  # (B, S, K, D)
-    chosen = states.gather(2, rows)                                               # (B, S, K, D)
-    mixture = (at_least_fp32(chosen) * at_least_fp32(weight[..., None])).sum(2)                     # (B, S, D)
-    return (mixture if bias is None else mixture + at_least_fp32(bias)).type_as(states)
-
-
+# --- mix_states and mix_project ------------------------------------------------------------------
 @triton.jit
 def mix_kernel(states_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, M, D, i_token, i_k, w_token,
                w_k, K: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program mixes BLOCK columns of a token's K states; i_, w_: strides of index and weight."""
+    """Mix BLOCK columns of a token's K states in each program.
+
+    i_token, i_k, w_token, w_k: strides of index and weight.
+    """
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mixture = tl.zeros((BLOCK,), tl.float32)
@@ -608,7 +766,7 @@ def mix_kernel(states_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, M, D, i_tok
 @triton.jit
 def mix_backward_kernel(states_ptr, index_ptr, d_ptr, dw_ptr, M, D, i_token, i_k,
                         K: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of a weight is the dot product of its state with the mixture's gradient."""
+    """A weight's gradient is the dot product of its state with the mixture's gradient."""
     token = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     d = tl.load(d_ptr + token * D + col, col < D, 0).to(tl.float32)
@@ -618,36 +776,34 @@ def mix_backward_kernel(states_ptr, index_ptr, d_ptr, dw_ptr, M, D, i_token, i_k
         tl.store(dw_ptr + token * K + k, tl.sum(d * state.to(tl.float32), 0))
 
 
-def _mixture(states, *_):
-    return states.new_empty(*states.shape[:2], states.shape[3])
-
-
-@operator(_mixture)
+@operator(lambda states, *_: states.new_empty(states.shape[:2] + states.shape[3:]))
 def mix_forward(states: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`mix_states_twin` of contiguous states."""
-    out, (B, S, M, D) = _mixture(states), states.shape
+    """Compute `mix_states_twin` of contiguous states."""
+    B, S, M, D = states.shape
+    mixture = states.new_empty(B, S, D)
     index, weight = index.flatten(0, 1), weight.flatten(0, 1)
     block = min(2048, triton.next_power_of_2(D))
     mix_kernel[(B * S, triton.cdiv(D, block))](
-        states, index, weight, bias, out, M, D, *index.stride(), *weight.stride(),
+        states, index, weight, bias, mixture, M, D, *index.stride(), *weight.stride(),
         K=index.shape[1], BIAS=bias is not None, BLOCK=block, num_warps=8)
-    return out
+    return mixture
 
 
 @operator(lambda states, index, d: states.new_empty(index.shape, dtype=torch.float32))
 def mix_backward(states: Tensor, index: Tensor, d: Tensor) -> Tensor:
-    """The gradient (B, S, K) of the weights in fp32, of the mixture's gradient d (B, S, D)."""
+    """Return the gradient (B, S, K) of the weights in fp32. d: of the mixture, (B, S, D)."""
     B, S, M, D = states.shape
-    dw, index = states.new_empty(index.shape, dtype=torch.float32), index.flatten(0, 1)
+    dw = states.new_empty(index.shape, dtype=torch.float32)
+    index = index.flatten(0, 1)
     mix_backward_kernel[(B * S,)](states, index, d, dw, M, D, *index.stride(), K=index.shape[1],
                                   BLOCK=triton.next_power_of_2(D), num_warps=4)
     return dw
 
 
 class FusedMixProject(Function):
-    """Mixing and Proj of MoS eq. (4) in one: autograd would keep the mixture of every block.
+    """`mix_project_twin` without the mixture of every block in memory, which autograd would keep.
 
-    Kept are indices and weights; the backward pass mixes again. Gradients reach the weights and
+    Indices and weights are kept; the backward pass mixes again. Gradients reach the weights and
     Proj, never the states: the understanding tower is frozen.
     """
 
@@ -665,112 +821,25 @@ class FusedMixProject(Function):
         return None, None, dweight.to(weight.dtype), flat.mT @ mixture, flat.sum(0)
 
 
-def mix_states(states, index, weight, bias=None):
-    """`mix_states_twin` by the path that suits the states; on the fused path without a gradient."""
-    if not fused(states):
-        return mix_states_twin(states, index, weight, bias)
-    if torch.is_grad_enabled() and any(a is not None and a.requires_grad
-                                       for a in (states, weight, bias)):
-        raise RuntimeError("mix_states() has no gradient on a GPU; training uses mix_project()")
-    return mix_forward(states.contiguous(), index, weight, bias if bias is None else
-                       bias.contiguous())
-
-
-def mix_project(states, index, weight, proj, bias):
-    """Proj(mixture) of MoS eq. (4): (B, S, Dg). proj: (Dg, Du), bias: (Dg,)."""
-    states, proj, bias = cast(states, proj, bias)
-    if not fused(states):
-        return F.linear(mix_states_twin(states, index, weight), proj, bias)
-    if states.requires_grad:
-        raise RuntimeError("mix_project() gives the states no gradient: freeze the tower first")
-    return FusedMixProject.apply(states.contiguous(), index, weight, proj, bias)
-
-
-# ------------------------------------------------------------------------------------------------
-# RMSNorm over the channels of pictures, and SiLU: half of what the VAE does besides convolutions
-
-def channel_norm_twin(x, gamma):
-    """silu(x / |x| * sqrt(C) * gamma), |x| over the channels, in fp32; 0 stays 0.
-
-    x: (B, C, H, W) of any float type, gamma: (C, 1, 1). Returns x's shape and type.
-    """
-    y = F.normalize(at_least_fp32(x), dim=1).type_as(x) * (gamma * gamma.shape[0] ** 0.5)
-    return F.silu(y).type_as(x)
-
-
+# --- channel_norm --------------------------------------------------------------------------------
 @triton.jit
 def channel_norm_kernel(x_ptr, g_ptr, y_ptr, rows, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program takes ROWS pixels, whose channels are neighbours in memory."""
+    """Take ROWS pixels in each program; the channels of a pixel are neighbours in memory."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None]
-    inside, at = (row < rows) & (col < C), row * C + col
-    x = tl.load(x_ptr + at, inside, 0).to(tl.float32)
+    inside = (row < rows) & (col < C)
+    offset = row * C + col
+    x = tl.load(x_ptr + offset, inside, 0).to(tl.float32)
     square = tl.maximum(tl.sum(x * x, 1, keep_dims=True), 1e-24)  # as in F.normalize
     y = x * tl.rsqrt(square / C) * tl.load(g_ptr + col, col < C, 0).to(tl.float32)
-    tl.store(y_ptr + at, y * tl.sigmoid(y), inside)
+    tl.store(y_ptr + offset, y * tl.sigmoid(y), inside)
 
 
 @operator(lambda x, gamma: torch.empty_like(x))
 def channel_norm_forward(x: Tensor, gamma: Tensor) -> Tensor:
-    """`channel_norm_twin` of a tensor with channels last in memory."""
-    rows, C, tile = norm_shape(x.movedim(1, 3))
+    """Compute `channel_norm_twin` of a tensor with channels last in memory."""
+    rows, C, tile = rows_and_tile(x.movedim(1, 3))
     y = torch.empty_like(x)
     channel_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         x, gamma.contiguous(), y, rows, C, **tile, num_warps=4)
     return y
-
-
-def channel_norm(x, gamma):
-    """`channel_norm_twin` by the path that suits x; the kernel is for sampling, without gradients.
-
-    Raises ValueError where gamma is not one value for each channel.
-    """
-    if gamma.shape != (x.shape[1], 1, 1):
-        raise ValueError(f"x {tuple(x.shape)} needs a gamma of shape {(x.shape[1], 1, 1)}, "
-                         f"got {tuple(gamma.shape)}")
-    trained = torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad)
-    if fused(x) and not trained and x.is_contiguous(memory_format=torch.channels_last):
-        return channel_norm_forward(x, gamma)
-    return channel_norm_twin(x, gamma)
-
-
-# ------------------------------------------------------------------------------------------------
-# Attention stays the library's
-
-class Keys(NamedTuple):
-    """Which keys are real, in one of two ways.
-
-    mask: (B, L') True at real keys. runs: where the real keys come first, pairs (samples, keys) of
-    neighbouring samples that have the same number of them; a mask rules out the fastest kernels.
-    """
-    mask: torch.Tensor | None
-    runs: list | None = None
-
-
-def pad_keys(before, keys):
-    """Return the Keys where `before` real keys stand in front of those of `keys`."""
-    if keys.runs:
-        return Keys(None, [(samples, before + count) for samples, count in keys.runs])
-    return Keys(F.pad(keys.mask, (before, 0), value=True))
-
-
-def attention(q, k, v, keys=None, causal=False):
-    """Return softmax attention with grouped heads, (B, L, H*Dh).
-
-    q: (B, L, H, Dh), k, v: (B, L', Hk, Dh), keys: which of the L' keys are real; None: all.
-    """
-    mask, runs = keys or (None, None)
-    if mask is not None:
-        mask = mask[:, None, None]                                                # (B, 1, 1, L')
-
-    def attend(q, k, v):
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-        return y.transpose(1, 2).flatten(2)
-
-    q, k, v = (a.transpose(1, 2)
-               for a in (q, k, v))  # (B, H, L, Dh), (B, Hk, L', Dh), (B, Hk, L', Dh)
-    if not runs:
-        return attend(q, k, v)                                                    # (B, L, H*Dh)
-    parts = zip(*(a.split([samples for samples, _ in runs]) for a in (q, k, v)), runs)
-    return torch.cat([attend(q, k[:, :, :count], v[:, :, :count])
-                      for q, k, v, (_, count) in parts])                          # (B, L, H*Dh)

@@ -37,7 +37,7 @@ from common import (CommandLine, World, interruption, local_bytes, peak_memory, 
 from config import (DEFAULT_OUT, GENERATING, MoSConfig, TrainConfig, model_config, plan,
                     read_recipe, values_by_stage, write_all_settings, write_settings)
 from data.sources import build_tokenizer, open_sources
-from kernels import autocast, fused
+from kernels import NARROW, autocast, fused
 from mos import MoS
 from stages import KINDS
 
@@ -329,9 +329,10 @@ def introduce(trainer):
     trainable = sum(p.numel() for p in trainer.module.parameters())
     parameters = sum(p.numel() for p in trainer.model.parameters())
     kernels = "Triton kernels" if fused(next(trainer.module.parameters())) else "plain PyTorch"
+    compiled = f"compiled (plain PyTorch below width {NARROW})" if c.compile else "eager"
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type
     world.print0(f"stage {c.stage} | revision {revision()} | torch {torch.__version__} | {device} "
-                 f"x {world.size} | {kernels}, {'compiled' if c.compile else 'eager'}")
+                 f"x {world.size} | {kernels}, {compiled}")
     world.print0(f"model {json.dumps(asdict(trainer.model.config))}")
     world.print0(f"training {json.dumps(asdict(c))}")
     world.print0(f"parameters: {trainable:,} trainable, {parameters - trainable:,} frozen | global "

@@ -1,10 +1,10 @@
 """Speed: the kernels beside their rivals, measured in one run on one NVIDIA GPU.
 
-    python bench.py kernels    # norms, QK-norm + RoPE, SwiGLU, state mixing, feed-forward network
-    python bench.py tower      # a denoising iteration of MoS-S at 1024x1024, as sample.py runs it
-    python bench.py train      # training steps of --preset mos_s, or of a small one
-    python bench.py latency    # from prompt to picture, stage by stage, and other models
-    python bench.py loading    # reading a tower of 16 GB from its folder
+    python -m tools.bench kernels    # norms, QK-norm + RoPE, SwiGLU, mixing, feed-forward network
+    python -m tools.bench tower      # a denoising step of MoS-S at 1024x1024, as sample.py runs it
+    python -m tools.bench train      # training steps of --recipe mos_s, or of a small one
+    python -m tools.bench latency    # from prompt to picture, stage by stage, and other models
+    python -m tools.bench loading    # reading a tower of 16 GB from its folder
 
 Everything is bf16 on random data (zeros are faster than data); `train` has fp32 weights under
 autocast. `kernels` prints device time: the sum over a call's kernels as the profiler sees them, the
@@ -33,18 +33,19 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as nnf
 from torch.autograd import grad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from common import ROOT, CommandLine, randomise, replacing, run
-from config import PRESETS
-from kernels import autocast
-from mos import Context, unfilled
-from tools.estimate import Products, estimate
+from common import ROOT, CommandLine, World, randomise, replacing, run
+from config import MoSConfig, TrainConfig, read_recipe
+from kernels import Keys, autocast
+from mos import Context
+from tools.estimate import estimate
 from tools.latency import bench_latency, bench_loading
-from tools.timing import (DEVICE, DTYPE, SETS, call_time, ceilings, device_time, header,
-                          large_model, normal, replay_time, save, show_profile)
-from train import LARGE, TrainConfig, World, complete, prepare
+from tools.timing import (DEVICE, DTYPE, SETS, ceilings, device_time, euler_step, header, host_time,
+                          normal, print_profile, random_model, replay_time, save)
+from train import prepare
 
 try:
     from liger_kernel import ops as liger
@@ -64,22 +65,22 @@ class Case(NamedTuple):
     make: Callable  # () -> a fresh set of inputs; the backward pass is for those that require grad
     twin: Callable  # inputs -> outputs in plain PyTorch: the rivals "eager" and "torch.compile"
     rivals: dict    # {name: the same by other means}; Liger last: it writes into its gradients
-    passes: dict    # {pass: (values that must move, our operator,
-    #                         inputs and gradients of the twin's outputs -> its arguments)}
+    passes: dict    # {pass: (values that must move, our operator, a function that makes its
+    #                         arguments from the inputs and the gradients of the twin's outputs)}
 
 
 def leaf(*shape):
-    """Standard normal values that require a gradient."""
+    """Return standard normal values that require a gradient."""
     return normal(*shape).requires_grad_()
 
 
 def liger_norm(x, w):
-    """Liger's RMSNorm, told to leave the gradient that it is given as it is, like all others."""
+    """Return Liger's RMSNorm of x. Like all others, it does not write into its gradient here."""
     return liger.LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
 
 
 def norm_case(rows, width):
-    """RMSNorm: read x, write y; backward: read x and dy, write dx."""
+    """Return the case RMSNorm: read x, write y; backward: read x and dy, write dx."""
     n = rows * width
     return Case(
         f"RMSNorm {rows}x{width}",
@@ -92,9 +93,10 @@ def norm_case(rows, width):
 
 
 def add_norm_case(rows, width):
-    """s = x + r, then RMSNorm: read x, r, write s, y; backward: read s, ds, dy, write dx.
+    """Return the case s = x + r, then RMSNorm: read x, r, write s, y.
 
-    The gradient of r is that of x, the same tensor: only x requires it here.
+    Backward: read s, ds, dy, write dx. The gradient of r is that of x, the same tensor: only x
+    requires it here.
     """
     def built_in(x, r, w):
         s = x + r
@@ -114,7 +116,7 @@ def add_norm_case(rows, width):
 
 
 def queries_keys_case(which, B, L, H, Dh):
-    """QK-norm and RoPE out of a packed projection: H queries, H keys, H values of width Dh.
+    """Return the case of QK-norm and RoPE from a packed projection: H queries, keys, values each.
 
     Read and write q, k; v stays. Backward: read q, k, dq, dk, dv, write the packed gradient.
     """
@@ -124,8 +126,8 @@ def queries_keys_case(which, B, L, H, Dh):
 
     def twin(qkv, cos, sin, wq, wk):
         q, k, v = kernels.queries_keys_twin(qkv, (cos, sin), H, (wq, wk, None), None, EPS)
-        # Compiled apart from its network, a result that is a view of an input costs a copy going
-        # back. The clone, where the forward pass is not timed, spares torch.compile that.
+        # Compiled without the network around it, a result that is a view of an input costs a copy
+        # in the backward pass. The clone, made where the forward pass is not timed, saves that.
         return q, k, v.clone() if which == "backward" else v
 
     def built_in(qkv, cos, sin, wq, wk):
@@ -133,7 +135,7 @@ def queries_keys_case(which, B, L, H, Dh):
         q, k = nnf.rms_norm(q, wq.shape, wq, EPS), nnf.rms_norm(k, wk.shape, wk, EPS)
         return kernels.apply_rope(q, (cos, sin)), kernels.apply_rope(k, (cos, sin)), v
 
-    def by_liger(qkv, cos, sin, wq, wk):
+    def liger_queries_keys(qkv, cos, sin, wq, wk):
         q, k, v = qkv.split(H, 2)  # the norms copy q and k, the rotation works in place
         q, k = liger_norm(q, wq).transpose(1, 2), liger_norm(k, wk).transpose(1, 2)
         q, k = liger.LigerRopeFunction.apply(q, k, cos, sin, None, 1, Dh)
@@ -143,24 +145,30 @@ def queries_keys_case(which, B, L, H, Dh):
         dqkv, _, dw = kernels.queries_keys_backward(*inputs)
         return dqkv, dw[0], dw[1]  # of qkv and of the norms of q and k
 
+    def forward_arguments(qkv, cos, sin, wq, wk, *_):
+        return qkv, None, cos, sin, wq, wk, None, H, EPS
+
+    def backward_arguments(qkv, cos, sin, wq, wk, *gradients):
+        return qkv, None, cos, sin, wq, wk, None, *gradients, EPS
+
     n = B * L * H * Dh
-    return Case(
-        f"QK-norm + RoPE {B}x{L}x{H}x{Dh}", make, twin,
-        rivals={"built-in": built_in, "Liger": by_liger},
-        passes={which: {
-            "forward": (4 * n, kernels.queries_keys_forward, lambda qkv, cos, sin, wq, wk, *_:
-                        (qkv, None, cos, sin, wq, wk, None, H, EPS)),
-            "backward": (8 * n, backward, lambda qkv, cos, sin, wq, wk, *d:
-                         (qkv, None, cos, sin, wq, wk, None, *d, EPS))}[which]})
+    passes = {"forward": (4 * n, kernels.queries_keys_forward, forward_arguments),
+              "backward": (8 * n, backward, backward_arguments)}
+    return Case(f"QK-norm + RoPE {B}x{L}x{H}x{Dh}", make, twin,
+                rivals={"built-in": built_in, "Liger": liger_queries_keys},
+                passes={which: passes[which]})
 
 
 def liger_swiglu(gate_up):
-    """Liger's SwiGLU that reads gate and up out of one packed tensor."""
+    """Return Liger's SwiGLU, which reads gate and up from one packed tensor."""
     return liger.LigerFusedGateUpSiLUMulFunction.apply(gate_up)
 
 
 def swiglu_case(T, F):
-    """h = silu(gate) * up: read 2F, write F a token; backward: read 3F, write 2F, or 3F with h."""
+    """Return the case h = silu(gate) * up: read 2F, write F values a token.
+
+    Backward: read 3F, write 2F, or 3F with h.
+    """
     n = T * F
     return Case(
         f"SwiGLU {T}x{F}",
@@ -168,13 +176,13 @@ def swiglu_case(T, F):
         twin=kernels.swiglu_twin,
         rivals={"Liger": liger_swiglu},
         passes={
-            "forward": (3 * n, kernels.swiglu_forward, lambda gate_up, dh: (gate_up,)),
-            "backward": (5 * n, kernels.swiglu_backward, lambda gate_up, dh: (gate_up, dh, False)),
-            "back + h": (6 * n, kernels.swiglu_backward, lambda gate_up, dh: (gate_up, dh, True))})
+            "forward": (3 * n, kernels.swiglu, lambda gate_up, dh: (gate_up, None, True)),
+            "backward": (5 * n, kernels.swiglu, lambda gate_up, dh: (gate_up, dh, False)),
+            "back + h": (6 * n, kernels.swiglu, lambda gate_up, dh: (gate_up, dh, True))})
 
 
 def mixing_case(B, S, M, K, Du):
-    """The mixture that one block sees, K of M states a token. MoS eq. (4).
+    """Return the case of the mixture that one block reads, K of M states a token. MoS eq. (4).
 
     Read K rows, write one; backward, to the weights alone: read K states and one gradient.
     """
@@ -198,8 +206,11 @@ def mixing_case(B, S, M, K, Du):
 
 
 def network_case(T, D, F):
-    """A SwiGLU feed-forward network, 6 T D F FLOP, and twice as many backward: both in one pass."""
-    def apart(x, gate_up, down):
+    """Return the case of a feed-forward network: 6 T D F FLOP forward, twice as many backward.
+
+    Both are timed in one pass.
+    """
+    def separate(x, gate_up, down):
         gate, up = gate_up.chunk(2)  # joining their gradients again is 0.2 % of the time
         return nnf.linear(nnf.silu(nnf.linear(x, gate)) * nnf.linear(x, up), down)
 
@@ -210,8 +221,8 @@ def network_case(T, D, F):
         twin=kernels.feed_forward_twin,
         rivals={"ours": kernels.feed_forward,
                 "ours, recompute": partial(kernels.feed_forward, recompute=True),
-                "eager": apart,
-                "eager, checkpoint": partial(checkpoint, apart, use_reentrant=False),
+                "eager": separate,
+                "eager, checkpoint": partial(checkpoint, separate, use_reentrant=False),
                 "Liger": lambda x, gate_up, down:
                     nnf.linear(liger_swiglu(nnf.linear(x, gate_up)), down)},
         passes={"both": (18 * T * D * F, None, None)})
@@ -230,7 +241,10 @@ CASES = (partial(norm_case, 36864, 2560), partial(norm_case, 98304, 3072),
 # Measuring
 
 def rival_call(function, which, inputs, gradients):
-    """A pass of a differentiable function, ready to run; for "backward" its graph is built here."""
+    """Return a pass of a differentiable function, ready to run.
+
+    For "backward" the forward pass runs here already.
+    """
     wanted = [x for x in inputs if x.requires_grad]
     if which == "forward":
         return partial(function, *inputs)
@@ -240,31 +254,37 @@ def rival_call(function, which, inputs, gradients):
 
 
 def kept_bytes(function, inputs):
-    """What a forward pass leaves in memory for the backward pass, its output apart."""
+    """Return the bytes that a forward pass keeps for the backward pass, without its output."""
     before = torch.cuda.memory_allocated()
     y = function(*inputs)
     return torch.cuda.memory_allocated() - before - y.nbytes
 
 
 def tensors(results):
-    """Results as a list; an empty tensor stands for what an operator was not asked for."""
-    return [x for x in ([results] if isinstance(results, torch.Tensor) else results) if x.numel()]
+    """Return results as a list, without the empty tensors: those were not asked for."""
+    results = [results] if isinstance(results, torch.Tensor) else results
+    return [x for x in results if x.numel()]
 
 
 def agree(ours, theirs):
-    """Whether results are the same up to the rounding of bf16; theirs may be more (v, a view)."""
+    """Return whether results are the same up to the rounding of bf16.
+
+    theirs may be more: v, which is a view.
+    """
     norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
     return all((norm(a - b) <= 0.02 * norm(a)).item() for a, b in zip(ours, theirs))
 
 
 def measure(make_case, copy, gemm):
-    """Yields a row for each pass of a case; copy and gemm: the ceilings in bytes/s and FLOP/s.
+    """Yield a row for each pass of a case; copy and gemm: the ceilings in bytes/s and FLOP/s.
 
-    cost: bytes, or for "both" FLOP; host: microseconds to launch ours; and for each name times:
-    microseconds on the device, None if it failed; fractions: what it reaches of the ceiling;
-    kept: bytes kept from pass to pass in "both"; differ: the names whose results are not ours.
+    A row has cost: bytes, or for "both" FLOP; host: microseconds to launch ours; differ: names
+    whose results are not ours; and by name times: microseconds on the device, None if it failed,
+    fractions: the share of the ceiling that it reaches, kept: bytes kept between the passes of
+    "both".
     """
-    case, sets = make_case(), []
+    case = make_case()
+    sets = []
     contestants = {"ours": None, "torch.compile": torch.compile(case.twin, dynamic=False),
                    "eager": case.twin, **case.rivals}
     if not liger:
@@ -283,9 +303,10 @@ def measure(make_case, copy, gemm):
                 continue
 
             def prepare(i):
-                inputs, d = sets[i % SETS]
-                return partial(operator, *arguments(*inputs, *d)) if ours else \
-                    rival_call(function, which, inputs, d)
+                inputs, gradients = sets[i % SETS]
+                if ours:
+                    return partial(operator, *arguments(*inputs, *gradients))
+                return rival_call(function, which, inputs, gradients)
 
             try:
                 with torch.set_grad_enabled(not ours):
@@ -295,7 +316,7 @@ def measure(make_case, copy, gemm):
                     if not agree(expected, results):
                         row["differ"].append(name)
                     if ours:
-                        row["host"] = call_time(prepare(0))
+                        row["host"] = host_time(prepare(0))
                     if which == "both":
                         row["kept"][name] = kept_bytes(function, sets[0][0])
                     row["times"][name] = device_time(prepare)
@@ -310,33 +331,60 @@ def measure(make_case, copy, gemm):
 # ------------------------------------------------------------------------------------------------
 # Whole towers, with random weights
 
-def alone(products):
-    """Microseconds of all calls of `Products`, each timed alone."""
-    return sum(number * device_time(lambda i: kept[i % len(kept)])
-               for number, kept in products.calls.values())
+class Products(TorchDispatchMode):
+    """Collects the matrix products and attention calls that run inside."""
+
+    KEPT = 3  # calls of one kind that are kept to be run again, each with its own tensors
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}  # {operator and shapes: [how many calls, some of them, ready to run]}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if op.overloadpacket.__name__.startswith(("mm", "addmm", "bmm", "_scaled_dot_product")):
+            shapes = [(a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args]
+            entry = self.calls.setdefault((str(op), str(shapes)), [0, []])
+            entry[0] += 1
+            if len(entry[1]) < self.KEPT:
+                entry[1].append(partial(op, *args, **kwargs))
+        return op(*args, **kwargs)
+
+    def run_all(self, *_):
+        """Run every call as often as it was seen, and nothing else."""
+        for count, calls in self.calls.values():
+            for i in range(count):
+                calls[i % len(calls)]()
+
+    def separate_time(self):
+        """Return the microseconds of all calls, each kind timed alone."""
+        return sum(count * device_time(lambda i: calls[i % len(calls)])
+                   for count, calls in self.calls.values())
 
 
 @torch.no_grad()
 def bench_tower(folder):
-    """The command `tower`: one prompt of 512 tokens with guidance, 32 x 32 visual tokens.
+    """Run the command `tower`: one prompt of 512 tokens with guidance, 32 x 32 visual tokens.
 
-    The other branch is the empty prompt.
+    The negative prompt is empty.
     """
-    result, gemm = header(), ceilings()[1]
-    model, S = large_model(DTYPE), 512
-    c = model.config
-    context = Context(normal(2, S, c.und_width), normal(2, S, c.und_depth, c.gen_width), None,
-                      True, [(1, S), (1, 1)])
-    z, times = torch.randn(1, c.vae_channels, 64, 64, device=DEVICE), torch.tensor([0.6, 0.5])
-    inputs = z, *times.to(DEVICE)
-    step = partial(model.step, context, 5.0, 0.7)
+    result = header()
+    gemm = ceilings()[1]
+    c = MoSConfig(**read_recipe("mos_s")["model"])
+    model = random_model(c, ("router", "generation"))
+    S = 512
+    context = Context(normal(2, S, c.und_width), normal(2, S, c.und_depth, c.gen_width),
+                      Keys(None, [(1, S), (1, 1)]), projected=True)
+    z = torch.randn(1, c.vae_channels, 64, 64, device=DEVICE)
+    inputs = z, *torch.tensor([0.6, 0.5], device=DEVICE)
+    step = euler_step(model, context, guidance=5.0)
     with autocast(torch.device(DEVICE)):
         result["iteration"] = replay_time(step, *inputs)
-        show_profile(partial(step, *inputs))
+        print_profile(partial(step, *inputs))
         with Products() as products:
             step(*inputs)
-        result["products alone"] = alone(products)
-        result["products in one graph"] = replay_time(products.all, *inputs)
+        result["products alone"] = products.separate_time()
+        result["products in one graph"] = replay_time(products.run_all, *inputs)
         logits = torch.randn(2, S, c.und_depth, c.gen_depth, device=DEVICE)
         model.router.forward = lambda *_: logits
         result["without router"] = replay_time(step, *inputs)
@@ -357,20 +405,24 @@ def bench_tower(folder):
 
 
 class TrainCase(NamedTuple):
-    """A way to train a large preset for a few steps."""
+    """A way to train a large model for a few steps."""
     name: str
     size: int = 512          # pixels a side; above 512 with activation checkpointing
-    encode: bool = False     # understanding states and latents are made in the step, not given
+    encode: bool = False     # states and latents are computed in the step instead of given
     plain: bool = False      # plain PyTorch instead of the kernels
     tokens: int = 128        # S
 
     def seconds(self, model, optimizer, B):
-        """The median step of a batch of B, in seconds."""
-        c, device = model.config, torch.device(DEVICE)
+        """Return the median time of a step with batch B."""
+        c = model.config
+        device = torch.device(DEVICE)
         for block in model.generation.blocks:
             block.recompute = self.size > 512
         side = self.size // model.vae.factor
-        states = None if self.encode else normal(B, self.tokens, c.und_depth, c.und_width)
+        context = None  # MoS.loss lets the tower read the tokens
+        if not self.encode:
+            states = normal(B, self.tokens, c.und_depth, c.und_width)
+            context = Context(states[:, :, 0], states, Keys(None, [(B, self.tokens)]))
         tokens = torch.ones(B, self.tokens, dtype=torch.long, device=device)
         pictures = torch.rand(B if self.encode else 0, 3, self.size, self.size, device=device)
         z0, z1 = torch.randn(2, B, c.vae_channels, side, side, device=device)
@@ -382,11 +434,8 @@ class TrainCase(NamedTuple):
                 with torch.no_grad():
                     z0 = torch.cat([model.vae.encode(part) for part in pictures.split(8)])
             with autocast(device):
-                context = model.understand(tokens) if self.encode else \
-                    Context(states[:, :, 0], states, None, runs=[(B, self.tokens)])
-                at = t[:, None, None, None]
-                v = model((1 - at) * z0 + at * z1, t, context, uniform)
-            (v.float() - (z1 - z0)).square().mean().backward()
+                loss = model.loss(z0, tokens, t, z1, uniform, context).mean()
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -401,7 +450,7 @@ class TrainCase(NamedTuple):
         return median(times[2:])
 
     def measure(self, model, optimizer, gemm):
-        """Of the largest batch that fits: images/s, MFU, peak, and the peak that was computed."""
+        """Return images/s, MFU, peak memory and its estimate for the largest batch that fits."""
         kernels.PLAIN = self.plain
         for B in (96, 64, 48, 40, 32, 24, 16, 12, 8, 4):
             gc.collect()
@@ -414,15 +463,16 @@ class TrainCase(NamedTuple):
                 optimizer.state.clear()
         else:
             raise ValueError(f"{self.name}: not even {B} pictures fit into this GPU's memory")
-        config, side = replace(model.config, size=self.size), self.size // model.vae.factor
-        flops = 3 * B * unfilled(config).flops(self.tokens, (side, side))
-        memory = estimate(config, micro_batch=B, tokens=self.tokens, ema=False,
-                          recompute=self.size > 512)
-        computed = memory["peak"] - (0 if self.encode else
-                                     memory["understanding tower"] + memory["VAE"])
+        side = self.size // model.vae.factor
+        flops = 3 * B * model.flops(self.tokens, (side, side))
+        memory = estimate(replace(model.config, size=self.size), micro_batch=B, tokens=self.tokens,
+                          ema=False, recompute=self.size > 512)
+        estimated = memory["peak"]
+        if not self.encode:
+            estimated -= memory["understanding tower"] + memory["VAE"]
         return dict(batch=B, seconds=seconds, images=B / seconds, mfu=flops / seconds / gemm,
                     peak=torch.cuda.max_memory_allocated() / 2**30,
-                    computed=math.nan if self.plain else computed / 2**30)
+                    estimated=math.nan if self.plain else estimated / 2**30)
 
 
 TRAIN_CASES = (TrainCase("states and latents given"), TrainCase("the same, plain", plain=True),
@@ -430,15 +480,17 @@ TRAIN_CASES = (TrainCase("states and latents given"), TrainCase("the same, plain
                TrainCase("encodings in the step", encode=True))
 
 
-def bench_large(preset, result):
-    """Training steps of router and generation tower of a preset, with AdamW."""
-    gemm, model = ceilings()[1], large_model(torch.float32, preset)
+def bench_large(recipe, result):
+    """Time training steps of a recipe's router and generation tower, with AdamW."""
+    gemm = ceilings()[1]
+    config = MoSConfig(**read_recipe(recipe)["model"])
+    model = random_model(config, ("router", "generation"), dtype=torch.float32)
     parameters = [*model.router.parameters(), *model.generation.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
-    print(f"{preset}, 128 tokens a picture; GEMM {gemm / 1e12:.0f} TFLOP/s. MFU: three times the "
+    print(f"{recipe}, 128 tokens a picture; GEMM {gemm / 1e12:.0f} TFLOP/s. MFU: three times the "
           "forward pass of\nrouter and generation tower over the time, recomputation not counted")
     print(f"{'':26}{'side':>5}{'batch':>6}{'s':>8}{'images/s':>9}{'MFU':>7}{'peak GiB':>9}"
-          f"{'computed':>9}")
+          f"{'estimate':>9}")
     for case in TRAIN_CASES:
         if case.encode:
             randomise(DEVICE, model.understanding.bfloat16(), model.vae)
@@ -446,56 +498,59 @@ def bench_large(preset, result):
                                      torch.ones(model.config.vae_channels))
         row = result[case.name] = case.measure(model, optimizer, gemm)
         print(f"{case.name:26}{case.size:5}{row['batch']:6}{row['seconds']:8.4f}"
-              f"{row['images']:9.1f}{row['mfu']:7.1%}{row['peak']:9.1f}{row['computed']:9.1f}",
+              f"{row['images']:9.1f}{row['mfu']:7.1%}{row['peak']:9.1f}{row['estimated']:9.1f}",
               flush=True)
 
 
-def bench_small(preset, result, steps=100):
-    """The image stage of a small preset as train.py runs it, on the parts in weights/."""
-    print(f"{preset}, stage image\n{'':20}{'images/s':>9}{'waits':>7}{'loss':>8}")
+def bench_small(recipe, result, steps=100, warmup=20):
+    """Time the image stage of a small recipe as train.py runs it, on the parts in weights/."""
+    print(f"{recipe}, stage image\n{'':20}{'images/s':>9}{'waits':>7}{'loss':>8}")
+    values = read_recipe(recipe)
+    kernels.NARROW = 0  # compiled too, the kernels run: which is faster is the question
     for name, plain, compiled in (("plain, eager", True, False), ("kernels, eager", False, False),
                                   ("plain, compiled", True, True),
                                   ("kernels, compiled", False, True)):
         kernels.PLAIN = plain
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as out:
-            c = TrainConfig(stage="image", preset=preset, out=out, compile=compiled, scenes=20_000,
-                            init=str(ROOT / "weights"))
-            training = prepare(complete(c, "image", torch.device(DEVICE)), {}, World.join(600))
-            training.begin()
-            for i in range(20 + steps):
-                if i == 20:
+            changes = dict(out=out, init=str(ROOT / "weights"), compile=compiled, scenes=20_000)
+            c = TrainConfig(**values["image"] | changes)
+            trainer = prepare(c, values["model"], {}, World.join(600))
+            trainer.begin()
+            for i in range(warmup + steps):
+                if i == warmup:
                     torch.cuda.synchronize()
-                    training.restart(i)
-                training.step(i)
+                    trainer.reset(i)
+                trainer.step(i)
             torch.cuda.synchronize()
-            elapsed = time.time() - training.clock
-        row = result[name] = dict(images=steps * training.c.batch / elapsed,
-                                  waits=training.waited / elapsed,
-                                  loss=training.sums["loss"].item() / steps)
+            elapsed = time.time() - trainer.clock
+        row = result[name] = dict(images=steps * c.batch / elapsed,
+                                  waits=trainer.waited / elapsed,
+                                  loss=trainer.sums["loss"].item() / steps)
         print(f"{name:20}{row['images']:9.0f}{row['waits']:7.1%}{row['loss']:8.4f}", flush=True)
 
 
-def bench_train(folder, preset):
-    """The command `train`: a few steps of a preset."""
+def bench_train(folder, recipe):
+    """Run the command `train`: a few steps of a recipe."""
     result = header()
-    (bench_large if preset in LARGE else bench_small)(preset, result)
-    save(result, folder / f"train_{preset}.json")
+    width = read_recipe(recipe)["model"]["gen_width"]
+    (bench_large if width >= kernels.NARROW else bench_small)(recipe, result)
+    save(result, folder / f"train_{Path(recipe).stem}.json")
 
 
 # ------------------------------------------------------------------------------------------------
-# Showing
+# Tables and pictures
 
 def cell(row, name):
-    """The time of a rival and how many times as long as ours it is."""
+    """Return the time of a rival and how many times ours it takes, as text."""
     t, ours = row["times"].get(name), row["times"]["ours"]
     if t is None:
         return "failed" if name in row["times"] else "-"
     return f"{t:.1f}{'?' if name in row['differ'] else ''} {t / ours if ours else math.nan:.2f}x"
 
 
-def show(row):
-    """Print a line of the table of operations, or the table of networks."""
+def print_row(row):
+    """Print a line of the table of operations, or a table of feed-forward networks."""
     fraction, cost = row["fractions"], row["cost"] / 1e6
     if row["which"] != "both":
         print(f"{row['name']:31} {row['which']:9}{cost:5.0f}{row['host']:5.0f} "
@@ -510,7 +565,7 @@ def show(row):
 
 
 def plot(rows, path):
-    """What each row reaches of its ceiling, as bars; without matplotlib the JSON has to do."""
+    """Draw the share of its ceiling that each row reaches; does nothing without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -533,8 +588,9 @@ def plot(rows, path):
 
 
 def bench_kernels(folder):
-    """The command `kernels`: prints tables, writes kernels.json and kernels.png to the folder."""
-    start, (copy, gemm) = time.time(), ceilings()
+    """Run the command `kernels`: print tables, write kernels.json and kernels.png."""
+    begin = time.time()
+    copy, gemm = ceilings()
     result = header() | dict(copy=copy, gemm=gemm, rows=[])
     print(f"ceilings: copy {copy / 1e9:.0f} GB/s, read plus written; product of two 8192x8192 "
           f"matrices {gemm / 1e12:.0f} TFLOP/s\n")
@@ -545,35 +601,39 @@ def bench_kernels(folder):
           + "".join(f" {name:>14}" for name in RIVALS))
     for make_case in CASES:
         for row in measure(make_case, copy, gemm):
-            show(row)
+            print_row(row)
             result["rows"].append(row)
             save(result, folder / "kernels.json")
         torch._dynamo.reset()  # the next case has the memory for itself
         gc.collect()
         torch.cuda.empty_cache()
     plot(result["rows"], folder / "kernels.png")
-    print(f"\n{time.time() - start:.0f} s; kernels.json and kernels.png are in {folder}")
+    print(f"\n{time.time() - begin:.0f} s; kernels.json and kernels.png are in {folder}")
 
 
-COMMANDS = {"kernels": bench_kernels, "tower": bench_tower, "train": bench_train,
-            "latency": bench_latency, "loading": bench_loading}
+COMMANDS = {"kernels": bench_kernels, "tower": bench_tower, "latency": bench_latency,
+            "loading": bench_loading}
 
 
 def main():
-    """The command."""
+    """Run the command."""
     parser = CommandLine(__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=tuple(COMMANDS), help="what to measure")
+    parser.add_argument("what", choices=("train", *COMMANDS), help="what to measure")
     parser.add_argument("--out", default="runs/bench", help="folder for the results")
-    parser.add_argument("--preset", default="mos_s", choices=tuple(PRESETS), help="for `train`")
+    parser.add_argument("--recipe", default="mos_s", help="for `train`: a name in recipes/, or the "
+                        "path of a .toml file")
     args = parser.parse_args()
     if not torch.cuda.is_available() or not torch.version.cuda:
-        raise ValueError("bench.py needs an NVIDIA GPU")
+        raise ValueError("tools.bench needs an NVIDIA GPU")
     if kernels.PLAIN:
-        raise ValueError("bench.py needs Triton, and MOS_PLAIN=1 turns the kernels off")
+        raise ValueError("tools.bench needs Triton, and MOS_PLAIN=1 turns the kernels off")
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    COMMANDS[args.what](folder, *([args.preset] if args.what == "train" else []))
+    if args.what == "train":
+        bench_train(folder, args.recipe)
+    else:
+        COMMANDS[args.what](folder)
 
 
 if __name__ == "__main__":

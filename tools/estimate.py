@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import train
@@ -24,31 +23,6 @@ from config import MoSConfig, plan
 from mos import Context, unfilled
 
 RATE = 480e12  # FLOP/s of a training step: `tools.bench train` measured 486 and 495 on H100s
-
-
-class Products(TorchDispatchMode):
-    """Collects the matrix products and attention calls that run inside."""
-
-    KEPT = 3  # calls of a kind that can be run again, each with tensors of its own
-
-    def __init__(self):
-        super().__init__()
-        self.calls = {}  # what identifies a call: how many there were, and some of them to repeat
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.overloadpacket.__name__.startswith(("mm", "addmm", "bmm", "_scaled_dot_product")):
-            key = str(op), str([(a.shape, a.stride()) if isinstance(a, torch.Tensor) else a
-                                for a in args])
-            count, calls = self.calls.get(key, (0, []))
-            calls = [*calls, partial(op, *args, **kwargs or {})][:self.KEPT]
-            self.calls[key] = count + 1, calls
-        return op(*args, **kwargs or {})
-
-    def all(self, *_):
-        """Run every call as often as it was seen, and nothing else."""
-        for count, calls in self.calls.values():
-            for i in range(count):
-                calls[i % len(calls)]()
 
 
 def parameter_bytes(module, dtype=None):
@@ -60,7 +34,7 @@ def parameter_bytes(module, dtype=None):
 def gpu_kernels():
     """Let `kernels` take the paths of a GPU within this block, whatever the device."""
     before = kernels.fused
-    kernels.fused = lambda x: True
+    kernels.fused = lambda *_: True
     try:
         yield
     finally:

@@ -1,9 +1,13 @@
 """From prompt to picture: what each stage of a large model costs, beside other models.
 
-Random weights, bf16, a prompt of 128 tokens. The denoising step is a CUDA graph's replay, as
+    python -m tools.bench latency    # the table of stages, other models, other towers and VAEs
+    python -m tools.bench loading    # reading a tower of 16 GB from its folder
+    python -m tools.latency draw --recipe mos_s --size 1024    # one picture, random weights
+
+Random weights, bf16, a prompt of 128 tokens. A denoising step is the replay of a CUDA graph, as
 `MoS.generate` runs it, with guidance and without; the rest is timed by the clock, launches
-included. The rivals are diffusers' and transformers' own implementations, eager, with random
-weights of the published sizes.
+included. The other models are those of diffusers and transformers, eager, with random weights of
+the published sizes. `draw` runs on any device.
 """
 
 import gc
@@ -12,23 +16,24 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from common import ROOT, randomise
-from config import PRESETS, MoSConfig
+from checkpoint import save_model
+from common import ROOT, CommandLine, peak_memory, pick_device, randomise, replacing, run
+from config import MoSConfig, read_recipe
 from kernels import autocast
-from mos import unfilled
 from pretrained.folders import load_tower
-from tools.timing import DEVICE, DTYPE, header, normal, replay_time, save, whole_time
+from sample import check_writable, parse_size, progress
+from tools.timing import (ALL_PARTS, DEVICE, DTYPE, clock_time, euler_step, header, normal,
+                          random_model, replay_time, save)
 from vae import VAE
 
 TOKENS, STEPS, SIZES = 128, 50, (512, 1024, 2048)
 GIB = 2**30
-# Milliseconds on an A100, MoS Fig. 7 (MoS-S, 1024x1024): the least and most of each bar's labels.
+# Milliseconds on an A100, MoS Fig. 7 (MoS-S, 1024x1024): the labels of the bars.
 PAPER = "paper, MoS-S 1024, A100: encode 94, router 7-8, tower 121 a step, decode 16"
 
 LLAMA = dict(model_type="llama", vocab_size=128_256, hidden_size=4096, num_hidden_layers=32,
@@ -40,7 +45,7 @@ WAN = dict(z_dim=48, base_dim=160, decoder_base_dim=256, dim_mult=[1, 2, 4, 4], 
 
 
 class Peak:
-    """GiB that a block of code has needed, what lay on the GPU before apart."""
+    """Measures the GiB that a block of code needs, without what was on the GPU before."""
 
     def __enter__(self):
         gc.collect()
@@ -54,12 +59,12 @@ class Peak:
 
 
 def weights(*modules):
-    """GiB of modules' parameters."""
+    """Return the GiB of modules' parameters."""
     return sum(p.nbytes for module in modules for p in module.parameters()) / GIB
 
 
 def attempt(measure, *arguments):
-    """What `measure` returns; None, and the reason on stderr, where that is not to be had."""
+    """Return what `measure` returns; where it fails print the reason to stderr, return None."""
     try:
         return measure(*arguments)
     except Exception as e:  # the others may still work
@@ -73,30 +78,19 @@ def attempt(measure, *arguments):
 # ------------------------------------------------------------------------------------------------
 # MoS
 
-def build(preset, *parts):
-    """Parts of a large preset with random weights, in bf16; the VAE is fp32."""
-    model = unfilled(MoSConfig(**PRESETS[preset]))
-    for name in parts:
-        part = getattr(model, name)
-        randomise(DEVICE, part if name == "vae" else part.to(DTYPE))
-    model.vae.set_statistics(torch.zeros(model.config.vae_channels),
-                             torch.ones(model.config.vae_channels))
-    model.vae.to(memory_format=torch.channels_last)
-    return model.eval()
-
-
 @torch.no_grad()
 def stages(model, size, guidance, out):
-    """Milliseconds and GiB of each stage of a picture, and seconds from prompt to PNG."""
-    c, text = model.config, "x" * (TOKENS - 1)
+    """Return the milliseconds and GiB of each stage, and the seconds from prompt to PNG."""
+    c = model.config
+    text = "x" * (TOKENS - 1)
     row = dict(size=size, guidance=guidance)
     z = torch.randn(1, c.vae_channels, size // 16, size // 16, device=DEVICE)
     with Peak() as peak:
-        row["encode"] = whole_time(lambda: model.read([text]))
+        row["encode"] = clock_time(lambda: model.read([text]))
     row["encode GiB"] = weights(model.understanding) + peak.gib
     with Peak() as peak, autocast(torch.device(DEVICE)):
         context = model.project(model.read([text], "" if guidance != 1 else None))
-        step = partial(model.step, context, guidance, 0.7)
+        step = euler_step(model, context, guidance)
         inputs = z, *torch.tensor([0.6, 0.5], device=DEVICE)
         row["step"] = replay_time(step, *inputs) / 1e3
         logits = torch.randn(len(context.states), TOKENS, c.und_depth, c.gen_depth, device=DEVICE)
@@ -107,28 +101,28 @@ def stages(model, size, guidance, out):
             del model.router.forward
     row["step GiB"] = weights(model.router, model.generation) + peak.gib
     with Peak() as peak:
-        row["decode"] = whole_time(lambda: model.vae.decode(z))
+        row["decode"] = clock_time(lambda: model.vae.decode(z))
     row["decode GiB"] = weights(model.vae) + peak.gib
 
-    def whole():
-        image, = model.generate([text], STEPS, guidance, size=size)
+    def draw_one():
+        (image,) = model.generate([text], STEPS, guidance, size=size)
         image.save(out, compress_level=1)
 
-    row["total"] = whole_time(whole, 2, 1) / 1e3
+    row["total"] = clock_time(draw_one, calls=2, warmup=1) / 1e3
     return row
 
 
 @torch.no_grad()
 def replayed_encode(model):
-    """Milliseconds of the tower alone, without the host: a CUDA graph's replay."""
+    """Return the milliseconds of the tower when a CUDA graph replays it: no wait for the host."""
     tokens = torch.ones(1, TOKENS, dtype=torch.long, device=DEVICE)
     with autocast(torch.device(DEVICE)):
         return replay_time(lambda tokens: model.understand(tokens).states, tokens) / 1e3
 
 
-def show(row):
-    """Print a line of the table."""
-    print(f"{row['preset']:8}{row['size']:6}{row['guidance']:6.1f}{row['encode']:9.1f}"
+def print_row(row):
+    """Print a line of the table of stages."""
+    print(f"{row['recipe']:8}{row['size']:6}{row['guidance']:6.1f}{row['encode']:9.1f}"
           f"{row['router']:8.2f}{row['step'] - row['router']:8.2f}"
           f"{row['router'] / row['step']:7.1%}{row['decode']:9.1f}{row['total']:8.2f}"
           f"{row['encode GiB']:8.1f}{row['step GiB']:7.1f}{row['decode GiB']:7.1f}", flush=True)
@@ -137,8 +131,8 @@ def show(row):
 # ------------------------------------------------------------------------------------------------
 # Other towers and VAEs
 
-def by_transformers():
-    """transformers' Llama-3.1-8B: milliseconds to all hidden states of 128 tokens."""
+def transformers_encode():
+    """Return the milliseconds of transformers' Llama-3.1-8B to all states of 128 tokens."""
     from transformers import LlamaConfig, LlamaModel
     with torch.device("meta"):
         model = LlamaModel(LlamaConfig(**LLAMA)).to(DTYPE)
@@ -146,7 +140,7 @@ def by_transformers():
     randomise(DEVICE, model.eval())
     model.rotary_emb = rotary(model.config).to(DEVICE)
     tokens = torch.ones(1, TOKENS, dtype=torch.long, device=DEVICE)
-    return whole_time(lambda: model(tokens, output_hidden_states=True, use_cache=False))
+    return clock_time(lambda: model(tokens, output_hidden_states=True, use_cache=False))
 
 
 VAES = (("fp32 with TF32", torch.float32, True), ("fp32, IEEE", torch.float32, False),
@@ -154,10 +148,11 @@ VAES = (("fp32 with TF32", torch.float32, True), ("fp32, IEEE", torch.float32, F
 
 
 def vae_times():
-    """Milliseconds to encode and decode 1024x1024 with ours and diffusers', and how far ours in
-    each precision is from IEEE fp32: {precision: (encode, decode, theirs, theirs, dB)}.
+    """Return {precision: [milliseconds of encode and decode at 1024x1024, diffusers' too, dB]}.
+
+    dB: how close our picture in this precision is to that of IEEE fp32.
     """
-    ours, theirs, found, pictures = VAE(), None, {}, {}
+    ours = VAE()
     randomise(DEVICE, ours)
     for name, p in ours.named_parameters():  # pictures with some contrast
         p.data.mul_(2.0 if p.ndim > 3 else 1.0)
@@ -165,28 +160,28 @@ def vae_times():
     ours.to(memory_format=torch.channels_last)
     x = 2 * torch.rand(1, 3, 1024, 1024, device=DEVICE) - 1
     z = torch.randn(1, 48, 64, 64, device=DEVICE)
-    theirs = attempt(their_vae)
-    for name, dtype, allowed in VAES:
-        torch.backends.cudnn.allow_tf32 = allowed
+    theirs = attempt(diffusers_vae)
+    rows = {}
+    pictures = {}
+    for name, dtype, tf32 in VAES:
+        torch.backends.cudnn.allow_tf32 = tf32
         ours.to(dtype)
-        times = [whole_time(lambda: ours.encode(x)), whole_time(lambda: ours.decode(z))]
+        rows[name] = [clock_time(lambda: ours.encode(x)), clock_time(lambda: ours.decode(z))]
         pictures[name] = ours.decode(z).double()
         if theirs:
             theirs.to(dtype)
             clip, latents = x[:, :, None].to(dtype), z[:, :, None].to(dtype)
-            times += [whole_time(lambda: theirs.encode(clip)),
-                      whole_time(lambda: theirs.decode(latents))]
-        found[name] = times
+            rows[name] += [clock_time(lambda: theirs.encode(clip)),
+                           clock_time(lambda: theirs.decode(latents))]
     torch.backends.cudnn.allow_tf32 = True
-    best = pictures["fp32, IEEE"]
     for name, picture in pictures.items():
-        error = (picture - best).square().mean()
-        found[name].append((10 * torch.log10(4 / error)).item())
-    return found
+        error = (picture - pictures["fp32, IEEE"]).square().mean()
+        rows[name].append((10 * torch.log10(4 / error)).item())
+    return rows
 
 
-def their_vae():
-    """diffusers' AutoencoderKLWan in Wan 2.2's size."""
+def diffusers_vae():
+    """Return diffusers' AutoencoderKLWan in the size of Wan 2.2, with random weights."""
     from diffusers import AutoencoderKLWan
     with torch.device("meta"):
         vae = AutoencoderKLWan(**WAN, in_channels=12, out_channels=12, scale_factor_spatial=16)
@@ -195,10 +190,10 @@ def their_vae():
 
 
 # ------------------------------------------------------------------------------------------------
-# Other generation towers, at 1024x1024
+# Other generation towers, at 1024x1024. make: `random_rival`
 
 def qwen_image(make):
-    """Qwen-Image, 20 B: two forward passes with guidance."""
+    """Return Qwen-Image, 20 B, and its step: two forward passes with guidance."""
     from diffusers import QwenImageTransformer2DModel
     model = make(QwenImageTransformer2DModel)
     x, text, t = normal(1, 4096, 64), normal(1, TOKENS, 3584), normal(1)
@@ -212,17 +207,18 @@ def qwen_image(make):
 
 
 def flux(make):
-    """FLUX.1-dev, 12 B: its guidance is distilled, one forward pass."""
+    """Return FLUX.1-dev, 12 B, and its step: one forward pass, since its guidance is distilled."""
     from diffusers import FluxTransformer2DModel
     model = make(FluxTransformer2DModel, guidance_embeds=True)
     x, text, pooled, t = normal(1, 4096, 64), normal(1, 512, 4096), normal(1, 768), normal(1)
-    places = torch.zeros(4096, 3, device=DEVICE), torch.zeros(512, 3, device=DEVICE)
+    image_ids = torch.zeros(4096, 3, device=DEVICE)
+    text_ids = torch.zeros(512, 3, device=DEVICE)
     return model, lambda: model(hidden_states=x, encoder_hidden_states=text, timestep=t, guidance=t,
-                                pooled_projections=pooled, img_ids=places[0], txt_ids=places[1])
+                                pooled_projections=pooled, img_ids=image_ids, txt_ids=text_ids)
 
 
 def sd3(make):
-    """Stable Diffusion 3.5 large, 8 B: a batch of two."""
+    """Return Stable Diffusion 3.5 large, 8 B, and its step: a batch of two."""
     from diffusers import SD3Transformer2DModel
     model = make(SD3Transformer2DModel, num_layers=38, num_attention_heads=38,
                  caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192,
@@ -233,7 +229,7 @@ def sd3(make):
 
 
 def sana(make):
-    """SANA-1.5, 4.8 B, linear attention at 32x: a batch of two."""
+    """Return SANA-1.5, 4.8 B, linear attention at 32x, and its step: a batch of two."""
     from diffusers import SanaTransformer2DModel
     model = make(SanaTransformer2DModel, num_attention_heads=70, num_layers=60,
                  num_cross_attention_heads=20, cross_attention_dim=2240,
@@ -243,7 +239,7 @@ def sana(make):
 
 
 def lumina(make):
-    """Lumina-Image-2.0, 2.6 B: a batch of two."""
+    """Return Lumina-Image-2.0, 2.6 B, and its step: a batch of two."""
     from diffusers import Lumina2Transformer2DModel
     model = make(Lumina2Transformer2DModel, hidden_size=2304, num_layers=26, num_attention_heads=24,
                  num_kv_heads=8, axes_dim_rope=(32, 32, 32), axes_lens=(300, 512, 512),
@@ -259,7 +255,7 @@ RIVALS = {"Qwen-Image": qwen_image, "FLUX.1-dev": flux, "SD3.5-large": sd3, "SAN
 
 
 def random_rival(kind, **settings):
-    """A model of diffusers with random weights, made where it shall be."""
+    """Return a model of diffusers with random weights, made on the GPU."""
     with torch.device(DEVICE):
         torch.set_default_dtype(DTYPE)
         try:
@@ -271,35 +267,37 @@ def random_rival(kind, **settings):
 
 @torch.no_grad()
 def rival_step(name):
-    """Billions of parameters, milliseconds of a denoising step at 1024x1024 and GiB."""
+    """Return billions of parameters, milliseconds of a step at 1024x1024, and GiB of both."""
     with Peak() as peak:
         model, step = RIVALS[name](random_rival)
         count = sum(p.numel() for p in model.parameters()) / 1e9
-        return dict(parameters=count, step=whole_time(step, 5)) | dict(
-            gib=torch.cuda.max_memory_allocated() / GIB - peak.before / GIB)
+        milliseconds = clock_time(step, 5)
+        gib = (torch.cuda.max_memory_allocated() - peak.before) / GIB
+        return dict(parameters=count, step=milliseconds, gib=gib)
 
 
 # ------------------------------------------------------------------------------------------------
 # The commands
 
 def bench_latency(folder):
-    """The command `latency`: a table of stages, then the rivals."""
+    """Run the command `latency`: a table of stages, then other models, towers and VAEs."""
     result = header() | dict(rows=[], rivals={})
     print(f"{TOKENS} tokens, {STEPS} steps, VAE fp32 with TF32; ms, total in s from prompt to PNG; "
-          f"GiB: weights of the stage's parts and what it needs\n{PAPER}\n"
-          f"{'preset':8}{'size':>6}{'guid.':>6}{'encode':>9}{'router':>8}{'tower':>8}{'share':>7}"
+          f"GiB: weights of the stage's parts and what it needs besides\n{PAPER}\n"
+          f"{'recipe':8}{'size':>6}{'guid.':>6}{'encode':>9}{'router':>8}{'tower':>8}{'share':>7}"
           f"{'decode':>9}{'total s':>8}{'encode':>8}{'step':>7}{'decode':>7}")
-    for preset in ("mos_s", "mos_l"):
-        model = build(preset, "understanding", "router", "generation", "vae")
-        result[f"{preset} encode, replayed"] = replayed_encode(model)
+    for recipe in ("mos_s", "mos_l"):
+        model = random_model(MoSConfig(**read_recipe(recipe)["model"]))
+        result[f"{recipe} encode, replayed"] = replayed_encode(model)
         for size in SIZES:
             for guidance in (5.0, 1.0):
                 row = attempt(stages, model, size, guidance, folder / "latency.png")
                 if row:
-                    result["rows"].append(row | dict(preset=preset))
-                    show(result["rows"][-1])
-        print(f"{preset:8}encode, replayed as a CUDA graph: "
-              f"{result[f'{preset} encode, replayed']:.1f} ms", flush=True)
+                    row["recipe"] = recipe
+                    result["rows"].append(row)
+                    print_row(row)
+        print(f"{recipe:8}encode, replayed as a CUDA graph: "
+              f"{result[f'{recipe} encode, replayed']:.1f} ms", flush=True)
         del model
         save(result, folder / "latency.json")
     print("\na step at 1024x1024, guidance included, eager")
@@ -309,7 +307,7 @@ def bench_latency(folder):
             print(f"{name:18}{row['parameters']:6.1f} B {row['step']:8.1f} ms "
                   f"{row['gib']:6.1f} GiB", flush=True)
     with torch.no_grad():
-        result["transformers"] = attempt(by_transformers)
+        result["transformers"] = attempt(transformers_encode)
         print(f"\nLlama-3.1-8B, {TOKENS} tokens, by transformers: {result['transformers']} ms")
         result["vae"] = attempt(vae_times) or {}
     print(f"\nVAE at 1024x1024, ms{'encode':>11}{'decode':>11}{'diffusers':>11}{'decode':>11}  "
@@ -320,7 +318,7 @@ def bench_latency(folder):
 
 
 def write_tower(folder):
-    """A folder as that of Llama-3.1-8B, all weights the same."""
+    """Write a folder like that of Llama-3.1-8B, in which all weights are the same."""
     folder.mkdir(parents=True)
     width, hidden = LLAMA["hidden_size"], LLAMA["intermediate_size"]
     sizes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (1024, width),
@@ -342,28 +340,29 @@ def write_tower(folder):
 
 
 def write_checkpoint(folder):
-    """A checkpoint of MoS-S with random weights, its tower and VAE in folders of their own."""
+    """Write a MoS-S with random weights whose tower and VAE stand in folders beside it."""
     write_tower(folder / "tower")
-    model = build("mos_s", "router", "generation", "vae")
+    config = MoSConfig(**read_recipe("mos_s")["model"])
+    model = random_model(config, ("router", "generation", "vae"))
     (folder / "vae").mkdir()
     save_file({name: p.cpu() for name, p in model.vae.named_parameters()},
               folder / "vae" / "weights.safetensors")
     save(WAN, folder / "vae" / "config.json")
-    model.config = replace(model.config, und_folder=str(folder / "tower"),
+    model.config = replace(config, und_folder=str(folder / "tower"),
                            vae_folder=str(folder / "vae"))
-    model.save_pretrained(folder, ("mos",))
+    save_model(model, folder, ("mos",))
 
 
 def bench_loading(folder):
-    """The command `loading`: a tower of 16 GB is read twice, then sample.py draws with it."""
+    """Run the command `loading`: read a tower of 16 GB twice, then let sample.py draw with it."""
     result = header()
     with tempfile.TemporaryDirectory(dir=folder) as home:
-        home = Path(home)
-        write_checkpoint(home)
-        size = sum(path.stat().st_size for path in (home / "tower").iterdir()) / 1e9
+        checkpoint = Path(home)
+        write_checkpoint(checkpoint)
+        size = sum(path.stat().st_size for path in (checkpoint / "tower").iterdir()) / 1e9
         for which in ("first", "second"):
             begin = time.time()
-            tower = load_tower(home / "tower", DEVICE)
+            tower = load_tower(checkpoint / "tower", DEVICE)
             torch.cuda.synchronize()
             result[which] = time.time() - begin
             print(f"{size:.1f} GB, {which} time: {result[which]:.1f} s", flush=True)
@@ -371,13 +370,61 @@ def bench_loading(folder):
         torch.cuda.empty_cache()
         for flags in (["--drop-tower", "--vae-dtype", "bfloat16"], ["--drop-tower"], []):
             command = [sys.executable, str(ROOT / "sample.py"), "--prompt",
-                       "a fox", "--checkpoint", str(home), "--size", "1024", "--out",
+                       "a fox", "--checkpoint", str(checkpoint), "--size", "1024", "--out",
                        str(folder / "loading.png"), *flags]
             begin = time.time()
             done = subprocess.run(command, capture_output=True, text=True)
-            told = f"exit code {done.returncode}: {(done.stdout + done.stderr).strip()}"
-            told = told.splitlines()[-1] if done.returncode == 0 else told[-200:]
-            result[" ".join(flags)] = told
-            print(f"sample.py --size 1024 {' '.join(flags)}: {told}, {time.time() - begin:.0f} s",
-                  flush=True)
+            outcome = f"exit code {done.returncode}: {(done.stdout + done.stderr).strip()}"[-200:]
+            if done.returncode == 0:
+                outcome = outcome.splitlines()[-1]
+            result[" ".join(flags)] = outcome
+            print(f"sample.py --size 1024 {' '.join(flags)}: {outcome}, "
+                  f"{time.time() - begin:.0f} s", flush=True)
     save(result, folder / "loading.json")
+
+
+# ------------------------------------------------------------------------------------------------
+# One picture
+
+def draw(config, out, prompts, vae_dtype=torch.float32, **settings):
+    """Write a picture by a random model of this configuration: noise, at the cost of a real one.
+
+    settings: of `MoS.generate`. Returns the seconds from prompts to the written file.
+    """
+    device = pick_device()
+    dtype = DTYPE if device.type == "cuda" else torch.float32
+    model = random_model(config, ALL_PARTS, device, dtype, vae_dtype)
+    begin = time.time()
+    image, *_ = model.generate(prompts, progress=progress, **settings)
+    with replacing(out) as path:
+        image.save(path, "PNG", compress_level=1)
+    return time.time() - begin
+
+
+def main():
+    """Run the command `draw`."""
+    parser = CommandLine(__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("draw",), help="draw noise with random weights, to see "
+                        "what a model costs; the tables are printed by tools.bench")
+    parser.add_argument("--recipe", default="mos_s", help="a name in recipes/, or a path")
+    parser.add_argument("--prompt", nargs="+", default=["a text"], help="one text or several, "
+                        "drawn in one batch; the first picture is written")
+    parser.add_argument("--size", help="SIDE or HEIGHTxWIDTH in pixels; default: the recipe's")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the recipe's")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the recipe's")
+    parser.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="bfloat16 is faster and smaller")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--out", type=Path, default=Path("out.png"), help="file to write")
+    args = parser.parse_args()
+    check_writable(args.out)
+    size = parse_size(args.size) if args.size else None
+    config = MoSConfig(**read_recipe(args.recipe)["model"])
+    seconds = draw(config, args.out, args.prompt, getattr(torch, args.vae_dtype), size=size,
+                   steps=args.steps, guidance=args.guidance, seed=args.seed)
+    print(f"wrote {args.out}: {args.recipe} with random weights, {seconds:.1f} s")
+    print(f"peak memory {peak_memory(pick_device()) / GIB:.1f} GiB")
+
+
+if __name__ == "__main__":
+    run(main)

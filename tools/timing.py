@@ -11,112 +11,143 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import kernels
-from common import randomise, replacing, replayed
-from config import PRESETS, MoSConfig
+from common import randomise, replacing, replayed, revision
 from mos import unfilled
-from train import revision
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
-SETS, CALLS = 3, 10
+SETS = 3    # sets of inputs that calls go through in turn, so that no cache serves them
+CALLS = 10  # timed calls, of which the median counts
+ALL_PARTS = ("understanding", "router", "generation", "vae")
 
+
+# ------------------------------------------------------------------------------------------------
+# What is measured
 
 def normal(*shape):
-    """Standard normal values."""
+    """Return standard normal values in bf16 on the GPU."""
     return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
-def device_time(prepare, calls=CALLS):
-    """Microseconds on the device of a call's kernels, the median of many calls.
+def random_model(config, parts=ALL_PARTS, device=DEVICE, dtype=DTYPE, vae_dtype=torch.float32):
+    """Return a model at its full size with random weights: it draws noise, but its cost is real.
 
-    prepare: i -> the i-th call, ready to run; what `prepare` itself does is not timed.
+    parts: which get weights, the VAE's in vae_dtype, the others' in dtype; the rest has no memory.
+    """
+    model = unfilled(config)
+    for name in parts:
+        randomise(device, getattr(model, name).to(vae_dtype if name == "vae" else dtype))
+    if "vae" in parts:
+        ones = torch.ones(config.vae_channels, device=device)
+        model.vae.set_statistics(0 * ones, ones)
+        model.vae.to(memory_format=torch.channels_last)
+    return model.eval()
+
+
+def euler_step(model, context, guidance):
+    """Return the function (z, t, t_next) -> next z: a denoising step as `MoS.denoise` takes it."""
+    def step(z, t, t_next):
+        v = model.guided(z, t, context, guidance=guidance, rescale=0.7)
+        return z + (t_next - t) * v
+    return step
+
+
+# ------------------------------------------------------------------------------------------------
+# Clocks
+
+def record_kernels(call):
+    """Return the profile of the kernels that a call launches."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
+        call()
+        torch.cuda.synchronize()
+    return record
+
+
+def device_time(prepare, calls=CALLS):
+    """Return the microseconds that a call's kernels take on the GPU, the median of many calls.
+
+    prepare: i -> the i-th call, ready to run; what `prepare` itself does is not timed. Raises
+    RuntimeError where the profiler sees no kernels.
     """
     for i in range(SETS):  # compiles
         prepare(i)()
     ready = [prepare(i) for i in range(calls)]
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
-        for call in ready:
-            call()
-        torch.cuda.synchronize()
-    kernels_seen = sorted((e.time_range.start, e.time_range.elapsed_us()) for e in record.events()
-                          if e.device_type == DeviceType.CUDA and not e.is_user_annotation
-                          and not e.name.endswith(" Sync"))  # waiting for the device, not work
-    if not kernels_seen:
+    record = record_kernels(lambda: [call() for call in ready])
+    events = sorted((e.time_range.start, e.time_range.elapsed_us()) for e in record.events()
+                    if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+                    and not e.name.endswith(" Sync"))  # which is waiting, not work
+    if not events:
         raise RuntimeError("the profiler saw no kernels")
-    times, each = [t for _, t in kernels_seen], len(kernels_seen) // calls
-    if len(times) != each * calls:  # the calls differ in their kernels and cannot be told apart
+    times = [microseconds for _, microseconds in events]
+    count = len(times) // calls  # kernels in each call
+    if len(times) != count * calls:  # calls launch different kernels: nothing says which is whose
         return sum(times) / calls
-    return median(sum(times[i * each:(i + 1) * each]) for i in range(calls))
+    return median(sum(times[i * count:(i + 1) * count]) for i in range(calls))
 
 
-def call_time(call, calls=50):
-    """Microseconds until a call is back on the host, its kernels still waiting or at work."""
+def host_time(call, calls=50):
+    """Return the microseconds until a call returns to the host, with its kernels still running."""
     times = []
     for _ in range(calls):
-        start = time.perf_counter()
+        begin = time.perf_counter()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - begin)
     torch.cuda.synchronize()
     return median(times) * 1e6
 
 
+def clock_time(call, calls=10, warmup=3):
+    """Return the milliseconds of a call by the clock, launches and kernels: a median."""
+    times = []
+    for _ in range(warmup + calls):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return median(times[warmup:])
+
+
+def replay_time(function, *inputs, calls=20, warmup=3):
+    """Return the microseconds of a CUDA graph's replay by device events: a median."""
+    replay = replayed(function, *inputs)
+    times = []
+    for _ in range(warmup + calls):
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        begin.record()
+        replay(*inputs)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * begin.elapsed_time(end))
+    return median(times[warmup:])
+
+
 def ceilings():
-    """What this GPU can do: copies in bytes/s, read plus written, and products in FLOP/s."""
-    sources, target = [normal(2**29) for _ in range(SETS)], normal(2**29)
+    """Return what this GPU can do at most: bytes/s of a copy, read plus written, and FLOP/s."""
+    sources = [normal(2**29) for _ in range(SETS)]
+    target = normal(2**29)
     copy = device_time(lambda i: partial(target.copy_, sources[i % SETS]), 30)
     factors = [normal(8192, 8192) for _ in range(SETS)]
     product = device_time(lambda i: partial(torch.mm, factors[i % SETS], factors[0]), 60)
     return 2e6 * target.nbytes / copy, 2e6 * 8192**3 / product
 
 
-def large_model(dtype, preset="mos_s"):
-    """Router and generation tower of a large preset; its other parts stay without memory."""
-    model = unfilled(MoSConfig(**PRESETS[preset]))
-    randomise(DEVICE, model.router.to(dtype), model.generation.to(dtype))
-    return model
+# ------------------------------------------------------------------------------------------------
+# Results
 
-
-def whole_time(call, calls=10, before=3):
-    """Milliseconds of a call by the clock, launches and all kernels: the median after `before`."""
-    times = []
-    for _ in range(before + calls):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return median(times[before:])
-
-
-def show_profile(call, rows=16):
-    """Print which kernels a call spends its time in: share, milliseconds, launches, name."""
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
-        call()
-        torch.cuda.synchronize()
-    found = [(e.self_device_time_total, e.count, e.key) for e in record.key_averages()
-             if e.self_device_time_total]
-    total = sum(spent for spent, *_ in found)
+def print_profile(call, rows=16):
+    """Print in which kernels a call spends its time: share, milliseconds, launches, name."""
+    kinds = [(e.self_device_time_total, e.count, e.key)
+             for e in record_kernels(call).key_averages() if e.self_device_time_total]
+    total = sum(spent for spent, *_ in kinds)
     print(f"profile: {total / 1e3:.2f} ms in kernels")
-    for spent, count, name in sorted(found, reverse=True)[:rows]:
+    for spent, count, name in sorted(kinds, reverse=True)[:rows]:
         print(f"{spent / total:7.1%} {spent / 1e3:8.3f} {count:5} {name[:80]}")
 
 
-def replay_time(function, *inputs, calls=20):
-    """Microseconds of a CUDA graph's replay: the median of many, by device events."""
-    replay = replayed(function, *inputs)
-    times = []
-    for _ in range(calls + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        replay(*inputs)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * begin.elapsed_time(end))
-    return median(times[3:])
-
-
 def installed(package):
-    """The version of a package, or "absent"."""
+    """Return the version of a package, or "absent"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -124,7 +155,7 @@ def installed(package):
 
 
 def header():
-    """Print and return what was measured with."""
+    """Print and return on which GPU and with which versions the measurement runs."""
     result = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__,
                   triton=kernels.triton.__version__, revision=revision(),
                   liger=installed("liger_kernel"), diffusers=installed("diffusers"))
