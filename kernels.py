@@ -186,8 +186,8 @@ def queries_keys_twin(qkv, rope, heads, weights=(None, None, None), context=None
     def norm(x, weight):
         return x if weight is None else rms_norm_twin(x, weight, None, eps)
 
-    kv_heads = (qkv.shape[2] - heads) // 2
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], 2)                 # (B, L, H or Hk, Dh) each
+    Hk = (qkv.shape[2] - heads) // 2
+    q, k, v = qkv.split([heads, Hk, Hk], 2)         # (B, L, H, Dh), (B, L, Hk, Dh), (B, L, Hk, Dh)
     q = apply_rope(norm(q, weights[0]), rope)                                     # (B, L, H, Dh)
     k = apply_rope(norm(k, weights[1]), rope)                                     # (B, L, Hk, Dh)
     if context is not None:
@@ -663,7 +663,6 @@ def queries_keys_forward(
     """Return q, k, v of `queries_keys_twin`; without a context v is empty: it stays in qkv."""
     q, k, v = empty_heads(qkv, context, cos, sin, q_weight, k_weight, context_weight, heads, eps)
     B, keys, Hk, Dh = k.shape
-
     written = Hk if context is None else 2 * Hk  # heads of keys and values
 
     def launch(x, qw, kw, first, H, rotate):
