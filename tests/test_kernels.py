@@ -187,7 +187,7 @@ SMALL = {
     "norm, 3-d": (norm_case, 5, 3, 123),
     "norm, one row": (norm_case, 1, 40),
     "norm, no row": (norm_case, 2, 0, 64),
-    "norm, wide": (norm_case, 3, 5000),
+    "norm, 5000": (norm_case, 3, 5000),
     "norm, small": (norm_case, 9, 32, dict(scale=1e-3)),  # eps matters
     "add": (norm_case, 37, 200, dict(add=True)),
     "add, odd": (norm_case, 5, 123, dict(add=True)),
@@ -213,7 +213,7 @@ SMALL = {
     "ffn, no row": (ffn_case, 2, 0, 24, dict(hidden=40)),
     "mix": (mix_case, 2, 5, 6, 2, 123),
     "mix, no bias": (mix_case, 2, 5, 6, 1, 40, False),
-    "mix, wide": (mix_case, 1, 2, 3, 3, 2100),
+    "mix, 2100": (mix_case, 1, 2, 3, 3, 2100),
     "mix, no token": (mix_case, 2, 0, 6, 2, 40),
     "project": (project_case, 2, 5, 6, 2, 123, 24),
     "project, one token": (project_case, 1, 1, 3, 3, 40, 24),
@@ -225,7 +225,7 @@ SMALL = {
     "channels, 320": (channel_case, 1, 4, 3, 320),
     "channels, one": (channel_case, 2, 3, 3, 1),
     "channels, one pixel": (channel_case, 1, 1, 1, 40),
-    "channels, wide": (channel_case, 1, 2, 2, 5000),
+    "channels, 5000": (channel_case, 1, 2, 2, 5000),
     "channels, no sample": (channel_case, 0, 2, 2, 40),
     "channels, small": (channel_case, 1, 3, 3, 40, dict(scale=1e-6))}
 LARGE = {  # on a GPU, and compiled without one
@@ -293,9 +293,10 @@ def evaluate(call, inputs, upstream=None, strided=False, times=1):
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     upstream = upstream or [torch.randn_like(y) for y in outputs]
     upstream = [spread(d) for d in upstream] if strided else upstream
-    wanted, gradients = [x for x in inputs if x is not None and x.requires_grad], []
-    for _ in range(times if wanted else 0):
-        gradients = grad(outputs, wanted, upstream, retain_graph=times > 1, materialize_grads=True)
+    leaves = [x for x in inputs if x is not None and x.requires_grad]
+    gradients = []
+    for _ in range(times if leaves else 0):
+        gradients = grad(outputs, leaves, upstream, retain_graph=times > 1, materialize_grads=True)
     return outputs, list(gradients), upstream
 
 
@@ -379,8 +380,8 @@ def test_a_residual_in_fp32(fused):
     (s, y), gradients, upstream = evaluate(kernels.rms_norm, [x, w, r])
     assert (s.dtype, y.dtype) == (torch.float32, torch.bfloat16)
     assert [d.dtype for d in gradients] == [x.dtype, w.dtype, r.dtype]
-    wide = [a.detach().double().requires_grad_() for a in (x, w, r)]
-    expected, d_expected, _ = evaluate(norm64, wide, [d.double() for d in upstream])
+    doubles = [a.detach().double().requires_grad_() for a in (x, w, r)]
+    expected, d_expected, _ = evaluate(norm64, doubles, [d.double() for d in upstream])
     agree([y, s, *gradients], [expected[1], expected[0], *d_expected])
 
 
@@ -484,7 +485,8 @@ def test_narrow_models_leave_fusion_to_the_compiler(name, width, monkeypatch):
 
 def test_channel_norm_dispatch(fused, monkeypatch):
     """The kernel runs where channels are last and no gradient is needed, else the twin."""
-    calls, forward = [], kernels.channel_norm_forward
+    calls = []
+    forward = kernels.channel_norm_forward
     monkeypatch.setattr(kernels, "channel_norm_forward", lambda *a: calls.append(a) or forward(*a))
     (x, gamma), call, reference = make(SMALL["channels"], Draw())
 
@@ -499,8 +501,8 @@ def test_channel_norm_dispatch(fused, monkeypatch):
     assert not kernel_taken(leaves[0], gamma) and not kernel_taken(x, leaves[1])
     nonzero = [torch.randn_like(x).requires_grad_(), leaves[1]]
     _, gradients, upstream = evaluate(call, nonzero)
-    wide = [a.detach().double().requires_grad_() for a in nonzero]
-    agree(gradients, evaluate(reference, wide, [d.double() for d in upstream])[1])
+    doubles = [a.detach().double().requires_grad_() for a in nonzero]
+    agree(gradients, evaluate(reference, doubles, [d.double() for d in upstream])[1])
     monkeypatch.setattr(kernels, "PLAIN", True)
     assert not kernel_taken(x, gamma)
 
@@ -567,7 +569,9 @@ def compile_kernels(arch):
     names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
     done = set()
     for kernel, arguments, options in launches():
-        signature, constants, aligned = {}, {}, {}
+        signature = {}
+        constants = {}
+        aligned = {}
         values = dict(zip(kernel.arg_names, arguments)) | options
         for i, parameter in enumerate(kernel.params):
             value = values.pop(parameter.name)
@@ -609,7 +613,7 @@ def test_kernels_compile(arch):
         assert usage["stores"] or usage["kernel"] == "mix_backward_kernel", line
 
 
-# --- D. the whole model --------------------------------------------------------------------------
+# --- D. a complete model -------------------------------------------------------------------------
 
 @device
 @pytest.mark.parametrize("changes", (dict(gen_depth=1, und_depth=2),

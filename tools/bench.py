@@ -27,7 +27,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Callable, NamedTuple
 
 import torch
@@ -43,8 +42,8 @@ from kernels import Keys, autocast
 from mos import Context
 from tools.estimate import estimate
 from tools.latency import bench_latency, bench_loading
-from tools.timing import (DEVICE, DTYPE, SETS, ceilings, device_time, euler_step, header, host_time,
-                          normal, print_profile, random_model, replay_time, save)
+from tools.timing import (DEVICE, DTYPE, SETS, ceilings, clock_time, device_time, euler_step,
+                          header, host_time, normal, print_profile, random_model, replay_time, save)
 from train import prepare
 
 try:
@@ -334,7 +333,7 @@ def measure(make_case, copy, gemm):
 class Products(TorchDispatchMode):
     """Collects the matrix products and attention calls that run inside."""
 
-    KEPT = 3  # calls of one kind that are kept to be run again, each with its own tensors
+    KEPT = 3  # calls of one kind that are kept to run again, each with different tensors
 
     def __init__(self):
         super().__init__()
@@ -440,14 +439,7 @@ class TrainCase(NamedTuple):
             optimizer.zero_grad(set_to_none=True)
 
         torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(5):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            step()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        return median(times[2:])
+        return clock_time(step, calls=3, warmup=2) / 1e3
 
     def measure(self, model, optimizer, gemm):
         """Return images/s, MFU, peak memory and its estimate for the largest batch that fits."""
@@ -551,7 +543,8 @@ def cell(row, name):
 
 def print_row(row):
     """Print a line of the table of operations, or a table of feed-forward networks."""
-    fraction, cost = row["fractions"], row["cost"] / 1e6
+    fraction = row["fractions"]
+    cost = row["cost"] / 1e6
     if row["which"] != "both":
         print(f"{row['name']:31} {row['which']:9}{cost:5.0f}{row['host']:5.0f} "
               f"{row['times']['ours'] or math.nan:7.1f}{fraction.get('ours', 0):5.0%}"
