@@ -204,7 +204,7 @@ def test_drill_refuses(flags, message, refuse, monkeypatch):
     refuse(message, drill, *flags)
 
 
-@pytest.mark.parametrize("script, flags", (("sample.py", []), ("evaluate.py", ["missing"]),
+@pytest.mark.parametrize("script, flags", (("sample.py", []), ("tools.evaluate", ["missing"]),
                                            ("train.py", ["--stage", "zebra"])))
 def test_refusal_of_a_process(script, flags):
     """In a process of its own, too, an error is one line and exit code 2."""
@@ -214,7 +214,7 @@ def test_refusal_of_a_process(script, flags):
 
 def test_interrupted(command, monkeypatch, capsys):
     """Ctrl-C while a command works is one line, too."""
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
     monkeypatch.setattr(MoS, "from_pretrained", interrupt)
     with pytest.raises(SystemExit, match="130"):

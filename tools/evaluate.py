@@ -210,7 +210,7 @@ def export(model, args, settings, device):
             "settings": settings}
     check_export(args.export, made)
     load_parts(model, args.checkpoint, ALL, device)
-    draw_prompts(model, args.export, prompts, args.batch, made)
+    draw_prompts(model, args.export, prompts, batch=args.batch, made=made)
 
 
 def parse(arguments=None):
@@ -289,8 +289,8 @@ def main():
             print(f"\n{title}: left out, {reason}")
         else:
             failures[what] = []
-            tables[what] = score(what, model, args, edit_settings if what == "edits" else settings,
-                                 failures[what])
+            tables[what] = score(what, model, args, failures=failures[what],
+                                 settings=edit_settings if what == "edits" else settings)
             show(title, tables[what])
     if args.json:
         write_json(args.json, about | {"scores": tables}, indent=1)

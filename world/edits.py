@@ -130,6 +130,8 @@ def _choose_other(rng, values, current):
     return rng.choice([value for value in values if value != current])
 
 
+# Each of these draws a Part about a scene; names: a noun phrase for each of its objects.
+
 def _add(rng, scene, names, room):
     o = Object(*(rng.choice(tuple(table)) for table in (SHAPES, COLOURS, SIZES)))
     if rng.random() < 0.7:  # an object beside another one fits less often than one in a corner
@@ -237,22 +239,22 @@ def instruct(rng, type, scene, width=1.0, height=1.0, grid=GRID):
     return Edit(type, text, scene, target, changed, new)
 
 
-def draw_edit(rng, type, split="train", width=1.0, height=1.0, grid=GRID):
+def draw_edit(rng, type, split="train", **room):
     """Draw a random edit of one type.
 
     split: in "train", "val" and "any" source and target are scenes of that split, see
     shapes.draw_scene. In "held" the edit makes a held-out combination from a scene of "train";
-    extract, background and style cannot make one, and start from one instead. width, height, grid:
-    see shapes.draw_scene. Raises ValueError for an unknown type.
+    extract, background and style cannot make one, and start from one instead. room: width, height,
+    grid as for shapes.draw_scene. Raises ValueError for an unknown type.
     """
     if type not in TYPES:
         raise ValueError(f"unknown type of edit {type!r}, expected one of: {', '.join(TYPES)}")
     makes = split == "held" and type not in ("extract", "background", "style")
     while True:
         task = shapes.draw_task(rng)
-        scene = shapes.draw_scene(rng, task, "train" if makes else split, width, height, grid)
+        scene = shapes.draw_scene(rng, task, "train" if makes else split, **room)
         for _ in range(8):  # otherwise crowded scenes, in which few edits fit, would be rare
-            edit = instruct(rng, type, scene, width, height, grid)
+            edit = instruct(rng, type, scene, **room)
             if edit and shapes.in_split(edit.target, split):
                 return edit
 

@@ -311,7 +311,7 @@ def score_judge(number, height=128, width=128, vae=None, seed=0, split="any", st
         for i in range(start, min(start + 50, number)):
             rng = random.Random(f"judge {seed} {i}")
             task = shapes.draw_task(rng)
-            scene = shapes.draw_scene(rng, task, split, width / unit, height / unit)
+            scene = shapes.draw_scene(rng, task, split, width=width / unit, height=height / unit)
             scenes.append(scene._replace(style=style))
         true = shapes.render(shapes.pack(scenes), height, width, device)
         decoded = true if vae is None else vae.decode(vae.encode(true))
@@ -332,7 +332,8 @@ def score_vae(model, number, seed):
     size = model.config.size
     for row, split in (*SCENES.items(), ("outlined", "val")):
         style = "outlined" if row == "outlined" else "filled"
-        right, decibels = score_judge(number, size, size, model.vae, seed, split, style)
+        right, decibels = score_judge(number, size, size, vae=model.vae, seed=seed, split=split,
+                                      style=style)
         table["right"][row] = [right, number, number]
         table["PSNR"][row] = decibels
     return table
