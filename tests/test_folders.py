@@ -254,17 +254,17 @@ def copy_folder(parts, tmp_path, part, **changes):
     return folder
 
 
-@pytest.mark.parametrize("part, changes, blame", (
+@pytest.mark.parametrize("part, changes, message", (
     ("und", dict(hidden_size=None), "holds no model as it is published .*hidden_size"),
     ("und", dict(num_key_value_heads=0), "holds no model as it is published .*Zero"),
     ("und", dict(hidden_act="gelu"), "another activation than silu"),
     ("vae", dict(dim_mult=4), "holds no model as it is published .*TypeError"),
     ("vae", dict(latents_std=None), "holds no model as it is published .*latents_std"),
     ("vae", dict(latents_mean=[0.0]), "must have 6 numbers each in latents_mean and")))
-def test_spoiled_configurations(part, changes, blame, parts, tmp_path):
+def test_spoiled_configurations(part, changes, message, parts, tmp_path):
     """A value that is missing in config.json, or of a wrong type, is an error of one line."""
     folder = copy_folder(parts, tmp_path, part, **changes)
-    with pytest.raises(ValueError, match=blame):
+    with pytest.raises(ValueError, match=message):
         {"und": load_tower, "vae": load_vae}[part](folder)
 
 

@@ -96,7 +96,7 @@ def test_bf16(folder):
     assert not any(p.requires_grad for p in tower.parameters())
 
 
-@pytest.mark.parametrize("damage, blame", (
+@pytest.mark.parametrize("damage, message", (
     (lambda t: t.pop("model.norm.weight"), "norm.weight is missing"),
     (lambda t: t.pop("lm_head.weight"), "head.weight is missing"),
     (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"),
@@ -105,7 +105,7 @@ def test_bf16(folder):
     (lambda t: t.update({"model.layers.1.more.weight": torch.ones(1)}), "more.weight is not part"),
     (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.ones(1)}), "is not part of"),
     (lambda t: t.update({"model.norm.weight": torch.ones(1)}), r"shape \(1,\), .*for \(48,\)")))
-def test_damaged_tensors(damage, blame, folder):
+def test_damaged_tensors(damage, message, folder):
     """A tensor that is missing, unknown or of a wrong shape is named."""
     tensors = {}
     for path in folder.glob("*.safetensors"):
@@ -113,7 +113,7 @@ def test_damaged_tensors(damage, blame, folder):
         path.unlink()
     damage(tensors)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=blame):
+    with pytest.raises(ValueError, match=message):
         load_tower(folder)
 
 
@@ -133,15 +133,15 @@ def test_parts_of_others_are_left(folder):
         assert all(torch.equal(expected[name], state[name]) for name in expected)
 
 
-@pytest.mark.parametrize("change, blame", (
+@pytest.mark.parametrize("change, message", (
     (dict(model_type="bert"), "model_type 'bert'; expected one of llama, qwen2, qwen3"),
     (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "rope_type 'yarn'"),
     (dict(use_sliding_window=True), "a sliding window")))
-def test_other_families(change, blame, folder):
+def test_other_families(change, message, folder):
     """A model that this decoder cannot compute is refused, with the reason."""
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=blame):
+    with pytest.raises(ValueError, match=message):
         load_tower(folder)
 
 

@@ -140,16 +140,16 @@ def test_original_names(theirs, folder):
     compare(load_vae(folder, dtype=torch.float64), theirs, (64, 64))
 
 
-@pytest.mark.parametrize("damage, blame", (
+@pytest.mark.parametrize("damage, message", (
     (lambda t: t.pop("quant_conv.bias"), "quant_conv.bias is missing"),
     (lambda t: t.update(more=torch.ones(1)), "tensor more is not part of this model"),
     (lambda t: t.update({"quant_conv.bias": torch.ones(3)}), r"shape \(3,\), .*asks for \(12,\)")))
-def test_damaged_tensors(damage, blame, folder):
+def test_damaged_tensors(damage, message, folder):
     """A tensor that is missing, unknown or of a wrong shape is named."""
     tensors = take_tensors(folder)
     damage(tensors)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=blame):
+    with pytest.raises(ValueError, match=message):
         load_vae(folder)
 
 

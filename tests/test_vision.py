@@ -357,7 +357,7 @@ def test_unknown_names(config, name):
         assert encoder.our_name(other) is None
 
 
-@pytest.mark.parametrize("config, blame", (
+@pytest.mark.parametrize("config, message", (
     (plm("base"), "'vit_pe_lang_base_patch14_448'; expected PLM's"),
     (dict(vision_config=dict(model_type="siglip_vision_model"), text_config=QWEN2), "'siglip_vis"),
     (plm("large", kind="core"), "use_post_transformer_norm True; expected False"),
@@ -370,9 +370,9 @@ def test_unknown_names(config, name):
     (internvl(use_mean_pooling=False), "use_mean_pooling False"),
     (internvl(dict(ps_version="v1")), "ps_version 'v1'; expected 'v2'"),
     (internvl(dict(downsample_ratio=0.25)), "downsample_ratio 0.25")))
-def test_other_encoders(config, blame):
+def test_other_encoders(config, message):
     """Another encoder than PLM's or InternVL's is refused, with the reason."""
-    with pytest.raises(ValueError, match=blame):
+    with pytest.raises(ValueError, match=message):
         build_encoder(config)
 
 
