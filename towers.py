@@ -243,7 +243,7 @@ class Understanding(nn.Module):
 
     def init_parameter(self, name, p):
         """Initialise one parameter."""
-        if name.startswith("vision.") and hasattr(self.vision, "init_parameter"):
+        if name.startswith("vision."):
             self.vision.init_parameter(name.removeprefix("vision."), p)
         elif name == "embedding.weight":
             p.normal_(0, 0.1)  # large: training hardly changes how far apart words are

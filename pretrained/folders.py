@@ -112,7 +112,7 @@ def llama3_scaling(factor, low_freq_factor, high_freq_factor, original_max_posit
 
 
 def check_supported(folder, c, rope_type):
-    """Raise ValueError where a tower's configuration asks for what `Understanding` has not."""
+    """Raise ValueError where a tower's configuration asks for more than `Understanding` offers."""
     family = c.get("model_type")
     differences = {
         f"model_type {family!r}": family not in FAMILIES,
@@ -154,7 +154,7 @@ def build_tower(folder, images=True):
         eps=c["rms_norm_eps"], **FAMILIES[c["model_type"]])
 
 
-# InternVL's and PLM's placeholders for image tokens, and the texts before and behind a picture's.
+# InternVL's and PLM's placeholders for image tokens, and the texts before and after a picture's.
 IMAGE_TOKENS = {"<IMG_CONTEXT>": ("<img>", "</img>\n"), "<|image|>": ("", "")}
 
 
@@ -217,12 +217,12 @@ class FolderTokenizer(Tokenizer):
         return self.library.get_vocab_size()
 
     def encode(self, text, image_tokens=0):
-        """Return the token ids of a text, at least one, behind placeholders for image tokens."""
+        """Return the token ids of a text, at least one, after placeholders for image tokens."""
         if image_tokens:
             placeholder = next(token for token in IMAGE_TOKENS
                                if self.library.token_to_id(token) is not None)
-            before, behind = IMAGE_TOKENS[placeholder]
-            text = before + placeholder * image_tokens + behind + text
+            before, after = IMAGE_TOKENS[placeholder]
+            text = before + placeholder * image_tokens + after + text
         if self.template:  # it adds the tokenizer's special tokens itself
             return self.library.encode(self.template(text), add_special_tokens=False).ids
         # NOTE (ours): Qwen has no <bos>, so its empty prompt is the token that ends texts.

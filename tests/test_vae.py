@@ -1,4 +1,4 @@
-"""The VAE: parity with diffusers' AutoencoderKLWan, random weights; tiles, types and layout."""
+"""The VAE equals diffusers' AutoencoderKLWan, with random weights; its tiles, types and layout."""
 
 import copy
 import json
@@ -31,7 +31,10 @@ FULL = {**SMALL, "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48,  # Wan 2
 
 
 def make_theirs(config, largest):
-    """A random AutoencoderKLWan, its norms and biases, too: tensors of at most so many values."""
+    """Return an AutoencoderKLWan with noise on all tensors of at most `largest` values.
+
+    Norms and biases would not be random otherwise.
+    """
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.AutoencoderKLWan(**config).eval().requires_grad_(False)
@@ -52,43 +55,44 @@ def folder(theirs, tmp_path):
     return tmp_path
 
 
-def tensors_of(folder):
-    """All tensors of a folder, whose files go."""
-    found = {}
+def take_tensors(folder):
+    """Return all tensors of a folder, and delete its files."""
+    tensors = {}
     for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
+        tensors |= load_file(path)
         path.unlink()
-    return found
+    return tensors
 
 
 def compare(ours, theirs, size, dtype=torch.float64, latents=1e-9, pictures=1e-6):
-    """Latents, normalised, and decoded pictures are diffusers', up to these relative errors.
+    """Check that normalised latents and decoded pictures equal diffusers'.
 
-    diffusers upsamples in fp32, whatever comes in.
+    latents, pictures: the relative errors allowed; diffusers always upsamples in fp32.
     """
-    c, model = theirs.config, theirs.to(dtype)
+    model = theirs.to(dtype)
+    mean = torch.tensor(theirs.config.latents_mean, dtype=dtype).view(-1, 1, 1)
+    std = torch.tensor(theirs.config.latents_std, dtype=dtype).view(-1, 1, 1)
     x = 2 * torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype) - 1
-    mean, std = (torch.tensor(values, dtype=dtype).view(-1, 1, 1)
-                 for values in (c.latents_mean, c.latents_std))
     z = model.encode(x[:, :, None]).latent_dist.mean[:, :, 0]
     decoded = model.decode(z[:, :, None]).sample[:, :, 0].clamp(-1, 1)
     assert (decoded.abs() < 1).double().mean() > 0.5
     z = (z - mean) / std
-    for found, expected, error in ((ours.encode(x), z, latents),
-                                   (ours.decode(z), decoded, pictures)):
-        assert found.shape == expected.shape and found.dtype == dtype
-        assert (found - expected).norm() <= error * expected.norm()
+    for result, expected, error in ((ours.encode(x), z, latents),
+                                    (ours.decode(z), decoded, pictures)):
+        assert result.shape == expected.shape
+        assert result.dtype == dtype
+        assert (result - expected).norm() <= error * expected.norm()
 
 
 @pytest.mark.parametrize("size", ((64, 64), (64, 96)))
 def test_parity(size, theirs, folder):
-    """Encoder and decoder of one image, with the folder's own mean and std."""
+    """Encoder and decoder equal diffusers' for one image, with the folder's own mean and std."""
     compare(load_vae(folder, dtype=torch.float64), theirs, size)
 
 
 @pytest.mark.slow
 def test_parity_at_full_width(tmp_path):
-    """The same for the network of Wan 2.2, in fp32."""
+    """The same holds for the network of Wan 2.2, in fp32."""
     full = make_theirs(FULL, 10 ** 4)
     full.save_pretrained(tmp_path)
     ours = load_vae(tmp_path)
@@ -97,74 +101,76 @@ def test_parity_at_full_width(tmp_path):
 
 
 def test_parameters():
-    """Of diffusers' 704.7 M parameters one image uses 252.1 M; ours are those."""
+    """One image uses 252.1 M of diffusers' 704.7 M parameters; ours has these only."""
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
-        full, ours = diffusers.AutoencoderKLWan(**FULL), VAE()
-    count = [sum(p.numel() for p in model.parameters()) for model in (full, ours)]
-    assert count == [704_688_668, 252_125_020]
+        theirs = diffusers.AutoencoderKLWan(**FULL)
+        ours = VAE()
+    assert sum(p.numel() for p in theirs.parameters()) == 704_688_668
+    assert sum(p.numel() for p in ours.parameters()) == 252_125_020
 
 
 def wan_name(name):
-    """Wan's own name of a tensor, from diffusers'."""
+    """Return Wan's own name of a tensor for diffusers' name."""
     if name.startswith(("quant_conv", "post_quant_conv")):
         return name.replace("post_quant_conv", "conv2").replace("quant_conv", "conv1")
     parts = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2",
              "mid_block.attentions.0": "middle.1", "mid_block.resnets.0": "middle.0",
              "mid_block.resnets.1": "middle.2"}
-    for own, wan in parts.items():
-        name = name.replace(f".{own}.", f".{wan}.")
+    for theirs, wan in parts.items():
+        name = name.replace(f".{theirs}.", f".{wan}.")
     for way, last in (("down", 2), ("up", 3)):
         name = re.sub(rf"{way}_blocks\.(\d)\.{way}sampler", rf"{way}samples.\1.{way}samples.{last}",
                       name)
         name = re.sub(rf"{way}_blocks\.(\d)\.resnets", rf"{way}samples.\1.{way}samples", name)
-    for own, wan in {"norm1": 0, "norm2": 3}.items():
-        name = name.replace(f".{own}.", f".residual.{wan}.")
+    name = name.replace(".norm1.", ".residual.0.").replace(".norm2.", ".residual.3.")
     name = re.sub(r"(samples\.\d|middle\.\d)\.conv1\.", r"\1.residual.2.", name)
-    name = re.sub(r"\.conv2\.(?!.*conv)", ".residual.6.", name) if name.count("conv2") else name
+    name = re.sub(r"\.conv2\.(?!.*conv)", ".residual.6.", name)
     return name.replace("conv_shortcut", "shortcut")
 
 
 def test_original_names(theirs, folder):
-    """The same weights under Wan's own names."""
-    named = {wan_name(name): p for name, p in tensors_of(folder).items()}
+    """A folder may use Wan's own names for the same weights."""
+    named = {wan_name(name): p for name, p in take_tensors(folder).items()}
     assert "encoder.downsamples.0.downsamples.0.residual.2.weight" in named
     assert "decoder.upsamples.1.upsamples.3.resample.1.weight" in named
-    assert "encoder.middle.1.to_qkv.weight" in named and "conv2.weight" in named
+    assert "encoder.middle.1.to_qkv.weight" in named
+    assert "conv2.weight" in named
     save_file(named, folder / "model.safetensors")
     compare(load_vae(folder, dtype=torch.float64), theirs, (64, 64))
 
 
-@pytest.mark.parametrize("damage, blame", (
+@pytest.mark.parametrize("damage, message", (
     (lambda t: t.pop("quant_conv.bias"), "quant_conv.bias is missing"),
     (lambda t: t.update(more=torch.ones(1)), "tensor more is not part of this model"),
     (lambda t: t.update({"quant_conv.bias": torch.ones(3)}), r"shape \(3,\), .*asks for \(12,\)")))
-def test_damaged_tensors(damage, blame, folder):
-    """A tensor that is missing, too much or misshaped is named."""
-    tensors = tensors_of(folder)
+def test_damaged_tensors(damage, message, folder):
+    """A tensor that is missing, unknown or of a wrong shape is named."""
+    tensors = take_tensors(folder)
     damage(tensors)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=blame):
+    with pytest.raises(ValueError, match=message):
         load_vae(folder)
 
 
 def test_other_folders(folder):
-    """Another VAE, or none, is refused in one line."""
+    """A folder with another VAE, or without weights, is refused in one line."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "is_residual": False}))
     with pytest.raises(ValueError, match="is not Wan 2.2's VAE: expected is_residual"):
         load_vae(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    tensors_of(folder)
+    take_tensors(folder)
     with pytest.raises(FileNotFoundError, match="no safetensors files in"):
         load_vae(folder)
 
 
-# --- layers, tiles, types and layout -------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Layers, tiles, types and layout
 
 @pytest.fixture
 def small():
-    """A random VAE in float64, its norms and biases, too."""
+    """A VAE in float64 whose weights, norms and biases are all random."""
     torch.manual_seed(0)
     model = VAE(6, 4, 4).double().requires_grad_(False)
     for p in model.parameters():
@@ -186,94 +192,114 @@ def psnr(a, b):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_norm_and_silu(dtype):
-    """In one they are what they are one after the other, bit for bit."""
+    """The fused norm and SiLU equal the two one after the other, bit for bit."""
     x = torch.randn(2, 20, 3, 5, dtype=dtype)
-    one, two = NormSiLU(20).to(dtype), ChannelNorm(20).to(dtype)
-    two.gamma.data.copy_(one.gamma.data.normal_())
-    assert torch.equal(one(x), F.silu(two(x)))
+    fused = NormSiLU(20).to(dtype)
+    norm = ChannelNorm(20).to(dtype)
+    norm.gamma.data.copy_(fused.gamma.data.normal_())
+    assert torch.equal(fused(x), F.silu(norm(x)))
 
 
 def test_doubling():
-    """Nearest neighbours, then a convolution, with gradients."""
-    conv, x = DoublingConv(5, 5, 3).double(), torch.randn(2, 5, 3, 7, dtype=torch.float64)
-    leaves = x.requires_grad_(), conv.weight, conv.bias
-    results = []
-    for y in (conv(x), F.conv2d(F.interpolate(x, scale_factor=2), *leaves[1:], padding=1)):
-        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
-    for found, expected in zip(*results):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    """The doubling convolution equals nearest neighbours, then a convolution; gradients, too."""
+    conv = DoublingConv(5, 5, 3).double()
+    x = torch.randn(2, 5, 3, 7, dtype=torch.float64, requires_grad=True)
+    leaves = x, conv.weight, conv.bias
+    y = conv(x)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2), conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad(y.sin().sum(), leaves)
+    expected = torch.autograd.grad(expected.sin().sum(), leaves)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("tile, size", ((8, (24, 24)), (4, (34, 5)), (4, (5, 34))))
 def test_tiles(tile, size, small, monkeypatch):
-    """Tiles give the values of the whole everywhere, and a margin narrower by one would not."""
+    """Tiles do not change any value, and with a margin narrower by one they would."""
     h, w = size
     z = torch.randn(1, 6, h, w, dtype=torch.float64)
     x = 2 * torch.rand(1, 3, 16 * h, 16 * w, dtype=torch.float64) - 1
-    whole = small.encode(x), small.reconstruct(z)
+    latents = small.encode(x)
+    pictures = small.reconstruct(z)
     monkeypatch.setattr(vae, "TILE", tile)
     monkeypatch.setattr(vae, "UNTILED", h * w - 1)
-    for a, b in zip(whole, (small.encode(x), small.reconstruct(z))):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    torch.testing.assert_close(small.encode(x), latents, rtol=0, atol=1e-12)
+    torch.testing.assert_close(small.reconstruct(z), pictures, rtol=0, atol=1e-12)
     small.encoder.margin -= 1
     small.decoder.margin -= 1
-    for a, b in zip(whole, (small.encode(x), small.reconstruct(z))):
-        assert (a - b).abs().max() > 1e-11
+    assert (small.encode(x) - latents).abs().max() > 1e-11
+    assert (small.reconstruct(z) - pictures).abs().max() > 1e-11
 
 
-class Watch(TorchDispatchMode):
-    """Bytes of the largest tensor that is made."""
+class LargestTensor(TorchDispatchMode):
+    """Records the size in bytes of the largest tensor that any operation returns."""
 
-    largest = 0
+    size = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **kwargs or {})
-        sizes = [x.numel() * x.itemsize for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
-        self.largest = max(self.largest, *sizes, 0)
-        return made
+        result = function(*args, **kwargs or {})
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.size = max(self.size, x.numel() * x.itemsize)
+        return result
 
 
 @pytest.mark.parametrize("size, tiles", (((1024, 1024), 1), ((832, 1280), 1), ((2048, 2048), 4),
                                          ((1024, 4096), 4)))
 def test_which_pictures_are_cut(size, tiles, monkeypatch):
-    """At full width: those of 1024x1024 are not; tiles of larger ones take less than half."""
+    """At full width 1024x1024 pixels are not cut; tiles of larger pictures halve the memory."""
     calls = []
     for part in (vae.Encoder, vae.Decoder):
         monkeypatch.setattr(part, "convolve", lambda self, x, convolve=part.convolve:
                             calls.append(self) or convolve(self, x))
+
+    def measure(run, x, limit):
+        """Return the number of tiles, and the bytes of the largest tensor."""
+        monkeypatch.setattr(vae, "UNTILED", limit)
+        calls.clear()
+        with LargestTensor() as largest:
+            run(x)
+        return len(calls), largest.size
+
+    limit = vae.UNTILED
     with FakeTensorMode(), torch.no_grad():
-        model, found = VAE(), []
-        for whole in (vae.UNTILED, 10 ** 9):
-            monkeypatch.setattr(vae, "UNTILED", whole)
-            for run, x in ((model.posterior, torch.empty(1, 3, *size)),
-                           (model.reconstruct, torch.empty(1, 48, size[0] // 16, size[1] // 16))):
-                calls.clear()
-                with Watch() as watch:
-                    run(x)
-                found.append((len(calls), watch.largest))
-    assert [n for n, _ in found] == [tiles, tiles, 1, 1]
-    for (_, part), (_, whole) in zip(found[:2], found[2:]):
-        assert part == whole if tiles == 1 else part < whole / 2
+        model = VAE()
+        picture = torch.empty(1, 3, *size)
+        latent = torch.empty(1, 48, size[0] // 16, size[1] // 16)
+        for run, x in ((model.posterior, picture), (model.reconstruct, latent)):
+            count, memory = measure(run, x, limit)
+            untiled_count, untiled_memory = measure(run, x, 10 ** 9)
+            assert count == tiles
+            assert untiled_count == 1
+            if tiles == 1:
+                assert memory == untiled_memory
+            else:
+                assert memory < untiled_memory / 2
 
 
 def test_channels_last(small, monkeypatch):
-    """Every norm with SiLU reads memory in which the channels of a pixel are neighbours."""
-    seen = []
-    monkeypatch.setattr(vae, "channel_norm", lambda x, gamma: seen.append(x) or F.silu(x))
+    """Every norm with SiLU reads memory in which the channels of a pixel are adjacent."""
+    inputs = []
+    monkeypatch.setattr(vae, "channel_norm", lambda x, gamma: inputs.append(x) or F.silu(x))
     small.decode(small.encode(2 * torch.rand(2, 3, 64, 96, dtype=torch.float64) - 1))
-    assert len(seen) == 10 * 2 + 1 + 14 * 2 + 1  # of residual blocks, and one behind them
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert len(inputs) == 10 * 2 + 1 + 14 * 2 + 1  # two in a residual block, and one after them
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 def test_bf16(trained):
-    """Networks in bf16 take and give fp32, statistics stay whole; 55 dB from fp32's pictures."""
+    """With weights in bf16, pictures, latents and statistics stay fp32, within 55 dB of fp32."""
     model, pictures = trained
-    coarse = copy.deepcopy(model).to(torch.bfloat16)
-    assert {p.dtype for p in coarse.parameters()} == {torch.bfloat16}
+    bf16 = copy.deepcopy(model).to(torch.bfloat16)
+    assert {p.dtype for p in bf16.parameters()} == {torch.bfloat16}
     for name, values in model.named_buffers():
-        assert torch.equal(getattr(coarse, name), values) and values.dtype == torch.float32
-    z, z_coarse = model.encode(pictures), coarse.encode(pictures)
-    seen, seen_coarse = model.decode(z), coarse.decode(z_coarse)
-    assert z_coarse.dtype == seen_coarse.dtype == torch.float32
-    print(f"PSNR of bf16 against fp32: {psnr(seen_coarse, seen):.1f} dB")
-    assert psnr(seen_coarse, seen) > 55 and (z - z_coarse).norm() < 0.02 * z.norm()
+        assert values.dtype == torch.float32
+        assert torch.equal(getattr(bf16, name), values)
+    z = model.encode(pictures)
+    z_bf16 = bf16.encode(pictures)
+    decoded = model.decode(z)
+    decoded_bf16 = bf16.decode(z_bf16)
+    assert z_bf16.dtype == torch.float32
+    assert decoded_bf16.dtype == torch.float32
+    print(f"PSNR of bf16 against fp32: {psnr(decoded_bf16, decoded):.1f} dB")
+    assert psnr(decoded_bf16, decoded) > 55
+    assert (z - z_bf16).norm() < 0.02 * z.norm()

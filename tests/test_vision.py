@@ -1,4 +1,4 @@
-"""Image encoders: parity with transformers (InternVL) and with a written reference (PLM)."""
+"""Image encoders equal transformers' (InternVL) and a reference written here (PLM)."""
 
 import cmath
 import math
@@ -23,7 +23,7 @@ SMALL = dict(img_size=[14 * SIDE] * 2, embed_dim=WIDTH, depth=2, num_heads=HEADS
 
 
 def plm(size, model_args=(), kind="lang", **changes):
-    """A PLM's config.json."""
+    """Return the config.json of a PLM."""
     vision = dict(model_type="timm_wrapper", architecture=f"vit_pe_{kind}_{size}_patch14_448",
                   model_args=dict(model_args))
     return dict(model_type="perception_lm", vision_config=vision, text_config=dict(hidden_size=OUT),
@@ -31,15 +31,15 @@ def plm(size, model_args=(), kind="lang", **changes):
 
 
 def internvl(top=(), **changes):
-    """An InternVL's config.json."""
+    """Return the config.json of an InternVL."""
     return dict(model_type="internvl", vision_config=INTERN | changes, text_config=QWEN2,
                 downsample_ratio=0.5, vision_feature_layer=-1) | dict(top)
 
 
 @torch.no_grad()
 def load(encoder, tensors):
-    """Fill every value of an encoder once from a folder's tensors."""
-    lacking = {name: p.numel() for name, p in encoder.named_parameters()}
+    """Copy a folder's tensors into an encoder, and check that every value is set exactly once."""
+    unset = {name: p.numel() for name, p in encoder.named_parameters()}
     for name, values in tensors.items():
         if ours := encoder.our_name(name):
             ours, part = ours
@@ -48,14 +48,14 @@ def load(encoder, tensors):
                 target = target.chunk(3)[part]
             assert values.shape == target.shape, name
             target.copy_(values)
-            lacking[ours] -= values.numel()
-    assert not any(lacking.values()), lacking
+            unset[ours] -= values.numel()
+    assert not any(unset.values()), unset
     return encoder
 
 
 @torch.no_grad()
 def watch_blocks(blocks, run, *arguments):
-    """The outputs of all blocks during a call, and its own."""
+    """Return the outputs of all blocks during a call, and the result of the call."""
     states = []
     hooks = [block.register_forward_hook(lambda *a: states.append(a[2])) for block in blocks]
     result = run(*arguments)
@@ -70,7 +70,7 @@ def watch_blocks(blocks, run, *arguments):
 @pytest.mark.parametrize("dtype, autocast", ((torch.float32, False), (torch.bfloat16, False),
                                              (torch.float32, True)))
 def test_patches(dtype, autocast):
-    """Bit by bit the formula with which the tower in weights/ was trained, under its names."""
+    """`Patches` computes bit by bit what the tower in weights/ was trained with."""
     tensors = load_file(ROOT / "weights" / "understanding.safetensors")
     tensors = {name.removeprefix("understanding.vision."): p.to(dtype)
                for name, p in tensors.items() if ".vision." in name}
@@ -79,7 +79,7 @@ def test_patches(dtype, autocast):
     encoder.load_state_dict(tensors)
     images = (2 * torch.rand(2, 3, 64, 96) - 1).to(dtype)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = encoder(images)
+        result = encoder(images)
         x = images
         for i in (0, 2, 4, 6):
             x = F.conv2d(F.gelu(x) if i else x, tensors[f"{i}.weight"], tensors[f"{i}.bias"],
@@ -89,26 +89,29 @@ def test_patches(dtype, autocast):
             for j in range(6):
                 waves = [(i * rate).cos(), (i * rate).sin(), (j * rate).cos(), (j * rate).sin()]
                 expected = x[:, :, i, j] + torch.cat(waves).to(dtype)
-                assert torch.equal(found[:, 6 * i + j], expected)
-    assert found.shape == (2, 24, width) and found.dtype == expected.dtype
+                assert torch.equal(result[:, 6 * i + j], expected)
+    assert result.shape == (2, 24, width)
+    assert result.dtype == expected.dtype
 
 
 def test_patches_start():
-    """At first pictures show in their tokens, and do not drown the places."""
+    """Initially pictures change their tokens, but by less than the position embeddings."""
     torch.manual_seed(0)
-    tower = Understanding(10, 160, 1, 5, 1, 64, vision=Patches(16, 160))
+    tower = Understanding(vocabulary=10, width=160, depth=1, heads=5, kv_heads=1, hidden=64,
+                          vision=Patches(16, 160))
     tokens = tower.vision(2 * torch.rand(64, 3, 32, 32) - 1)
-    assert 0.1 < tokens.std(0).mean() < 1 and not tower.vision[0].bias.any()
+    assert 0.1 < tokens.std(0).mean() < 1
+    assert not tower.vision[0].bias.any()
     for width in (8, 18, 170):
         with pytest.raises(ValueError, match=f"und_width .* got {width}"):
             Patches(16, width)
 
 
 # ------------------------------------------------------------------------------------------------
-# PLM: transformers needs timm for it, so here is what it computes, one picture at a time
+# PLM: transformers needs timm for it, so that a reference for one picture is written here
 
 def timm_tensors(cls, seed=0):
-    """Random values under the names of a small PLM's folder, in fp64."""
+    """Return random tensors named as in the folder of a small PLM, in fp64."""
     shapes = {"vision_tower.timm_model.pos_embed": (1, cls + SIDE ** 2, WIDTH),
               "vision_tower.timm_model.patch_embed.proj.weight": (WIDTH, 3, 14, 14),
               "vision_tower.timm_model.norm_pre": WIDTH,
@@ -136,14 +139,14 @@ def timm_tensors(cls, seed=0):
 
 
 def normalised(x, t, name):
-    """LayerNorm with eps 1e-5."""
+    """Apply a LayerNorm with eps 1e-5."""
     x = x - x.sum(-1, keepdim=True) / x.shape[-1]
     variance = (x * x).sum(-1, keepdim=True) / x.shape[-1]
     return x / (variance + 1e-5).sqrt() * t[f"{name}.weight"] + t[f"{name}.bias"]
 
 
-def through(x, t, name):
-    """A linear layer."""
+def linear(x, t, name):
+    """Apply a linear layer."""
     return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
 
 
@@ -151,68 +154,93 @@ def gelu(x):
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
-def between(grid, y, x):
-    """Bilinear value of a grid (n, n, width) at fractional indices, which stop at its borders."""
+def bilinear(grid, y, x):
+    """Interpolate a grid (n, n, width) at fractional indices, which are clamped to its borders."""
     n = len(grid)
-    y, x = min(max(y, 0), n - 1), min(max(x, 0), n - 1)
-    top, left = min(int(y), n - 2), min(int(x), n - 2)
-    a, b = y - top, x - left
+    y = min(max(y, 0), n - 1)
+    x = min(max(x, 0), n - 1)
+    top = min(int(y), n - 2)
+    left = min(int(x), n - 2)
+    a = y - top
+    b = x - left
     return ((1 - a) * ((1 - b) * grid[top, left] + b * grid[top, left + 1])
             + a * ((1 - b) * grid[top + 1, left] + b * grid[top + 1, left + 1]))
 
 
-def perceive(t, image, cls):
-    """States after every block and the image tokens of one picture (3, H, W)."""
-    t = {name.removeprefix("model."): p for name, p in t.items()}
-    vit, rows, columns = "vision_tower.timm_model.", image.shape[1] // 14, image.shape[2] // 14
-    places, tokens, turns = t[vit + "pos_embed"][0], [], []
+def embed_reference(t, image, cls):
+    """Return the tokens of one picture (3, H, W), and the rotation of each: (L, Dh/2) complex."""
+    vit = "vision_tower.timm_model."
+    rows = image.shape[1] // 14
+    columns = image.shape[2] // 14
+    embeddings = t[vit + "pos_embed"][0]
+    tokens = []
+    rotations = []
     if cls:
-        tokens, turns = [t[vit + "cls_token"][0, 0] + places[0]], [[1] * (WIDTH // HEADS // 2)]
-    grid = places[cls:].reshape(SIDE, SIDE, WIDTH)
+        tokens.append(t[vit + "cls_token"][0, 0] + embeddings[0])
+        rotations.append([1] * (WIDTH // HEADS // 2))
+    grid = embeddings[cls:].reshape(SIDE, SIDE, WIDTH)
     quarter = WIDTH // HEADS // 4
     for row in range(rows):
         for column in range(columns):
             patch = image[:, 14 * row:14 * row + 14, 14 * column:14 * column + 14]
             token = (t[vit + "patch_embed.proj.weight"] * patch).sum((1, 2, 3))
-            place = between(grid, (row + 0.5) * SIDE / rows - 0.5,
-                            (column + 0.5) * SIDE / columns - 0.5)
-            tokens.append(token + place)
-            turns.append([cmath.exp(1j * (n + cls) * 10000 ** (-i / quarter))
-                          for n in (column, row) for i in range(quarter)])
-    turns = torch.tensor(turns, dtype=torch.complex128)
-    x, states = normalised(torch.stack(tokens), t, vit + "norm_pre"), []
+            tokens.append(token + bilinear(grid, (row + 0.5) * SIDE / rows - 0.5,
+                                           (column + 0.5) * SIDE / columns - 0.5))
+            rotations.append([cmath.exp(1j * (n + cls) * 10000 ** (-i / quarter))
+                              for n in (column, row) for i in range(quarter)])
+    return torch.stack(tokens), torch.tensor(rotations, dtype=torch.complex128)
+
+
+def attention_reference(q, k, v, rotations):
+    """Return the attention of all heads; q, k, v: (L, WIDTH)."""
+    results = []
+    for start in range(0, WIDTH, WIDTH // HEADS):
+        head = slice(start, start + WIDTH // HEADS)
+        q_head = torch.complex(q[:, head][:, 0::2], q[:, head][:, 1::2]) * rotations
+        k_head = torch.complex(k[:, head][:, 0::2], k[:, head][:, 1::2]) * rotations
+        scores = torch.stack([(query * k_head.conj()).real.sum(1) for query in q_head])
+        results.append((scores / math.sqrt(WIDTH // HEADS)).softmax(1) @ v[:, head])
+    return torch.cat(results, 1)
+
+
+def perception_reference(t, image, cls):
+    """Return the states after every block, and the image tokens, of one picture (3, H, W)."""
+    t = {name.removeprefix("model."): p for name, p in t.items()}
+    x, rotations = embed_reference(t, image, cls)
+    x = normalised(x, t, "vision_tower.timm_model.norm_pre")
+    states = []
     for i in range(2):
-        block = f"{vit}blocks.{i}."
-        q, k, v = through(normalised(x, t, block + "norm1"), t, block + "attn.qkv").split(WIDTH, 1)
-        heads = []
-        for q, k, v in zip(*(a.split(WIDTH // HEADS, 1) for a in (q, k, v))):
-            q, k = (torch.complex(a[:, 0::2], a[:, 1::2]) * turns for a in (q, k))
-            scores = torch.stack([(one * k.conj()).real.sum(1) for one in q])
-            heads.append((scores / math.sqrt(WIDTH // HEADS)).softmax(1) @ v)
-        x = x + t[block + "gamma_1"] * through(torch.cat(heads, 1), t, block + "attn.proj")
-        hidden = gelu(through(normalised(x, t, block + "norm2"), t, block + "mlp.fc1"))
-        x = x + t[block + "gamma_2"] * through(hidden, t, block + "mlp.fc2")
+        block = f"vision_tower.timm_model.blocks.{i}."
+        qkv = linear(normalised(x, t, block + "norm1"), t, block + "attn.qkv")
+        a = attention_reference(*qkv.split(WIDTH, 1), rotations)
+        x = x + t[block + "gamma_1"] * linear(a, t, block + "attn.proj")
+        hidden = gelu(linear(normalised(x, t, block + "norm2"), t, block + "mlp.fc1"))
+        x = x + t[block + "gamma_2"] * linear(hidden, t, block + "mlp.fc2")
         states.append(x)
-    x = gelu(through(x[cls:], t, "multi_modal_projector.linear_1"))
-    x = through(x, t, "multi_modal_projector.linear_2").reshape(rows, columns, OUT)
-    return states, torch.stack([(x[i, j] + x[i, j + 1] + x[i + 1, j] + x[i + 1, j + 1]) / 4
-                                for i in range(0, rows, 2) for j in range(0, columns, 2)])
+    x = gelu(linear(x[cls:], t, "multi_modal_projector.linear_1"))
+    x = linear(x, t, "multi_modal_projector.linear_2")
+    x = x.reshape(image.shape[1] // 14, image.shape[2] // 14, OUT)
+    tokens = []
+    for i in range(0, x.shape[0], 2):
+        for j in range(0, x.shape[1], 2):
+            tokens.append((x[i, j] + x[i, j + 1] + x[i + 1, j] + x[i + 1, j + 1]) / 4)
+    return states, torch.stack(tokens)
 
 
 @pytest.mark.parametrize("size", ((56, 56), (56, 84), (84, 28)))
 @pytest.mark.parametrize("kind", ("large", "gigantic"))
 def test_perception(kind, size):
-    """Every block and the tokens are the reference's, in the grid of training and in others."""
+    """Every block and the tokens equal the reference, in the grid of training and in others."""
     cls = kind == "large"
     tensors = timm_tensors(cls)
     encoder = load(build_encoder(plm(kind, SMALL)).double(), tensors)
     images = 2 * torch.rand(2, 3, *size, dtype=torch.float64) - 1
-    states, found = watch_blocks(encoder.blocks, encoder, images)
+    states, tokens = watch_blocks(encoder.blocks, encoder, images)
     for b, image in enumerate(images):
-        expected, tokens = perceive(tensors, image, cls)
-        for state, one in zip(states, expected, strict=True):
-            torch.testing.assert_close(state[b], one, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(found[b], tokens, rtol=1e-9, atol=1e-9)
+        expected_states, expected_tokens = perception_reference(tensors, image, cls)
+        for state, expected in zip(states, expected_states, strict=True):
+            torch.testing.assert_close(state[b], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(tokens[b], expected_tokens, rtol=1e-9, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,7 +248,7 @@ def test_perception(kind, size):
 
 @pytest.fixture(scope="module")
 def theirs():
-    """transformers' InternVL, every weight of it random."""
+    """The InternVL of transformers, with all its weights random."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     model = transformers.InternVLModel(transformers.InternVLConfig(
@@ -234,84 +262,93 @@ def theirs():
 
 @pytest.mark.parametrize("size", ((56, 56), (84, 84), (28, 84)))
 def test_intern(theirs, size):
-    """Every block and, of squares, the tokens are transformers', from its own config.json."""
+    """Every block and, for squares, the tokens equal transformers', from its own config.json."""
     encoder = load(build_encoder(theirs.config.to_dict()), theirs.state_dict())
     images = 2 * torch.rand(2, 3, *size) - 1
-    mean, deviation = (torch.tensor(a)[:, None, None]
-                       for a in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    pixels = ((images + 1) / 2 - mean) / deviation
+    mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+    std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    pixels = ((images + 1) / 2 - mean) / std
     square = size[0] == size[1]  # transformers' projector takes no others
     run = theirs.get_image_features if square else theirs.vision_tower
-    expected, output = watch_blocks(theirs.vision_tower.encoder.layer, run, pixels)
-    states, found = watch_blocks(encoder.blocks, encoder, images)
-    for state, one in zip(states, expected, strict=True):
-        torch.testing.assert_close(state, one, rtol=1e-5, atol=1e-5)
-    assert found.shape == (2, size[0] * size[1] // 784, OUT)
+    expected_states, output = watch_blocks(theirs.vision_tower.encoder.layer, run, pixels)
+    states, tokens = watch_blocks(encoder.blocks, encoder, images)
+    for state, expected in zip(states, expected_states, strict=True):
+        torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-5)
+    assert tokens.shape == (2, size[0] * size[1] // 784, OUT)
     assert encoder.norm.eps == theirs.multi_modal_projector.layer_norm.eps
     if square:
-        torch.testing.assert_close(found, output.pooler_output, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tokens, output.pooler_output, rtol=1e-5, atol=1e-5)
 
 
 def test_pixel_shuffle():
-    """A token is four neighbours: the upper half of a picture has its first tokens, and so on."""
-    encoder = InternVision(WIDTH, 0, HEADS, HIDDEN, OUT, 56)
+    """A token is made of 2x2 patches: the upper half of a picture gives the first tokens."""
+    encoder = InternVision(width=WIDTH, depth=0, heads=HEADS, hidden=HIDDEN, out_width=OUT,
+                           image=56)
     with torch.no_grad():
         encoder.position_embedding.zero_()
     images = torch.rand(1, 3, 56, 56)
-    whole = encoder(images)
-    torch.testing.assert_close(encoder(images[:, :, :28]), whole[:, :2])
-    torch.testing.assert_close(encoder(images[..., :28]), whole[:, ::2])
+    tokens = encoder(images)
+    torch.testing.assert_close(encoder(images[:, :, :28]), tokens[:, :2])  # the upper half
+    torch.testing.assert_close(encoder(images[..., :28]), tokens[:, ::2])  # the left half
 
 
 # ------------------------------------------------------------------------------------------------
 # Names, configurations, sizes
 
-def original(tensors):
-    """transformers' tensors of an InternVL as OpenGVLab's folders have them."""
-    out, rows = {}, {}
+OPENGVLAB_NAMES = (  # pieces of transformers' names, and of OpenGVLab's in their place
+    ("embeddings.cls_token", "embeddings.class_embedding"),
+    ("position_embeddings", "position_embedding"),
+    ("patch_embeddings.projection", "patch_embedding"),
+    ("vision_tower", "vision_model"), ("encoder.layer.", "encoder.layers."),
+    ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("lambda_", "ls"),
+    ("attention.projection_layer", "attn.proj"),
+    ("multi_modal_projector.layer_norm", "mlp1.0"),
+    ("multi_modal_projector.linear_1", "mlp1.1"), ("multi_modal_projector.linear_2", "mlp1.3"))
+
+
+def as_opengvlab(tensors):
+    """Return transformers' tensors of an InternVL as OpenGVLab's folders hold them."""
+    renamed = {}
     for name, p in tensors.items():
-        for theirs, own in (("embeddings.cls_token", "embeddings.class_embedding"),
-                            ("position_embeddings", "position_embedding"),
-                            ("patch_embeddings.projection", "patch_embedding"),
-                            ("vision_tower", "vision_model"), ("encoder.layer.", "encoder.layers."),
-                            ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
-                            ("lambda_", "ls"), ("attention.projection_layer", "attn.proj"),
-                            ("multi_modal_projector.layer_norm", "mlp1.0"),
-                            ("multi_modal_projector.linear_1", "mlp1.1"),
-                            ("multi_modal_projector.linear_2", "mlp1.3")):
-            name = name.replace(theirs, own)
-        for i, part in enumerate("qkv"):
-            if f"attention.{part}_proj" in name:
-                rows.setdefault(name.replace(f"attention.{part}_proj", "attn.qkv"), {})[i] = p
-                break
-        else:
-            out[name] = p
-    return out | {name: torch.cat([parts[i] for i in range(3)]) for name, parts in rows.items()}
+        for theirs, opengvlab in OPENGVLAB_NAMES:
+            name = name.replace(theirs, opengvlab)
+        renamed[name] = p
+    stacked = {}
+    for name, p in renamed.items():
+        if "attention.q_proj" in name:
+            parts = [renamed[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            stacked[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+        elif "_proj" not in name:
+            stacked[name] = p
+    return stacked
 
 
 def test_spellings(theirs):
     """Both spellings of InternVL's names, with `model.` in front or not, fill the same encoder."""
     tensors = theirs.state_dict()
     expected = load(build_encoder(internvl()), tensors).state_dict()
-    assert "vision_model.encoder.layers.1.attn.qkv.bias" in original(tensors)
-    for spelt in (original(tensors), {f"model.{name}": p for name, p in tensors.items()}):
-        found = load(build_encoder(internvl()), spelt).state_dict()
-        assert all(torch.equal(expected[name], p) for name, p in found.items())
+    opengvlab = as_opengvlab(tensors)
+    assert "vision_model.encoder.layers.1.attn.qkv.bias" in opengvlab
+    for renamed in (opengvlab, {f"model.{name}": p for name, p in tensors.items()}):
+        state = load(build_encoder(internvl()), renamed).state_dict()
+        assert all(torch.equal(expected[name], p) for name, p in state.items())
 
 
-@pytest.mark.parametrize("config, name", [
-    (config, name) for config, names in (
-        (internvl(), ("vision_tower.layernorm.weight", "mlp1.2.weight", "mlp1.0",
-                      "vision_tower.encoder.layer.2.mlp.fc1.weight", "vision_model.norm.weight",
-                      "vision_tower.encoder.layer.0.attention.q_norm.weight",
-                      "vision_tower.timm_model.blocks.0.norm1.weight")),
-        (plm("gigantic", SMALL), ("model.vision_tower.timm_model.cls_token", "mlp1.0.weight",
-                                  "model.vision_tower.timm_model.norm.weight",
-                                  "model.vision_tower.timm_model.patch_embed.proj.bias",
-                                  "vision_tower.timm_model.blocks.0.gamma_1.weight")))
-    for name in names])
+INTERN_LACKS = ("vision_tower.layernorm.weight", "mlp1.2.weight", "mlp1.0",
+                "vision_tower.encoder.layer.2.mlp.fc1.weight", "vision_model.norm.weight",
+                "vision_tower.encoder.layer.0.attention.q_norm.weight",
+                "vision_tower.timm_model.blocks.0.norm1.weight")
+PERCEPTION_LACKS = ("model.vision_tower.timm_model.cls_token", "mlp1.0.weight",
+                    "model.vision_tower.timm_model.norm.weight",
+                    "model.vision_tower.timm_model.patch_embed.proj.bias",
+                    "vision_tower.timm_model.blocks.0.gamma_1.weight")
+
+
+@pytest.mark.parametrize("config, name", (
+    *((internvl(), name) for name in INTERN_LACKS),
+    *((plm("gigantic", SMALL), name) for name in PERCEPTION_LACKS)))
 def test_unknown_names(config, name):
-    """A tensor among an encoder's that it does not have is an error; one of the text is nothing."""
+    """A vision tensor that an encoder lacks is an error; a tensor of the language model is none."""
     encoder = build_encoder(config)
     with pytest.raises(KeyError):
         encoder.our_name(name)
@@ -320,7 +357,7 @@ def test_unknown_names(config, name):
         assert encoder.our_name(other) is None
 
 
-@pytest.mark.parametrize("config, blame", (
+@pytest.mark.parametrize("config, message", (
     (plm("base"), "'vit_pe_lang_base_patch14_448'; expected PLM's"),
     (dict(vision_config=dict(model_type="siglip_vision_model"), text_config=QWEN2), "'siglip_vis"),
     (plm("large", kind="core"), "use_post_transformer_norm True; expected False"),
@@ -333,14 +370,14 @@ def test_unknown_names(config, name):
     (internvl(use_mean_pooling=False), "use_mean_pooling False"),
     (internvl(dict(ps_version="v1")), "ps_version 'v1'; expected 'v2'"),
     (internvl(dict(downsample_ratio=0.25)), "downsample_ratio 0.25")))
-def test_other_encoders(config, blame):
-    """What these encoders are not is refused by name."""
-    with pytest.raises(ValueError, match=blame):
+def test_other_encoders(config, message):
+    """Another encoder than PLM's or InternVL's is refused, with the reason."""
+    with pytest.raises(ValueError, match=message):
         build_encoder(config)
 
 
 def test_no_encoder():
-    """A folder of a language model has none."""
+    """The folder of a language model has no image encoder."""
     assert build_encoder(dict(model_type="llama", hidden_size=OUT)) is None
 
 
@@ -358,17 +395,19 @@ CORE = dict(depth=23, embed_dim=1024, img_size=[448, 448], ref_feat_shape=[32, 3
     (dict(vision_config=OPENGVLAB, llm_config=QWEN2, ps_version="v2", select_layer=-1),
      InternVision, 304_012_288, 173_712)))
 def test_published_sizes(config, kind, encoder, projector):
-    """Full-size encoders have the parameters that their dimensions ask for, and 14 a block."""
+    """Full-size encoders have as many parameters as their dimensions say, in 14 tensors a block."""
     with torch.device("meta"):
         model = build_encoder(config)
-    assert type(model) is kind and all(p.is_meta for p in model.parameters())
-    intern, cls = kind is InternVision, encoder < 1e9
-    W, N, F = (1024, 23 + intern, 4096) if cls else (1536, 47, 8960)
+    assert type(model) is kind
+    assert all(p.is_meta for p in model.parameters())
+    intern = kind is InternVision
+    cls = encoder < 1e9  # the gigantic one has no class token
+    W, N, F = (1024, 23 + intern, 4096) if cls else (1536, 47, 8960)  # width, blocks, hidden
     block = 4 * W * W + 2 * W * F + F + 11 * W
-    around = 3 * 14 * 14 * W + (32 * 32 + 2 * cls) * W + (W if intern else 2 * W)
-    own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks"))
-    assert own == N * block and own + around == encoder
-    V = 4 * W if intern else W
+    embeddings = 3 * 14 * 14 * W + (32 * 32 + 2 * cls) * W + (W if intern else 2 * W)
+    assert sum(p.numel() for p in model.blocks.parameters()) == N * block
+    assert N * block + embeddings == encoder
+    V = 4 * W if intern else W  # the projector's input width
     assert V * OUT + OUT + OUT * OUT + OUT + 2 * V * intern == projector
     assert sum(p.numel() for p in model.parameters()) == encoder + projector
     assert len(list(model.blocks.parameters())) == 14 * N
@@ -378,7 +417,7 @@ def test_published_sizes(config, kind, encoder, projector):
                                     plm("gigantic", SMALL | dict(img_size=448, depth=1)),
                                     internvl(image_size=448, num_hidden_layers=1)))
 def test_tile(config):
-    """A tile of 448 pixels is 256 tokens; a frozen encoder in bf16 takes pictures in fp32."""
+    """A picture of 448x448 is 256 tokens, and an encoder in bf16 takes pictures in fp32."""
     encoder = build_encoder(config).bfloat16()
     with torch.no_grad():
         assert encoder(torch.rand(1, 3, 448, 448)).shape == (1, 256, OUT)
@@ -390,10 +429,15 @@ def test_tile(config):
 
 @pytest.mark.parametrize("config", (plm("large", SMALL), internvl()))
 def test_first_values(config):
-    """Norms are 1, biases 0, LayerScales 0.1, all else small and random; every value has one."""
+    """Initially norms are 1, biases 0, LayerScales 0.1, and all else is small and random."""
     for name, p in build_encoder(config).named_parameters():
-        if p.ndim == 1:
-            assert (p == (0.0 if name.endswith("bias") else 0.1 if "scale" in name else 1.0)).all()
+        if name.endswith("bias"):
+            assert (p == 0.0).all(), name
+        elif "scale" in name:
+            assert (p == 0.1).all(), name
+        elif p.ndim == 1:
+            assert (p == 1.0).all(), name
+        elif name.endswith(("out.weight", "down.weight")):  # the ends of residual branches
+            assert 0.5 < p.std() / 0.01 < 1.5, name
         else:
-            assert 0.5 < p.std() / (0.01 if name.endswith(("out.weight", "down.weight"))
-                                    else 0.02) < 1.5, name
+            assert 0.5 < p.std() / 0.02 < 1.5, name
