@@ -229,12 +229,15 @@ class UnderstandStage(Stage):
 
 
 class Flow(NamedTuple):
-    """What `MoS.loss` takes for B samples: latents, prompts, and what is random."""
-    z0: torch.Tensor       # (B, C, h, w)
-    tokens: torch.Tensor   # (B, S)
-    t: torch.Tensor        # (B,)
-    z1: torch.Tensor       # (B, C, h, w)
-    explore: torch.Tensor  # (B, S, M + 1, N)
+    """What `MoS.loss` takes for B samples.
+
+    z0 and noise z1: (B, C, h, w), tokens: (B, S), t: (B,), explore: (B, S, M + 1, N) in [0, 1).
+    """
+    z0: torch.Tensor
+    tokens: torch.Tensor
+    t: torch.Tensor
+    z1: torch.Tensor
+    explore: torch.Tensor
 
 
 class ImageStage(Stage):
@@ -414,7 +417,7 @@ class ImageStage(Stage):
 
     @torch.no_grad()
     def validate(self, step, folder):
-        losses = scores.losses_by_time(self.model, *self.val).mean(1)             # (8,)
+        losses = scores.losses_by_time(self.model, *self.val).mean(1)
         values = {"val_loss": losses.mean().item()}
         values |= {f"val_t{i}": loss for i, loss in enumerate(losses.tolist())}
         entropy, usage = self.routing()
@@ -534,7 +537,7 @@ class EditStage(ImageStage):
     @torch.no_grad()
     def validate(self, step, folder):
         values = super().validate(step, folder)
-        losses = scores.losses_by_time(self.model, *self.val_edits).mean(1)       # (8,)
+        losses = scores.losses_by_time(self.model, *self.val_edits).mean(1)
         values["val_edit"] = losses.mean().item()
         values |= {f"edit_t{i}": loss for i, loss in enumerate(losses.tolist())}
         table = scores.score_edits(self.model, self.c.eval_prompts, seed=9, splits=("seen",),

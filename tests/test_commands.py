@@ -151,7 +151,8 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --shards -1 | --keep 0 | --patience 0
 --phase 512 => phase must be one of none in recipe laptop, got '512'
 --where x>1 => shapes has none | --where x> --data good => 'x>' is not a condition
---where f(x) --data good => f.*not allowed | --where x>1 --data good => good: none of its 1.*x>1
+--where x>1 --data good => no sample of good has the field 'x'
+--where width>99 --data good => good: none of its 1.*width>99
 --sizes 50 | --sizes 64 x | --data good=1,empty => path=weight | --data good=0 => positive
 --data dark => 1 of 1 samples.*dark/a.png: its caption is empty | --max-broken 2 | --length-step -1
 --stage image --init small --latents good => good holds something else
@@ -260,7 +261,7 @@ def test_edited_picture(draw, tmp_path):
     assert draw(f"{flags} --image in.webp").tobytes() == picture.tobytes()
     assert draw(f"{flags} --size 64x96".replace("--image-guidance 1.5", "")
                 ).tobytes() != picture.tobytes()
-    assert draw(f"{flags} --image in.png --num 2").size == (192, 96)
+    assert draw(f"{flags} --image in.png --num 2").size == (196, 96)
 
 
 def orientation(number):
@@ -273,12 +274,12 @@ def orientation(number):
 def test_grid(draw, tmp_path):
     """Several prompts are rows, --num pictures columns; picture i of them has seed + i."""
     grid = draw("--prompt 'a red circle' 'two stars' --num 3 --steps 1 --seed 7")
-    assert grid.size == (3 * 64, 2 * (64 + 32))
+    assert grid.size == (3 * 68 - 4, 2 * (68 + 32) - 4)  # 4 white pixels between pictures
     assert grid.info["prompt"] == "a red circle | two stars"
     alone = draw("--prompt 'two stars' --steps 1 --seed 12")
-    tile = grid.crop((128, 96 + 32, 192, 96 + 96))
+    tile = grid.crop((2 * 68, 100 + 32, 2 * 68 + 64, 100 + 96))
     assert all(abs(a - b) <= 2 for a, b in zip(tile.tobytes(), alone.tobytes(), strict=True))
-    assert draw("--prompt 'two stars' --num 2 --steps 1").size == (128, 96)
+    assert draw("--prompt 'two stars' --num 2 --steps 1").size == (132, 96)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 

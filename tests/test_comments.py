@@ -28,12 +28,13 @@ from conftest import ROOT, make_config, make_model
 from data.pictures import Pictures
 from mos import MoS
 from pretrained import encoders
+from tools import routing
 from towers import Patches, Tokenizer
 from world import shapes
 from world.judge import judge
 
 FILES = ("mos.py router.py dit.py towers.py kernels.py vae.py world/shapes.py world/judge.py "
-         "data/pictures.py pretrained/encoders.py").split()
+         "data/pictures.py pretrained/encoders.py tools/routing.py").split()
 TRAINING = ("stages.py", "data/sources.py", "data/latents.py")
 UNREACHED = set()  # "file.py: commented source text" that no run on the CPU can reach
 ONE = r"\([^()]*,[^()]*\)"
@@ -192,6 +193,12 @@ def run_everything(watch, folder):
     edit = dict(S=34, T=12, h=4, w=6)  # 24 image tokens, 6 of the reference
     edit = known | {file: known[file] | edit for file in ("mos.py", "dit.py", "router.py")}
     watch(edit, lambda: model.edit(pictures, prompts, steps=1))
+    letters = known | {"routing.py": dict(M=5, N=7, K=3, S=4, C=6, times=2)}
+    for name in ("mos.py", "dit.py", "router.py"):
+        letters[name] = letters[name] | dict(S=4, T=4, h=4, w=4)
+    index, weight, _ = watch(letters, routing.routes, model, "a red circle", [0.9, 0.1])
+    watch(letters, routing.shares, index, weight, 5)
+    watch(letters, routing.draw, [*"abcd"], index, 5, pictures)
     U = model.understanding
     watch(two, U.loss, tokens, tokens.clamp_min(0), images)
     watch(known | {"towers.py": tower | dict(B=1)}, lambda: list(U.write(tokens[:1], 2, ())))

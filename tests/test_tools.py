@@ -115,7 +115,6 @@ def test_trace_counts_functions_and_lines():
     assert trace.trace(lambda: None).keys() == {"tests/test_tools.py"}
 
 
-@pytest.mark.xfail(reason="data/latents.py and data/buckets.py are two files: 9 instead of 8")
 def test_a_training_step_is_short():
     """A step of stage image runs at most 8 files, 60 functions and 280 lines."""
     files, functions, lines = trace.totals(trace.training_step())
