@@ -32,31 +32,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from common import (
-    CommandLine,
-    World,
-    interruption,
-    local_bytes,
-    peak_memory,
-    pick_device,
-    product_rate,
-    replacing,
-    revision,
-    run,
-    tqdm_or_none,
-)
-from config import (
-    DEFAULT_OUT,
-    GENERATING,
-    MoSConfig,
-    TrainConfig,
-    model_config,
-    plan,
-    read_recipe,
-    values_by_stage,
-    write_all_settings,
-    write_settings,
-)
+from common import (CommandLine, World, interruption, local_bytes, peak_memory, pick_device,
+                    product_rate, replacing, revision, run, tqdm_or_none)
+from config import (DEFAULT_OUT, GENERATING, MoSConfig, TrainConfig, model_config, plan,
+                    read_recipe, values_by_stage, write_all_settings, write_settings)
 from data.sources import build_tokenizer, open_sources
 from kernels import NARROW, autocast, fused
 from mos import MoS

@@ -5,20 +5,8 @@ import re
 from collections import Counter
 from itertools import combinations, permutations, product
 
-from world.shapes import (
-    BACKGROUNDS,
-    COLOURS,
-    HELD_COLOURS,
-    HELD_COUNTS,
-    HELD_PAIRS,
-    HELD_TRIPLES,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Object,
-    Scene,
-    related,
-)
+from world.shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS, HELD_TRIPLES,
+                          RELATIONS, SHAPES, SIZES, Object, Scene, related)
 
 SHAPE, COLOUR, SIZE = map("|".join, (SHAPES, COLOURS, SIZES))
 ALL = [Scene((Object(s, c, tuple(SIZES)[(i + i // 10) % 2], .5, .5),), tuple(BACKGROUNDS)[i % 4])

@@ -14,23 +14,8 @@ from towers import Tokenizer
 from world import edits, shapes
 from world.edits import TYPES, draw_edit, edit_benchmark, instruct, outside, score, words
 from world.judge import judge, same_scene
-from world.shapes import (
-    BACKGROUNDS,
-    COLOURS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    STYLES,
-    Object,
-    Prompt,
-    Scene,
-    coverage,
-    held_out,
-    is_validation,
-    pack,
-    render,
-    satisfies,
-)
+from world.shapes import (BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES, Object, Prompt,
+                          Scene, coverage, held_out, is_validation, pack, render, satisfies)
 
 NOUN = (rf"\b(?:the|an?) ((?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}) )?"
         rf"(?:{'|'.join(SHAPES)}))\b")

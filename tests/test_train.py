@@ -18,26 +18,8 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
-from training import (
-    LONG,
-    MODEL,
-    QUICK,
-    alone,
-    at_step,
-    contents,
-    ctrl_c,
-    curve,
-    go,
-    launch,
-    lighten,
-    near,
-    prepare,
-    saved,
-    settings,
-    start,
-    state,
-    validate_on_few,
-)
+from training import (LONG, MODEL, QUICK, alone, at_step, contents, ctrl_c, curve, go, launch,
+                      lighten, near, prepare, saved, settings, start, state, validate_on_few)
 
 import checkpoint
 import config

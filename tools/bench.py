@@ -42,22 +42,8 @@ from kernels import Keys, autocast
 from mos import Context
 from tools.estimate import estimate
 from tools.latency import bench_latency, bench_loading
-from tools.timing import (
-    DEVICE,
-    DTYPE,
-    SETS,
-    ceilings,
-    clock_time,
-    device_time,
-    euler_step,
-    header,
-    host_time,
-    normal,
-    print_profile,
-    random_model,
-    replay_time,
-    save,
-)
+from tools.timing import (DEVICE, DTYPE, SETS, ceilings, clock_time, device_time, euler_step,
+                          header, host_time, normal, print_profile, random_model, replay_time, save)
 from train import prepare
 
 try:

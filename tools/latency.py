@@ -27,18 +27,8 @@ from config import MoSConfig, read_recipe
 from kernels import autocast
 from pretrained.folders import load_tower
 from sample import check_writable, parse_size, progress
-from tools.timing import (
-    ALL_PARTS,
-    DEVICE,
-    DTYPE,
-    clock_time,
-    euler_step,
-    header,
-    normal,
-    random_model,
-    replay_time,
-    save,
-)
+from tools.timing import (ALL_PARTS, DEVICE, DTYPE, clock_time, euler_step, header, normal,
+                          random_model, replay_time, save)
 from vae import VAE
 
 TOKENS, STEPS, SIZES = 128, 50, (512, 1024, 2048)
