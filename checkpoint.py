@@ -36,8 +36,7 @@ PARTS_OF = {"vae": ("vae",), "understand": ("understanding",), "image": tuple(PA
             "edit": tuple(PARTS)}
 
 
-# ------------------------------------------------------------------------------------------------
-# Models
+# --- Models ---------------------------------------------------------------------------------------
 
 def frozen_parts(c, tokenizer):
     """Return the understanding tower and the VAE of a MoSConfig, without trained weights.
@@ -194,8 +193,7 @@ def load_or_initialise(stage, c):
                                  torch.ones(model.config.vae_channels))
 
 
-# ------------------------------------------------------------------------------------------------
-# Training checkpoints
+# --- Training checkpoints -------------------------------------------------------------------------
 
 MANIFEST = "manifest.json"
 
@@ -351,8 +349,7 @@ def load(checkpoint, tensors):
     return int(checkpoint.name)
 
 
-# ------------------------------------------------------------------------------------------------
-# Tensors of safetensors files
+# --- Tensors of safetensors files -----------------------------------------------------------------
 
 @torch.no_grad()
 def copy_tensors(targets, paths, our_name=lambda name: (name, 0), adapt=None):

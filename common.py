@@ -32,8 +32,7 @@ def pick_device():
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-# ------------------------------------------------------------------------------------------------
-# Processes
+# --- Processes ------------------------------------------------------------------------------------
 
 @dataclass
 class World:
@@ -161,8 +160,7 @@ def revision():
         return "unknown"
 
 
-# ------------------------------------------------------------------------------------------------
-# Tensors and parameters
+# --- Tensors and parameters -----------------------------------------------------------------------
 
 def replayed(function, *inputs):
     """Return a function of tensors; on a GPU as a CUDA graph, for inputs of these shapes.
@@ -250,8 +248,7 @@ def randomise(device, *modules):
             p.normal_(1.0 if p.ndim == 1 else 0.0, 0.02)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures -------------------------------------------------------------------------------------
 
 def to_tensor(image):
     """Return a PIL image in RGB as a tensor (3, H, W) in [-1, 1]."""
@@ -300,8 +297,7 @@ def wrap(text, width, draw, font):
     return lines
 
 
-# ------------------------------------------------------------------------------------------------
-# Files
+# --- Files ----------------------------------------------------------------------------------------
 
 def checksum(path):
     """Return the SHA-256 of a file, in hex."""
@@ -365,8 +361,7 @@ def read_lines(path):
         raise ValueError(f"{path} is damaged ({e}); delete its folder and start again") from None
 
 
-# ------------------------------------------------------------------------------------------------
-# Command lines
+# --- Command lines --------------------------------------------------------------------------------
 
 def tqdm_or_none(**options):
     """Return a tqdm bar, or None where tqdm is not installed."""

@@ -221,13 +221,7 @@ def check_sampling(**values):
         check_value(name, rules[name], value)
 
 
-# ------------------------------------------------------------------------------------------------
-# Recipes
-
-def recipe_names():
-    """Return the names of the recipes in this repository."""
-    return sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
-
+# --- Recipes --------------------------------------------------------------------------------------
 
 def read_recipe(name, phase=""):
     """Return the settings of a recipe, {"model": {...}, "vae": {...}, ...}, complete for a stage.
@@ -237,8 +231,9 @@ def read_recipe(name, phase=""):
     """
     path = Path(name) if name.endswith(".toml") else ROOT / "recipes" / f"{name}.toml"
     if not path.is_file():
-        raise ValueError(f"no recipe {name!r}: expected one of {', '.join(recipe_names())}, or the "
-                         "path of a .toml file")
+        names = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
+        raise ValueError(f"no recipe {name!r}: expected one of {', '.join(names)}, or the path of "
+                         "a .toml file")
     try:
         tables = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
@@ -328,8 +323,7 @@ def read_config(folder):
     return MoSConfig(**values)
 
 
-# ------------------------------------------------------------------------------------------------
-# From a command line to the settings of each stage
+# --- From a command line to the settings of each stage --------------------------------------------
 
 def plan(flags, recipe, resume=False):
     """Return [(TrainConfig, model settings)], one for each stage that a command line asks for.

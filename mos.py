@@ -146,7 +146,6 @@ class MoS(nn.Module):
 
     # --- from prompts to pictures ----------------------------------------------------------------
 
-    @torch.no_grad()
     def read(self, prompts, negative=None, images=None):
         """Let the tower read prompts and, where given, as many negative ones: a Context.
 
@@ -328,8 +327,7 @@ def unfilled(config):
         return MoS(replace(config, und_folder="", vae_folder=""), Bytes())
 
 
-# ------------------------------------------------------------------------------------------------
-# Rectified flow: times, schedules, guidance
+# --- Rectified flow: times, schedules, guidance ---------------------------------------------------
 
 def sample_t(n, distribution, shift, generator):
     """Return n training times in (0, 1) on the generator's device. MoS App. A, Esser et al. 2024.

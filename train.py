@@ -41,8 +41,7 @@ from kernels import NARROW, autocast, fused
 from mos import MoS
 from stages import KINDS
 
-# ------------------------------------------------------------------------------------------------
-# Optimization
+# --- Optimization ---------------------------------------------------------------------------------
 
 def decayed_groups(module, weight_decay):
     """Return AdamW's two groups: matrices decay; norms, biases, registers, embeddings do not."""
@@ -124,8 +123,7 @@ def shard(stage, mesh):
     fully_shard(stage, reshard_after_forward=False, **options)
 
 
-# ------------------------------------------------------------------------------------------------
-# One stage
+# --- One stage ------------------------------------------------------------------------------------
 
 class Log:
     """A CSV with a row for each log point and for each validation; rank 0 writes it."""
@@ -343,8 +341,7 @@ def introduce(trainer):
                  "process, activations on top")
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
+# --- The command ----------------------------------------------------------------------------------
 
 def prepare(c, values, flags, world, resume=False):
     """Return the Trainer of a stage, with weights and the last checkpoint; nothing is written yet.
