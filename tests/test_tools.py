@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from common import run
 from config import MoSConfig, read_recipe
-from conftest import make_config, make_model
+from conftest import ROOT, make_config, make_model
 from mos import Context, unfilled
 from router import routing_weights, select
 from tools import curves, estimate, routing, trace
