@@ -253,8 +253,8 @@ def read_recipe(name, phase=""):
         if table in ("model", "image"):
             values |= {key: value for key, value in phases.get(phase, {}).items()
                        if key in known[table]}
-        wrong = values.keys() ^ known[table]
-        if wrong - {"out"}:
+        wrong = (values.keys() ^ known[table]) - {"out"}
+        if wrong:
             raise ValueError(f"{path}: [{table}] lacks or does not know: "
                              f"{', '.join(sorted(wrong))}")
         recipe[table] = values
@@ -287,6 +287,8 @@ def write_settings(c, config):
     training = {name: value for name, value in asdict(c).items() if name not in ("stage", "out")}
     if training["init"] == c.out:
         training["init"] = ""  # the folder may move
+    if c.parallel in ("none", "ddp"):
+        training["parallel"] = ""  # a resumed run may have another number of processes
     lines = ["# The settings of this run; --resume and --export read them."]
     for table, values in (("model", asdict(config)), (c.stage, training)):
         lines += ["", f"[{table}]"]
@@ -350,6 +352,7 @@ def plan(flags, recipe, resume=False):
         settings = recipe
         if stage in kept:
             settings = read_recipe(str(out / f"{stage}.toml"))
+            settings[stage]["init"] = settings[stage]["init"] or str(out)
             refuse_changes(flags, settings["model"] | settings[stage], out / f"{stage}.toml")
         training = settings[stage] | {name: value for name, value in flags.items()
                                       if name in settings[stage]}

@@ -26,7 +26,8 @@ import config
 import stages
 import train
 from checkpoint import read_vocabulary
-from config import plan, read_recipe
+from config import MoSConfig, plan, read_recipe, write_settings
+from conftest import ROOT, make_config
 from data.sources import Mixture
 from mos import MoS
 from tools import ablate
@@ -360,6 +361,90 @@ def test_phases(light, trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no mos.safetensors in"):
         shutil.copytree(tmp_path / "a", tmp_path / "c", ignore=shutil.ignore_patterns("mos.*"))
         prepare("image", tmp_path / "b", init=str(tmp_path / "c"), phase="2048", **small)
+
+
+def test_a_run_keeps_its_settings(light, tmp_path, monkeypatch):
+    """--resume needs --out alone: all settings stand in the folder, those of the model, too."""
+    at_step(monkeypatch, "vae", 2, ctrl_c)
+    assert not go("vae", tmp_path, seed=3)
+    recipe = read_recipe("laptop")
+    flags = {name: value for name, value in QUICK.items() if name != "scenes"}
+    (c, values), = plan({"out": str(tmp_path)}, recipe, resume=True)
+    assert (c, values) == (settings("vae", tmp_path, seed=3),
+                           recipe["model"] | {name: MODEL[name] for name in MODEL})
+    assert {name: getattr(c, name) for name in flags} == flags
+    again, = plan({"out": str(tmp_path), "stage": "vae"}, read_recipe(f"{tmp_path}/vae.toml"))
+    assert again == (c, values)  # the file is a recipe
+    monkeypatch.undo()
+    lighten(monkeypatch.setattr)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(tmp_path)])
+    train.main()
+    assert state(tmp_path)[0] == QUICK["steps"]
+    (tmp_path / "vae.safetensors").unlink()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--export", "--out", str(tmp_path)])
+    train.main()
+    assert (tmp_path / "vae.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name, value", (("seed", 4), ("vae_width", 8), ("data", "pictures"),
+                                         ("grid", 8), ("tasks", ("dense",)), ("recipe", "tiny")))
+def test_a_resumed_run_refuses_other_settings(name, value, tmp_path):
+    """A flag that would change what a run has learned from is refused by its name."""
+    c = settings("vae", tmp_path)
+    write_settings(c, make_config(**MODEL))
+    with pytest.raises(ValueError, match=f"^{name} is .*vae.toml and cannot become "):
+        plan({name: value, "out": str(tmp_path)}, read_recipe("laptop"), resume=True)
+
+
+def test_a_resumed_run_may_change_how_it_trains(tmp_path):
+    """More steps, another rate, other processes: what a run has learned stays true."""
+    write_settings(settings("vae", tmp_path), make_config(**MODEL))
+    changes = dict(steps=9, lr=1e-5, batch=8, parallel="none", workers=1, init=str(tmp_path))
+    (c, _), = plan({"out": str(tmp_path), **changes}, read_recipe("laptop"), resume=True)
+    assert {name: getattr(c, name) for name in changes} == changes
+
+
+def test_all_stages_of_a_run_keep_their_settings(light, tmp_path, monkeypatch):
+    """Interrupted in its first stage, a run of all stages goes on through the later ones."""
+    at_step(monkeypatch, "vae", 2, ctrl_c)
+    flags = [str(a) for k, v in {**QUICK, **MODEL, "out": tmp_path, "recipe": "laptop"}.items()
+             for a in ("--" + k.replace("_", "-"), v)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    train.main()
+    assert {path.stem for path in tmp_path.glob("*.toml")} == {*config.STAGES}
+    monkeypatch.undo()
+    lighten(monkeypatch.setattr)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(tmp_path)])
+    train.main()
+    assert [state(tmp_path, stage)[0] for stage in config.STAGES] == [QUICK["steps"]] * 4
+
+
+def test_recipes_are_complete(tmp_path):
+    """A recipe gives a value to every setting; what it lacks or does not know is named."""
+    for path in sorted((ROOT / "recipes").glob("*.toml")):
+        recipe = read_recipe(path.stem)
+        assert MoSConfig(**recipe.pop("model")) and recipe
+        for stage, values in recipe.items():
+            assert config.TrainConfig(**values, out="").stage == stage
+    text = (ROOT / "recipes" / "laptop.toml").read_text()
+    for old, new, message in (("k = 2\n", "", "[model] lacks or does not know: k$"),
+                              ("k = 2\n", "k = 2\nzebra = 1\n", "[model] .*: zebra$"),
+                              ("[vae]", "[zebra]", "unknown table [zebra]"),
+                              ("lr = 0.002\n", "", "lacks or does not know: lr$"),
+                              ("[model]", "[model", "is not a TOML file")):
+        (tmp_path / "a.toml").write_text(text.replace(old, new, 1))
+        with pytest.raises(ValueError, match=re.sub(r"([\[\]])", r"\\\1", message)):
+            read_recipe(str(tmp_path / "a.toml"))
+
+
+def test_help_shows_the_values_that_will_be_used(monkeypatch, capsys):
+    """--help names the value of each setting, by stage where stages differ."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "tiny", "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        train.main()
+    text = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate [vae 0.002, understand 0.002, image 0.0015, edit 0.001]" in text
+    assert "largest gradient norm [1.0]" in text and "router [128]" in text
 
 
 def test_export(light, trained, tmp_path, monkeypatch):
