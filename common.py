@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
 
 ROOT = Path(__file__).parent  # the repository
 
@@ -117,6 +118,16 @@ class World:
             parts = [None] * self.size
             dist.all_gather_object(parts, values, self.group)
         return {key: value for part in parts for key, value in part.items()}
+
+    def mesh(self, c):
+        """Return the processes as FSDP wants them: one row, or with hsdp a row for each copy."""
+        if c.parallel == "fsdp":
+            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        shards = c.shards or int(os.environ["LOCAL_WORLD_SIZE"])
+        if self.size % shards:
+            raise ValueError(f"shards must divide the {self.size} processes, got {shards}")
+        return init_device_mesh(self.device.type, (self.size // shards, shards),
+                                mesh_dim_names=("copy", "shard"))
 
 
 @contextlib.contextmanager
@@ -376,8 +387,8 @@ class CommandLine(argparse.ArgumentParser):
     """A parser whose errors are one line with exit code 2, and that has flags of configurations."""
 
     def __init__(self, description, **options):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **options)
 
     def error(self, message):
         print(f"error: {message}; see --help", file=sys.stderr)

@@ -6,7 +6,7 @@ fields below say what a setting means and which values it may have. A recipe has
     [model]                             a value for every field of MoSConfig
     [train]                             fields of TrainConfig that all stages share
     [vae] [understand] [image] [edit]   the other fields, for each stage that the recipe trains
-    [phases.NAME]                       what changes in stage image with --phase NAME
+    [phases.NAME]                       what changes in [model] and [image] with --phase NAME
 
 `train.py` writes the settings that it uses into its --out folder, one file for each stage, in the
 same form: such a file is a recipe, too.
@@ -139,8 +139,8 @@ class TrainConfig(Settings):
                           "here")
     phase: str = setting("the paper's phase of stage image, where the recipe has phases")
     out: str = setting("folder for the model, checkpoints, settings, log and pictures")
-    init: str = setting("folder with the weights to begin with: of the stages, or the phase, "
-                        "before; for stage vae those of a VAE; empty: --out")
+    init: str = setting("folder whose weights this stage starts from: what earlier stages, or the "
+                        "phase before, have trained; empty: --out")
     data: str = setting("shapes, a folder of pictures with captions, one of tar shards or their "
                         "pattern; several by weight: a=0.7,b=0.3")
     where: str = setting("use own pictures whose fields fulfil this: 'aesthetic >= 6'")
@@ -159,7 +159,7 @@ class TrainConfig(Settings):
     tasks: tuple = setting("train on these tasks of the small world only; empty: all")
     grid: int = setting("objects of the small world stand on multiples of 1/grid", 4)
     scenes: int = setting("scenes of the small world in stages image and edit", 0)
-    seed: int = setting("of weights, data order and noise")
+    seed: int = setting("seed of first weights, data order and noise")
     steps: int = setting("optimizer steps", 1, change=True)
     batch: int = setting("global batch size", 1, change=True)
     micro_batch: int = setting("largest batch for one process; the rest is accumulated", 1,
@@ -308,7 +308,8 @@ def require(path):
     """Return the path of a file. Raises FileNotFoundError that says how to get a model's folder."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: expected a folder that "
-                                "train.py or save_pretrained wrote")
+                                "train.py or save_pretrained wrote; name it by --init in "
+                                "training, by --checkpoint in sampling")
     return path
 
 

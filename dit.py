@@ -50,12 +50,11 @@ class Block(nn.Module):
         context: (B, S, Dg), rope: `rope_table` of the R+T tokens, keys: `kernels.Keys` of R+T+S.
         """
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, context, rope, keys, use_reentrant=False,
+            return checkpoint(self._forward, x, context, rope, keys, use_reentrant=False,
                               preserve_rng_state=False)
-        return self.compute(x, context, rope, keys)
+        return self._forward(x, context, rope, keys)
 
-    def compute(self, x, context, rope, keys):
-        """Compute what `forward` returns."""
+    def _forward(self, x, context, rope, keys):
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_width))     # (B, R+T, H+2Hk, Dh)
         kv_rows = self.qkv.weight[self.heads * self.head_width:]               # (2*Hk*Dh, Dg)
         kv = F.linear(self.norm_context(context), kv_rows)                     # (B, S, 2*Hk*Dh)
@@ -96,8 +95,8 @@ class Generation(nn.Module):
         if name == "head.weight":
             p.zero_()
         elif name == "proj.bias":
-            # Not 0: the block's norm would remove the scale of an unbiased mixture, and with it
-            # the router's gradient.
+            # Not 0: with k = 1 the block's norm would remove the scale of an unbiased mixture, and
+            # with it the router's gradient.
             p.normal_(0, 0.02)
         else:
             init_parameter(name, p, len(self.blocks))

@@ -101,19 +101,19 @@ class MoS(nn.Module):
             return mix_states(context.states, index, weight, proj.bias)            # (B, S, Dg)
         return mix_project(context.states, index, weight, proj.weight, proj.bias)  # (B, S, Dg)
 
-    def forward(self, z, t, context, uniform=None, reference=None):
+    def forward(self, z, t, context, explore=None, reference=None):
         """Return the velocity (B, C, h, w) of latents z (B, C, h, w) at times t (B,).
 
-        uniform: (B, S, M + 1, N) in [0, 1) makes the routing epsilon-greedy; without it the routing
+        explore: (B, S, M + 1, N) in [0, 1) makes the routing epsilon-greedy; without it the routing
         is deterministic. reference: clean latents (B, C, h, w) of pictures to be edited.
         """
         if "generation" not in self.config.edit_inputs:                   # MoS App. B.5
             reference = None
         G, c = self.generation, self.config
-        epsilon = 0.0 if uniform is None else c.epsilon
+        epsilon = 0.0 if explore is None else c.epsilon
         x, positions = G.patchify(z, reference)                           # (B, T, Dg), (T, 3)
         weights = self.route(x, positions, t, context)                    # (B, S, M, N) MoS eq. (3)
-        index, weight = select(weights, c.k, epsilon, uniform,
+        index, weight = select(weights, c.k, epsilon, explore,
                                c.renormalize)                             # (B, S, K, N) each
         x, rope = G.add_registers(x, positions)                           # (B, R+T, Dg)
         keys = pad_keys(x.shape[1], context.keys)
@@ -131,7 +131,7 @@ class MoS(nn.Module):
 
     # --- rectified flow --------------------------------------------------------------------------
 
-    def loss(self, z0, tokens, t, z1, uniform=None, context=None, images=None, reference=None):
+    def loss(self, z0, tokens, t, z1, explore=None, context=None, images=None, reference=None):
         """Return the squared error of the velocity, a mean for each sample: (B,). MoS eq. (1).
 
         z0: latents (B, C, h, w), tokens: (B, S), t: (B,), z1: standard normal like z0, context:
@@ -141,7 +141,7 @@ class MoS(nn.Module):
         time = t[:, None, None, None]                                     # (B, 1, 1, 1)
         z = (1 - time) * z0 + time * z1                                   # (B, C, h, w) sec. 3.1
         context = context or self.understand(tokens, images)
-        v = self(z, t, context, uniform, reference)                       # (B, C, h, w)
+        v = self(z, t, context, explore, reference)                       # (B, C, h, w)
         return (at_least_fp32(v) - (z1 - z0)).square().mean((1, 2, 3))    # (B,)     MoS eq. (1)
 
     # --- from prompts to pictures ----------------------------------------------------------------
@@ -233,9 +233,9 @@ class MoS(nn.Module):
         with torch.autocast(device.type, enabled=False):                  # the VAE runs in fp32
             z0 = self.vae.encode(pixels.to(device))                       # (B, C, h, w)
         reference = torch.cat((z0, z0)) if two else z0         # (2*B, C, h, w), or (B, C, h, w)
-        blank = self.read_texts([negative] * len(images)) if three else None
+        no_image = self.read_texts([negative] * len(images)) if three else None
         z1 = self.noise(len(images), seed, pixels.shape[2:])              # (B, C, h, w)
-        return self.denoise(z1, context, settings, progress, reference, blank)
+        return self.denoise(z1, context, settings, progress, reference, no_image)
 
     def settings(self, edit=False, **given):
         """Return all settings of sampling, the config's where None is given. Raises ValueError."""
@@ -257,10 +257,10 @@ class MoS(nn.Module):
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(noise).to(self.generation.registers.device)    # (B, C, h, w)
 
-    def denoise(self, z, context, settings, progress=None, reference=None, blank=None):
+    def denoise(self, z, context, settings, progress=None, reference=None, no_image=None):
         """From noise z (B, C, h, w) to PIL images, step by step. MoS Algorithm 2.
 
-        context, reference, blank: see `guided`. settings: of `settings`.
+        context, reference, no_image: see `guided`. settings: of `settings`.
         """
         times = make_schedule(settings["steps"], settings["schedule"], self.config.shift)
         times = torch.tensor(times, device=z.device)
@@ -268,10 +268,10 @@ class MoS(nn.Module):
                   if name in settings}
         with autocast(z.device):
             context = self.project(context)
-            blank = blank and self.project(blank)
+            no_image = no_image and self.project(no_image)
 
             def euler(z, t, t_next):
-                v = self.guided(z, t, context, reference, blank, **scales)  # (B, C, h, w)
+                v = self.guided(z, t, context, reference, no_image, **scales)  # (B, C, h, w)
                 return z + (t_next - t) * v                                 # (B, C, h, w)
 
             euler = replayed(euler, z, *times[:2])  # on a GPU as a CUDA graph
@@ -284,9 +284,9 @@ class MoS(nn.Module):
     def project(self, context):
         """Apply Proj to all states at once: in sampling they are mixed anew at every step.
 
-        Proj is linear, so mixing after it is exact. It runs where the tower is; only its output
+        Proj is linear, so mixing after it is exact. It runs where the tower is, and the result
         moves to the generation tower's device. Raises RuntimeError where a gradient is due: in
-        training M projections cost more than N.
+        training each mixture is projected, see `mix`.
         """
         if torch.is_grad_enabled():
             raise RuntimeError("project() is for sampling: call it under torch.no_grad()")
@@ -295,19 +295,19 @@ class MoS(nn.Module):
         keys = context.keys._replace(mask=context.keys.mask.to(proj.device))
         return Context(context.inputs.to(proj), states.to(proj), keys, projected=True)
 
-    def guided(self, z, t, context, reference=None, blank=None, guidance=1.0, rescale=0.0,
+    def guided(self, z, t, context, reference=None, no_image=None, guidance=1.0, rescale=0.0,
                image_guidance=1.0):
         """Return the guided velocity (B, C, h, w) of latents z at time t, a scalar tensor.
 
         context: of B prompts; with guidance B negative ones follow them. In edits each has its
-        reference latents; blank: with image guidance, the negative prompts without pictures.
+        reference latents; no_image: with image guidance, the negative prompts without pictures.
         """
         both = len(context.inputs) > len(z)
         zz = torch.cat((z, z)) if both else z                  # (2*B, C, h, w), or (B, C, h, w)
         v = at_least_fp32(self(zz, t.expand(len(zz)), context, reference=reference))
         if not both:
             return v
-        v_0 = None if blank is None else at_least_fp32(self(z, t.expand(len(z)), blank))
+        v_0 = None if no_image is None else at_least_fp32(self(z, t.expand(len(z)), no_image))
         v_c, v_u = v.chunk(2)                                             # (B, C, h, w) each
         return guide(v_c, v_u, guidance, rescale, v_0, image_guidance)    # (B, C, h, w)
 
@@ -322,7 +322,7 @@ class MoS(nn.Module):
 
 
 def unfilled(config):
-    """Return a model without memory, without a look at the folders that the configuration names."""
+    """Return a model on the meta device, which has no memory and reads no files."""
     with torch.device("meta"):
         return MoS(replace(config, und_folder="", vae_folder=""), Bytes())
 

@@ -20,20 +20,20 @@ def routing_weights(logits):
     return at_least_fp32(logits).softmax(2)                                 # (B, S, M, N) eq. (3)
 
 
-def select(weights, k, epsilon=0.0, uniform=None, renormalize=False):
+def select(weights, k, epsilon=0.0, explore=None, renormalize=False):
     """Choose the k layers with the largest weights for every token and block. MoS sec. 3.2.
 
     weights: (B, S, M, N). With probability epsilon the k layers are random instead: the first row
-    of uniform, (B, S, M + 1, N) in [0, 1), decides whether, and the others rank the layers.
-    Whatever the choice, the weights are those of eq. (3), so that their sum stays below 1 unless
-    `renormalize`. Returns index and weight, both (B, S, K, N). Raises ValueError where k exceeds M.
+    of explore, (B, S, M + 1, N) in [0, 1), decides whether, and the others rank the layers.
+    Whatever the choice, the weights are those of eq. (3), so that for k < M their sum is below 1
+    unless `renormalize`. Returns index and weight, both (B, S, K, N). Raises ValueError where k exceeds M.
     """
     if not 1 <= k <= weights.shape[2]:
         raise ValueError(f"k={k} states cannot be chosen from M={weights.shape[2]} layers; "
                          f"expected 1 <= k <= {weights.shape[2]}")
     score = weights.detach()
     if epsilon > 0:  # NOTE (ours): decided for each sample, token and block on its own
-        score = torch.where(uniform[:, :, :1] < epsilon, uniform[:, :, 1:], score)
+        score = torch.where(explore[:, :, :1] < epsilon, explore[:, :, 1:], score)
     index = score.topk(k, 2).indices                                        # (B, S, K, N)
     chosen = weights.gather(2, index)                                       # (B, S, K, N)
     return index, chosen / chosen.sum(2, keepdim=True) if renormalize else chosen

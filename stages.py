@@ -42,7 +42,7 @@ class Stage(nn.Module):
         super().__init__()
         self.c, self.world, self.dataset = c, world, dataset
         self.share = world.share(c.batch)  # this process's slice of a global batch
-        self.__dict__["model"] = model  # hidden from nn.Module: only `parts` are sharded and saved
+        self.__dict__["model"] = model  # hidden from nn.Module: only `parts` are sharded
         self.parts = nn.ModuleList(self.used())
         self.prompt_lengths = self.count_lengths()
         self.broken = {}
@@ -269,6 +269,7 @@ class ImageStage(Stage):
         visual, context = np.max([self.token_counts(bucket) for bucket in plan.buckets], 0)
         self.world.print0(f"tokens a step, at most: {c.batch * visual:,} visual, "
                           f"{c.batch * context:,} context (with padding)")
+        return plan
 
     def encoder(self):
         return partial(encode, self.model.vae)

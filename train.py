@@ -13,6 +13,7 @@ From here the path leads to:
     weights          -> checkpoints, model folder  checkpoint.py
 """
 
+import argparse
 import contextlib
 import csv
 import json
@@ -27,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
@@ -93,17 +93,6 @@ class Average:
             shadow.copy_(kept)
 
 
-def make_mesh(world, c):
-    """Return the processes as fully_shard wants them: one row, or with hsdp a row for each copy."""
-    if c.parallel == "fsdp":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    shards = c.shards or int(os.environ["LOCAL_WORLD_SIZE"])
-    if world.size % shards:
-        raise ValueError(f"shards must divide the {world.size} processes, got {shards}")
-    return init_device_mesh(world.device.type, (world.size // shards, shards),
-                            mesh_dim_names=("copy", "shard"))
-
-
 def shard(stage, mesh):
     """Cut the parts that a stage uses into shards, a block at a time (FSDP2). MoS App. A.
 
@@ -156,7 +145,7 @@ class Trainer:
             p.requires_grad_(False)
         self.sharded = c.parallel in ("fsdp", "hsdp")
         if self.sharded:
-            shard(stage, make_mesh(self.world, c))
+            shard(stage, self.world.mesh(c))
         checkpoint.load_or_initialise(stage, c)  # after sharding: no process ever holds it all
         self.named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         self.average = Average((p for _, p in self.named), c.ema)
@@ -297,8 +286,12 @@ class Trainer:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
         self.reset(step)
 
-    def validate(self, step):
-        """Score, draw and export the averaged weights; every process computes, the first writes."""
+    def export(self, step):
+        """Write the model with the averaged weights; return what its validation found.
+
+        Every process computes, the first one writes. The validation of a VAE also measures the
+        statistics by which latents are normalised.
+        """
         with self.average.applied():
             if self.sharded:
                 self.stage.unshard()
@@ -307,6 +300,11 @@ class Trainer:
                 self.stage.reshard()
             checkpoint.save_model(self.model, self.folder, checkpoint.PARTS_OF[self.c.stage],
                                   write=self.world.first)
+        return values
+
+    def validate(self, step):
+        """Validate and export the averaged weights; log and print what was found."""
+        values = self.export(step)
         if self.world.first:
             self.log.add(step, **values)
             shown = [f"{name} {value:.4g}" for name, value in values.items()
@@ -379,7 +377,7 @@ def run_stage(trainer, export=False):
         if not trainer.first_step:
             raise ValueError(f"no checkpoint in {trainer.checkpoints} to export")
         trainer.begin()
-        trainer.validate(trainer.first_step)
+        trainer.export(trainer.first_step)
         return True
     if trainer.first_step >= c.steps:
         world.print0(f"stage {c.stage}: finished at step {trainer.first_step} already")
@@ -399,12 +397,12 @@ def parse(arguments=None):
     first.add_argument("--phase", default="")
     chosen, _ = first.parse_known_args(arguments)
     recipe = read_recipe(chosen.recipe, chosen.phase)
-    parser = CommandLine(__doc__.split("\n\n")[0],
+    parser = CommandLine(__doc__.split("\n\n")[0], formatter_class=argparse.HelpFormatter,
                          usage="train.py [--recipe NAME] [--resume | --export] [--SETTING VALUE ...]")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in "
                         "--out, with the settings that are kept there")
-    parser.add_argument("--export", action="store_true", help="write the model of the last "
-                        "checkpoint in --out, and stop")
+    parser.add_argument("--export", action="store_true", help="validate and write the "
+                        "model of the last checkpoint in --out, and stop")
     parser.add_settings(TrainConfig, "training", values_by_stage(recipe) | {
         "stage": "", "out": DEFAULT_OUT})
     parser.add_settings(MoSConfig, "model", recipe["model"])
