@@ -15,7 +15,6 @@ import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -82,15 +81,15 @@ def read_tokenizer(c, folder):
 
 
 def read_vocabulary(folder):
-    """Return the Tokenizer of a model's folder.
-
-    Raises FileNotFoundError, or ValueError for broken JSON.
-    """
+    """Return the Tokenizer of a model's folder. Raises FileNotFoundError or ValueError."""
     path = require(Path(folder) / "vocab.json")
     try:
-        return Tokenizer.load(path)
+        words = json.loads(path.read_text())
     except ValueError as e:
-        raise ValueError(f"{path} is not a vocabulary: {e}") from None
+        raise ValueError(f"{path} is damaged: {e}") from None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{path} is not a vocabulary: expected a list of words")
+    return Tokenizer(words)
 
 
 def save_model(model, folder, parts=tuple(PARTS), write=True):
@@ -119,7 +118,7 @@ def save_model(model, folder, parts=tuple(PARTS), write=True):
         path.write_text(json.dumps(asdict(c), indent=1))
     if not c.und_folder:
         with replacing(folder / "vocab.json") as path:
-            model.tokenizer.save(path)
+            path.write_text(json.dumps(model.tokenizer.words[len(Tokenizer.SPECIAL):]))
 
 
 def load_model(kind, folder, device="cpu", tower_device=None, parts=tuple(PARTS),
@@ -361,21 +360,26 @@ def copy_tensors(targets, paths, our_name=lambda name: (name, 0), adapt=None):
     Raises ValueError for a damaged file, and for a tensor that is unknown, missing, in two files,
     or of another shape than ours.
     """
-    with ExitStack() as stack:
-        files = {}
-        for path in paths:
-            try:
-                files[path] = stack.enter_context(safe_open(path, "pt"))
-            except SafetensorError as e:
-                raise ValueError(f"{path} is damaged ({e}); copy or train it again") from None
-        sources = find_tensors(targets, files, our_name)
-        for name, target in targets.items():
-            parts = [sources[name][part] for part in sorted(sources[name])]
-            values = [files[path].get_tensor(theirs) for path, theirs in parts]
-            if adapt:
-                values = [adapt(name, value) for value in values]
-            check_shapes(target, values, parts)
-            assign(target, torch.cat(values) if len(values) > 1 else values[0])
+    files = {}
+    for path in paths:
+        try:
+            files[path] = safe_open(path, "pt")
+        except SafetensorError as e:
+            raise ValueError(f"{path} is damaged ({e}); copy or train it again") from None
+    sources = find_tensors(targets, files, our_name)
+    for name, target in targets.items():
+        parts = [sources[name][part] for part in sorted(sources[name])]
+        values = [files[path].get_tensor(theirs) for path, theirs in parts]
+        if adapt:
+            values = [adapt(name, value) for value in values]
+        shape = values[0].shape
+        if len(values) > 1:
+            shape = (sum(len(value) for value in values), *shape[1:])
+        if shape != target.shape or any(value.shape[1:] != shape[1:] for value in values):
+            names = " with ".join(theirs for _, theirs in parts)
+            raise ValueError(f"{parts[0][0]}: tensor {names} has shape {tuple(shape)}, config.json "
+                             f"asks for {tuple(target.shape)}")
+        assign(target, torch.cat(values) if len(values) > 1 else values[0])
 
 
 def find_tensors(targets, files, our_name):
@@ -397,20 +401,8 @@ def find_tensors(targets, files, our_name):
                 raise ValueError(f"{path}: tensor {theirs} is in {other.name}, too; keep one of "
                                  "them")
             sources[name][part] = path, theirs
-    missing = sorted(name for name, parts in sources.items() if not parts)
-    if missing:
-        folder = path if len(files) == 1 else path.parent
-        raise ValueError(f"{folder}: tensor {missing[0]} is missing")
+    for name, parts in sources.items():
+        if not parts:
+            place = path if len(files) == 1 else path.parent
+            raise ValueError(f"{place}: tensor {name} is missing")
     return sources
-
-
-def check_shapes(target, values, parts):
-    """Raise ValueError unless the parts (path, name), stacked, have the shape of the target."""
-    shape = values[0].shape
-    if len(values) > 1:
-        shape = (sum(len(value) for value in values), *shape[1:])
-    if shape != target.shape or any(value.shape[1:] != shape[1:] for value in values):
-        names = ", ".join(name for _, name in parts)
-        verb = "has" if len(parts) == 1 else "have together"
-        raise ValueError(f"{parts[0][0]}: tensor {names} {verb} shape {tuple(shape)}, config.json "
-                         f"asks for {tuple(target.shape)}")

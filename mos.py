@@ -26,7 +26,7 @@ from config import check_sampling, check_size
 from dit import Generation, rope_axes
 from kernels import Keys, at_least_fp32, autocast, cast, mix_project, mix_states, pad_keys, rms_norm
 from router import Router, routing_weights, select
-from towers import Bytes, Tokenizer
+from towers import Tokenizer
 
 
 class Context(NamedTuple):
@@ -324,7 +324,8 @@ class MoS(nn.Module):
 def unfilled(config):
     """Return a model on the meta device, which has no memory and reads no files."""
     with torch.device("meta"):
-        return MoS(replace(config, und_folder="", vae_folder=""), Bytes())
+        tokenizer = Tokenizer(map(str, range(256)))  # as large as where the recipe names no size
+        return MoS(replace(config, und_folder="", vae_folder=""), tokenizer)
 
 
 # --- Rectified flow: times, schedules, guidance ---------------------------------------------------

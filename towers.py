@@ -6,7 +6,6 @@ the same decoder in other sizes; `pretrained/folders.py` loads them. Letters as 
 """
 
 import difflib
-import json
 
 import torch
 import torch.nn as nn
@@ -60,10 +59,13 @@ class Tokenizer:
         """
         rows = [self.encode(text, image_tokens) for text in texts]
         length = length or max(map(len, rows))
-        for row, text in zip(rows, texts):
-            if len(row) > length:
-                raise ValueError(f"{text!r} has {len(row)} tokens, more than the {length} allowed")
-        return torch.tensor([row + [self.PAD] * (length - len(row)) for row in rows])
+        return torch.tensor([self.pad(row, text, length) for row, text in zip(rows, texts)])
+
+    def pad(self, ids, text, length):
+        """Return the token ids of a text, padded to `length`. Raises ValueError for more ids."""
+        if len(ids) > length:
+            raise ValueError(f"{text!r} has {len(ids)} tokens, more than the {length} allowed")
+        return ids + [self.PAD] * (length - len(ids))
 
     def ids_and_targets(self, text, answer=None, *, length):
         """Return token ids and next-token targets, two lists of `length`.
@@ -75,11 +77,9 @@ class Tokenizer:
         start = len(ids) - 1 if answer else 0
         ids += self.encode(answer)[1:] if answer else []
         ids.append(self.EOS)
-        padding = length - len(ids)
-        if padding < 0:
-            raise ValueError(f"{text!r} has {len(ids)} tokens, more than the {length} allowed")
-        targets = [-100] * start + ids[start + 1:] + [-100] * (padding + 1)
-        return ids + [self.PAD] * padding, targets
+        targets = [-100] * start + ids[start + 1:]
+        targets += [-100] * (length - len(targets))
+        return self.pad(ids, text, length), targets
 
     def request(self, prompt):
         """Return token ids that ask for a detailed caption, and the text with which it begins.
@@ -93,35 +93,6 @@ class Tokenizer:
     def decode(self, ids):
         """Return the text of token ids."""
         return " ".join(self.words[i] for i in ids)
-
-    def save(self, path):
-        """Write the words, without the special ones, as a JSON list."""
-        path.write_text(json.dumps(self.words[3:]))
-
-    @classmethod
-    def load(cls, path):
-        """Read a file of `save`. Raises ValueError where it is not a list of words."""
-        words = json.loads(path.read_text())
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError("expected a list of words")
-        return cls(words)
-
-
-class Bytes(Tokenizer):
-    """A tokenizer of bytes, for towers with random weights, which have no vocabulary."""
-
-    def __init__(self):
-        super().__init__(map(str, range(256)))
-
-    def encode(self, text, image_tokens=0):
-        return [self.BOS, *(len(self.SPECIAL) + byte for byte in text.encode())]
-
-    def request(self, prompt):
-        return self.encode(prompt), ""
-
-    def decode(self, ids):
-        values = [i - len(self.SPECIAL) for i in ids]
-        return bytes(value for value in values if 0 <= value < 256).decode(errors="replace")
 
 
 class DecoderBlock(nn.Module):
@@ -336,8 +307,8 @@ class Understanding(nn.Module):
         tokens = torch.tensor([request], device=self.embedding.weight.device)
         with autocast(tokens.device):
             ids = list(self.write(tokens, limit, tokenizer.stops, temperature, seed))
-        caption = f"{beginning} {tokenizer.decode(ids)}".strip()
-        while ids and len(tokenizer.encode(caption)) > limit:
-            ids.pop()
-            caption = f"{beginning} {tokenizer.decode(ids)}".strip()
+        for length in range(len(ids), -1, -1):
+            caption = f"{beginning} {tokenizer.decode(ids[:length])}".strip()
+            if len(tokenizer.encode(caption)) <= limit:
+                break
         return caption

@@ -7,6 +7,7 @@ counts, a 2-D convolution. Modules are named as in diffusers' `AutoencoderKLWan`
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -135,14 +136,12 @@ class DownBlock(nn.Module):
     def __init__(self, cin, cout, blocks, down, time):
         super().__init__()
         self.shortcut = dict(cout=cout, space=2 if down else 1, time=2 if time else 1)
-        self.resnets = nn.ModuleList(ResidualBlock(cin if i == 0 else cout, cout)
-                                     for i in range(blocks))
+        self.resnets = nn.Sequential(*(ResidualBlock(cin if i == 0 else cout, cout)
+                                       for i in range(blocks)))
         self.downsampler = Resample(cout, up=False) if down else nn.Identity()
 
     def forward(self, x):
-        y = x
-        for block in self.resnets:
-            y = block(y)                                                  # (B, C', H, W)
+        y = self.resnets(x)                                               # (B, C', H, W)
         return self.downsampler(y) + average_down(x, **self.shortcut)     # (B, C', H/s, W/s)
 
 
@@ -152,33 +151,29 @@ class UpBlock(nn.Module):
     def __init__(self, cin, cout, blocks, up, time):
         super().__init__()
         self.shortcut = dict(cout=cout, space=2, time=2 if time else 1)
-        self.resnets = nn.ModuleList(ResidualBlock(cin if i == 0 else cout, cout)
-                                     for i in range(blocks))
+        self.resnets = nn.Sequential(*(ResidualBlock(cin if i == 0 else cout, cout)
+                                       for i in range(blocks)))
         self.upsampler = Resample(cout, up=True) if up else None
 
     def forward(self, x):
-        y = x
-        for block in self.resnets:
-            y = block(y)                                                  # (B, C', H, W)
+        y = self.resnets(x)                                               # (B, C', H, W)
         if self.upsampler is None:
             return y
         return self.upsampler(y) + duplicate_up(x, **self.shortcut)       # (B, C', 2H, 2W)
 
 
-def tile_spans(length, margin):
-    """Yield for each tile along a side the span to read and, within that, the span to keep.
-
-    Spans are (begin, end) in latent pixels. A tile is read with a margin at both ends.
-    """
+def apply_along_side(network, x, scales, margin, side):
+    """Return network(x), computed for one span of a side after the other; see `apply_in_tiles`."""
+    in_scale, out_scale = scales
+    length = x.shape[side] // in_scale
+    results = []
     for begin in range(0, length, TILE):
-        before = min(margin, begin)  # there is no margin outside the picture
-        yield (begin - before, begin + TILE + margin), (before, before + TILE)
-
-
-def crop(x, rows, columns, scale):
-    """Return a part of x (B, C, H, W). rows, columns: spans in latent pixels of `scale` pixels."""
-    (top, bottom), (left, right) = rows, columns
-    return x[:, :, scale * top:scale * bottom, scale * left:scale * right]
+        first = max(begin - margin, 0)  # there is no margin outside the picture
+        last = min(begin + TILE + margin, length)
+        y = network(x.narrow(side, in_scale * first, in_scale * (last - first)))
+        size = min(TILE, length - begin)
+        results.append(y.narrow(side, out_scale * (begin - first), out_scale * size))
+    return torch.cat(results, side)
 
 
 def apply_in_tiles(network, x, scales, margin):
@@ -188,18 +183,10 @@ def apply_in_tiles(network, x, scales, margin):
     network sees, in latent pixels. Each tile is read with that margin, so that its values are those
     of the whole picture, and no seams appear.
     """
-    in_scale, out_scale = scales
-    h, w = x.shape[2] // in_scale, x.shape[3] // in_scale
-    if h * w <= UNTILED:
+    if x[0, 0].numel() <= UNTILED * scales[0] ** 2:
         return network(x)
-    rows = []
-    for read_rows, keep_rows in tile_spans(h, margin):
-        tiles = []
-        for read_columns, keep_columns in tile_spans(w, margin):
-            y = network(crop(x, read_rows, read_columns, in_scale))
-            tiles.append(crop(y, keep_rows, keep_columns, out_scale))
-        rows.append(torch.cat(tiles, 3))
-    return torch.cat(rows, 2)                                             # (B, C', H', W')
+    apply_in_row = partial(apply_along_side, network, scales=scales, margin=margin, side=3)
+    return apply_along_side(apply_in_row, x, scales, margin, side=2)      # (B, C', H', W')
 
 
 class Encoder(nn.Module):
@@ -210,10 +197,10 @@ class Encoder(nn.Module):
         widths = [width] + [width * m for m in multipliers]
         last = len(multipliers) - 1
         self.conv_in = nn.Conv2d(12, width, 3, padding=1)
-        self.down_blocks = nn.ModuleList(
+        self.down_blocks = nn.Sequential(*(
             DownBlock(widths[i], widths[i + 1], blocks, down=i < last,
                       time=i < last and temporal[i])
-            for i in range(last + 1))
+            for i in range(last + 1)))
         self.mid_block = MidBlock(widths[-1])
         self.norm_out = NormSiLU(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
@@ -227,10 +214,7 @@ class Encoder(nn.Module):
 
     def convolve(self, x):
         """Apply the stages before the attention, in which a pixel sees its surroundings only."""
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return x
+        return self.down_blocks(self.conv_in(x))
 
 
 class Decoder(nn.Module):
@@ -242,10 +226,10 @@ class Decoder(nn.Module):
         last = len(multipliers) - 1
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0])
-        self.up_blocks = nn.ModuleList(
+        self.up_blocks = nn.Sequential(*(
             UpBlock(widths[i], widths[i + 1], blocks + 1, up=i < last,
                     time=i < last and temporal[-1 - i])
-            for i in range(last + 1))
+            for i in range(last + 1)))
         self.norm_out = NormSiLU(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 12, 3, padding=1)
         self.scale = 2 ** last
@@ -257,9 +241,7 @@ class Decoder(nn.Module):
 
     def convolve(self, x):
         """Apply the stages after the attention, in which a pixel sees its surroundings only."""
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(self.norm_out(x))
+        return self.conv_out(self.norm_out(self.up_blocks(x)))
 
 
 class VAE(nn.Module):
@@ -305,10 +287,7 @@ class VAE(nn.Module):
         return self
 
     def to_network(self, x):
-        """Cast x to the type of the weights, with the channels of a pixel adjacent in memory.
-
-        Convolutions are fastest in this layout, and norms read contiguous memory.
-        """
+        """Cast x to the type of the weights; convolutions are fastest with channels last."""
         return x.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
 
     def posterior(self, x):

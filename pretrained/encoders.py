@@ -49,13 +49,15 @@ class EncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The base class of both encoders, which add a norm, a projector and the names in folders.
+    """The base class of both encoders.
 
     width: Dv. image: side in pixels of the pictures in training. patch: side of a patch in pixels.
     cls: whether there is a class token. bias: of the patch embedding. eps: of the blocks' norms.
+    joined: patches in an input of the projector. out_width: Du.
     """
 
-    def __init__(self, width, depth, heads, hidden, image, patch, cls, bias, eps):
+    def __init__(self, width, depth, heads, hidden, image, patch, cls, bias, eps, joined,
+                 out_width):
         super().__init__()
         if width % (4 * heads):
             raise ValueError(f"the vision transformer's width {width} must be a multiple of four "
@@ -66,6 +68,10 @@ class VisionTransformer(nn.Module):
         self.cls = nn.Parameter(torch.empty(1, 1, width)) if cls else None
         self.position_embedding = nn.Parameter(torch.empty(1, cls + self.side ** 2, width))
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, hidden, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(joined * width, 1e-5)
+        self.projector = nn.Sequential(nn.Linear(joined * width, out_width), nn.GELU(),
+                                       nn.Linear(out_width, out_width))
+        initialise(self)
 
     def init_parameter(self, name, p):
         """Initialise one parameter; a LayerScale is 0.1, as in both encoders."""
@@ -128,7 +134,7 @@ class VisionTransformer(nn.Module):
 class PerceptionEncoder(VisionTransformer):
     """PLM's encoder: PE-Lang (Bolya et al. 2025) and the projector of PLM (Cho et al. 2025).
 
-    An image token stands for 28x28 pixels. out_width: Du. All else: see VisionTransformer.
+    An image token stands for 28x28 pixels. Arguments: see VisionTransformer.
     """
 
     BLOCK = r"vision_tower\.timm_model\.blocks\.(\d+)\.(.+)"
@@ -141,11 +147,7 @@ class PerceptionEncoder(VisionTransformer):
 
     def __init__(self, width, depth, heads, hidden, out_width, cls, image=448, patch=14):
         super().__init__(width=width, depth=depth, heads=heads, hidden=hidden, image=image,
-                         patch=patch, cls=cls, bias=False, eps=1e-5)
-        self.norm = nn.LayerNorm(width, 1e-5)
-        self.projector = nn.Sequential(nn.Linear(width, out_width), nn.GELU(),
-                                       nn.Linear(out_width, out_width))
-        initialise(self)
+                         patch=patch, cls=cls, bias=False, eps=1e-5, joined=1, out_width=out_width)
 
     def rope(self, h, w, x):
         """Return cos and sin (L, Dh/2) for the tokens x (B, L, Dv) of h rows and w columns.
@@ -181,7 +183,7 @@ class PerceptionEncoder(VisionTransformer):
 class InternVision(VisionTransformer):
     """InternVL's encoder: InternViT and the projector `mlp1` (Chen et al. 2024).
 
-    An image token stands for 28x28 pixels. out_width: Du. All else: see VisionTransformer.
+    An image token stands for 28x28 pixels. Arguments: see VisionTransformer.
     """
 
     MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1]
@@ -199,11 +201,7 @@ class InternVision(VisionTransformer):
 
     def __init__(self, width, depth, heads, hidden, out_width, image=448, patch=14):
         super().__init__(width=width, depth=depth, heads=heads, hidden=hidden, image=image,
-                         patch=patch, cls=True, bias=True, eps=1e-6)
-        self.norm = nn.LayerNorm(4 * width, 1e-5)
-        self.projector = nn.Sequential(nn.Linear(4 * width, out_width), nn.GELU(),
-                                       nn.Linear(out_width, out_width))
-        initialise(self)
+                         patch=patch, cls=True, bias=True, eps=1e-6, joined=4, out_width=out_width)
 
     def forward(self, images):
         """Encode pictures (B, 3, H, W) in [-1, 1]."""
@@ -218,8 +216,7 @@ class InternVision(VisionTransformer):
         return self.projector(self.norm(x))                               # (B, P, Du)
 
 
-# ------------------------------------------------------------------------------------------------
-# Encoders of folders in Hugging Face's layout, named as in transformers (with timm) or by OpenGVLab
+# --- Encoders of folders, named as in transformers (with timm) or by OpenGVLab --------------------
 
 PREFIXES = ("vision_tower.", "vision_model.", "multi_modal_projector.", "mlp1.")
 # Modules of a block, and ours. Where several are one of ours, a number gives their order in it.

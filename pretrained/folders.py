@@ -59,8 +59,7 @@ def weight_files(folder):
     return paths
 
 
-# ------------------------------------------------------------------------------------------------
-# Understanding towers
+# --- Understanding towers -------------------------------------------------------------------------
 
 FAMILIES = {"llama": {}, "qwen2": dict(bias=True), "qwen3": dict(qk_norm=True)}
 
@@ -173,16 +172,15 @@ def load_tower_weights(folder, tower):
                  partial(our_tower_name, tower))
 
 
-def load_tower(folder, device="cpu", dtype=torch.bfloat16, images=True):
+def load_tower(folder, device="cpu", dtype=torch.bfloat16):
     """Return the understanding tower of a folder in Hugging Face's layout, frozen."""
     with torch.device("meta"):
-        tower = build_tower(folder, images)
+        tower = build_tower(folder)
     load_tower_weights(folder, tower.to(dtype).to_empty(device=device))
     return tower.requires_grad_(False).eval()
 
 
-# ------------------------------------------------------------------------------------------------
-# Tokenizers
+# --- Tokenizers -----------------------------------------------------------------------------------
 
 REQUEST = ("Write a caption of the picture that the following text asks for. Think about what it "
            "must show, then name every object with its number, colour, material and place, the "
@@ -210,7 +208,7 @@ class FolderTokenizer(Tokenizer):
                              ) from None
         self.library.no_padding()
         self.library.no_truncation()
-        self.template = ChatTemplate(folder) if chat else None
+        self.template = read_template(folder) if chat else None
         self.stops = read_stops(folder)
 
     def __len__(self):
@@ -249,46 +247,43 @@ def read_stops(folder):
     raise ValueError(f"{folder} names no eos_token_id in its config.json or generation_config.json")
 
 
-class ChatTemplate:
-    """The chat template of a folder: called with a user's message, it returns the tower's input."""
+def read_template(folder):
+    """Return the function that puts a user's message into the chat template of a folder."""
+    from jinja2 import TemplateError  # jinja2 comes with torch
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    config = read_json(folder, "tokenizer_config.json")
+    path = Path(folder) / "chat_template.jinja"
+    source = path.read_text() if path.is_file() else config.get("chat_template")
+    if not isinstance(source, str):
+        raise ValueError(f"{folder} has no chat template; leave out --und-chat")
+    special_tokens = {}
+    for name, value in config.items():
+        if name.endswith("_token"):
+            special_tokens[name] = value["content"] if isinstance(value, dict) else value
 
-    def __init__(self, folder):
-        from jinja2 import TemplateError  # jinja2 comes with torch
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        path = Path(folder) / "chat_template.jinja"
-        config = read_json(folder, "tokenizer_config.json")
-        source = path.read_text() if path.is_file() else config.get("chat_template")
-        if not isinstance(source, str):
-            raise ValueError(f"{folder} has no chat template; leave out --und-chat")
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[loopcontrols])
+    def raise_exception(message):
+        """Templates call this for messages that they do not allow."""
+        raise TemplateError(message)
+
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=[loopcontrols])
+    try:
+        template = sandbox.from_string(source, dict(raise_exception=raise_exception))
+    except TemplateError as e:
+        raise ValueError(f"the chat template of {folder} is damaged: {e}") from None
+
+    def fill(text):
         try:
-            self.template = sandbox.from_string(source, dict(raise_exception=self.refuse))
+            return template.render(messages=[dict(role="user", content=text)],
+                                   add_generation_prompt=True, **special_tokens)
         except TemplateError as e:
-            raise ValueError(f"the chat template of {folder} is damaged: {e}") from None
-        self.special_tokens = {}
-        for name, value in config.items():
-            if name.endswith("_token"):
-                self.special_tokens[name] = value["content"] if isinstance(value, dict) else value
-
-    @staticmethod
-    def refuse(message):
-        """Raise ValueError; templates call this for messages that they do not allow."""
-        raise ValueError(f"the chat template refuses the prompt: {message}")
-
-    def __call__(self, text):
-        from jinja2 import TemplateError
-        try:
-            return self.template.render(messages=[dict(role="user", content=text)],
-                                        add_generation_prompt=True, **self.special_tokens)
-        except TemplateError as e:
-            raise ValueError(f"the chat template cannot be filled ({e}); leave out --und-chat"
-                             ) from None
+            raise ValueError(f"the chat template of {folder} cannot be filled ({e}); leave out "
+                             "--und-chat") from None
+    return fill
 
 
-# ------------------------------------------------------------------------------------------------
-# Wan 2.2's VAE
+# --- Wan 2.2's VAE --------------------------------------------------------------------------------
 
 # Patterns of names in Wan's own files, and diffusers' names in their place, which are also ours.
 WAN_NAMES = (
@@ -298,11 +293,9 @@ WAN_NAMES = (
     (r"^(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
     (r"\.middle\.1\.", ".mid_block.attentions.0."),
     (r"\.middle\.0\.", ".mid_block.resnets.0."), (r"\.middle\.2\.", ".mid_block.resnets.1."),
-    (r"\.downsamples\.(\d)\.downsamples\.\d\.(resample|time_conv)\b",
-     r".down_blocks.\1.downsampler.\2"),
-    (r"\.upsamples\.(\d)\.upsamples\.\d\.(resample|time_conv)\b", r".up_blocks.\1.upsampler.\2"),
-    (r"\.downsamples\.(\d)\.downsamples\.(\d)\.", r".down_blocks.\1.resnets.\2."),
-    (r"\.upsamples\.(\d)\.upsamples\.(\d)\.", r".up_blocks.\1.resnets.\2."),
+    (r"\.(down|up)samples\.(\d)\.\1samples\.\d\.(resample|time_conv)\b",
+     r".\1_blocks.\2.\1sampler.\3"),
+    (r"\.(down|up)samples\.(\d)\.\1samples\.(\d)\.", r".\1_blocks.\2.resnets.\3."),
     (r"\.residual\.0\.", ".norm1."), (r"\.residual\.2\.", ".conv1."),
     (r"\.residual\.3\.", ".norm2."), (r"\.residual\.6\.", ".conv2."),
     (r"\.shortcut\.", ".conv_shortcut."))

@@ -15,7 +15,7 @@ from checkpoint import load_parts, read_tokenizer
 from conftest import SMALL, make_config
 from mos import MoS
 from pretrained.folders import FolderTokenizer, load_tower, load_vae
-from towers import Bytes, Tokenizer, Understanding
+from towers import Tokenizer, Understanding
 from vae import VAE
 
 WORDS = "<pad> <bos> <eos> <user> <tower> a red blue circle square above : in detail".split()
@@ -297,10 +297,3 @@ def test_dynamic_frequencies(parts, tmp_path):
     plain = load_tower(parts["und_folder"], dtype=torch.float32)
     dynamic = load_tower(folder, dtype=torch.float32)
     assert torch.equal(plain(plain.embed(tokens)), dynamic(dynamic.embed(tokens)))
-
-
-def test_bytes():
-    """Towers with random weights read bytes, after <bos>; ids that are no bytes are skipped."""
-    assert len(Bytes()) == 259
-    assert Bytes().encode("ab") == [1, 100, 101]
-    assert Bytes().decode([100, 101, 2, 5000]) == "ab"

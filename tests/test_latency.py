@@ -10,7 +10,7 @@ from PIL import Image
 from common import run
 from conftest import SMALL, make_config
 from tools import latency
-from tools.timing import random_model
+from tools.timing import Bytes, random_model
 
 
 def test_draw(tmp_path, monkeypatch, capsys):
@@ -41,3 +41,12 @@ def test_random_model_fills_only_the_parts_asked_for():
     assert {p.is_meta for p in model.generation.parameters()} == {True}
     assert {p.dtype for p in model.router.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
+
+
+def test_bytes():
+    """Towers with random weights read the bytes of any text, after <bos>."""
+    tokenizer = random_model(make_config(**SMALL), ()).tokenizer
+    assert isinstance(tokenizer, Bytes)
+    assert len(tokenizer) == 259
+    assert tokenizer.encode("ab") == [1, 100, 101]
+    assert tokenizer.encode("\u00e9") == [1, 198, 172]

@@ -100,7 +100,7 @@ def test_bf16(folder):
     (lambda t: t.pop("model.norm.weight"), "norm.weight is missing"),
     (lambda t: t.pop("lm_head.weight"), "head.weight is missing"),
     (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"),
-     r"1.self_attn.q_proj.bias, .*1.self_attn.v_proj.bias have together shape \(64,\), .*\(80,\)"),
+     r"1.self_attn.q_proj.bias with .*1.self_attn.v_proj.bias has shape \(64,\), .*\(80,\)"),
     (lambda t: t.pop("model.layers.0.mlp.up_proj.weight"), r"has shape \(80, 48\), "),
     (lambda t: t.update({"model.layers.1.more.weight": torch.ones(1)}), "more.weight is not part"),
     (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.ones(1)}), "is not part of"),

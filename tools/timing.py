@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 import kernels
 from common import randomise, replacing, replayed, revision
 from mos import unfilled
+from towers import Tokenizer
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 SETS = 3    # sets of inputs that calls go through in turn, so that no cache serves them
@@ -34,6 +35,7 @@ def random_model(config, parts=ALL_PARTS, device=DEVICE, dtype=DTYPE, vae_dtype=
     parts: which get weights, the VAE's in vae_dtype, the others' in dtype; the rest has no memory.
     """
     model = unfilled(config)
+    model.tokenizer = Bytes(model.tokenizer.words)
     for name in parts:
         randomise(device, getattr(model, name).to(vae_dtype if name == "vae" else dtype))
     if "vae" in parts:
@@ -41,6 +43,13 @@ def random_model(config, parts=ALL_PARTS, device=DEVICE, dtype=DTYPE, vae_dtype=
         model.vae.set_statistics(0 * ones, ones)
         model.vae.to(memory_format=torch.channels_last)
     return model.eval()
+
+
+class Bytes(Tokenizer):
+    """A tokenizer of bytes, with which a model with random weights reads any text."""
+
+    def encode(self, text, image_tokens=0):
+        return [self.BOS, *(len(self.SPECIAL) + byte for byte in text.encode())]
 
 
 def euler_step(model, context, guidance):
