@@ -324,8 +324,7 @@ class MoS(nn.Module):
 def unfilled(config):
     """Return a model on the meta device, which has no memory and reads no files."""
     with torch.device("meta"):
-        tokenizer = Tokenizer(map(str, range(256)))  # as large as where the recipe names no size
-        return MoS(replace(config, und_folder="", vae_folder=""), tokenizer)
+        return MoS(replace(config, und_folder="", vae_folder=""), Tokenizer(map(str, range(256))))
 
 
 # --- Rectified flow: times, schedules, guidance ---------------------------------------------------

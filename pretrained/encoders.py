@@ -49,27 +49,27 @@ class EncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The base class of both encoders.
+    """The base class of both encoders. An image token stands for 2x2 patches.
 
-    width: Dv. image: side in pixels of the pictures in training. patch: side of a patch in pixels.
-    cls: whether there is a class token. bias: of the patch embedding. eps: of the blocks' norms.
-    joined: patches in an input of the projector. out_width: Du.
+    width: Dv. out_width: Du. cls: whether there is a class token. image, patch: sides in pixels of
+    the pictures in training and of a patch. JOINED: patches in one input of the projector.
+    PATCH_BIAS: whether the patch embedding has a bias. EPS: of the blocks' norms.
     """
 
-    def __init__(self, width, depth, heads, hidden, image, patch, cls, bias, eps, joined,
-                 out_width):
+    def __init__(self, width, depth, heads, hidden, out_width, cls=True, image=448, patch=14):
         super().__init__()
         if width % (4 * heads):
             raise ValueError(f"the vision transformer's width {width} must be a multiple of four "
                              f"times its {heads} heads")
         self.patch = patch
         self.side = image // patch
-        self.patches = nn.Conv2d(3, width, patch, patch, bias=bias)
+        self.patches = nn.Conv2d(3, width, patch, patch, bias=self.PATCH_BIAS)
         self.cls = nn.Parameter(torch.empty(1, 1, width)) if cls else None
         self.position_embedding = nn.Parameter(torch.empty(1, cls + self.side ** 2, width))
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads, hidden, eps) for _ in range(depth))
-        self.norm = nn.LayerNorm(joined * width, 1e-5)
-        self.projector = nn.Sequential(nn.Linear(joined * width, out_width), nn.GELU(),
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, hidden, self.EPS)
+                                    for _ in range(depth))
+        self.norm = nn.LayerNorm(self.JOINED * width, 1e-5)
+        self.projector = nn.Sequential(nn.Linear(self.JOINED * width, out_width), nn.GELU(),
                                        nn.Linear(out_width, out_width))
         initialise(self)
 
@@ -132,11 +132,11 @@ class VisionTransformer(nn.Module):
 
 
 class PerceptionEncoder(VisionTransformer):
-    """PLM's encoder: PE-Lang (Bolya et al. 2025) and the projector of PLM (Cho et al. 2025).
+    """PLM's encoder: PE-Lang (Bolya et al. 2025) and the projector of PLM (Cho et al. 2025)."""
 
-    An image token stands for 28x28 pixels. Arguments: see VisionTransformer.
-    """
-
+    PATCH_BIAS = False
+    EPS = 1e-5
+    JOINED = 1
     BLOCK = r"vision_tower\.timm_model\.blocks\.(\d+)\.(.+)"
     MODULES = {"vision_tower.timm_model.cls_token": "cls",
                "vision_tower.timm_model.pos_embed": "position_embedding",
@@ -144,10 +144,6 @@ class PerceptionEncoder(VisionTransformer):
                "vision_tower.timm_model.norm_pre": "norm",
                "multi_modal_projector.linear_1": "projector.0",
                "multi_modal_projector.linear_2": "projector.2"}
-
-    def __init__(self, width, depth, heads, hidden, out_width, cls, image=448, patch=14):
-        super().__init__(width=width, depth=depth, heads=heads, hidden=hidden, image=image,
-                         patch=patch, cls=cls, bias=False, eps=1e-5, joined=1, out_width=out_width)
 
     def rope(self, h, w, x):
         """Return cos and sin (L, Dh/2) for the tokens x (B, L, Dv) of h rows and w columns.
@@ -181,11 +177,11 @@ class PerceptionEncoder(VisionTransformer):
 
 
 class InternVision(VisionTransformer):
-    """InternVL's encoder: InternViT and the projector `mlp1` (Chen et al. 2024).
+    """InternVL's encoder: InternViT and the projector `mlp1` (Chen et al. 2024)."""
 
-    An image token stands for 28x28 pixels. Arguments: see VisionTransformer.
-    """
-
+    PATCH_BIAS = True
+    EPS = 1e-6
+    JOINED = 4
     MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1]
     STD = (0.229, 0.224, 0.225)
     BLOCK = r"(?:vision_tower\.encoder\.layer|vision_model\.encoder\.layers)\.(\d+)\.(.+)"
@@ -198,10 +194,6 @@ class InternVision(VisionTransformer):
                "multi_modal_projector.layer_norm": "norm", "mlp1.0": "norm",
                "multi_modal_projector.linear_1": "projector.0", "mlp1.1": "projector.0",
                "multi_modal_projector.linear_2": "projector.2", "mlp1.3": "projector.2"}
-
-    def __init__(self, width, depth, heads, hidden, out_width, image=448, patch=14):
-        super().__init__(width=width, depth=depth, heads=heads, hidden=hidden, image=image,
-                         patch=patch, cls=True, bias=True, eps=1e-6, joined=4, out_width=out_width)
 
     def forward(self, images):
         """Encode pictures (B, 3, H, W) in [-1, 1]."""

@@ -20,22 +20,16 @@ from vae import VAE
 
 
 def read_json(folder, name="config.json"):
-    """Return the object in a JSON file of a folder.
-
-    Raises FileNotFoundError, or ValueError where the file is damaged or holds something else.
-    """
+    """Return what a JSON file of a folder holds. Raises FileNotFoundError or ValueError."""
     path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"no {name} in {folder}: expected a model's folder in Hugging "
                                 "Face's or diffusers' layout; give it by --und-folder or "
                                 "--vae-folder")
     try:
-        values = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}); copy it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object; copy it again")
-    return values
 
 
 def one_line_errors(function):
@@ -100,8 +94,8 @@ def llama3_scaling(factor, low_freq_factor, high_freq_factor, original_max_posit
                    **_):
     """Return Llama 3's change of rotary frequencies: low ones are divided by the factor.
 
-    A frequency that turns more than high_freq_factor times within the original length stays, one
-    that turns less than low_freq_factor times is divided, and one between them is interpolated.
+    Frequencies with more than high_freq_factor turns within the original length stay, those with
+    fewer than low_freq_factor are divided, and those between them are interpolated.
     """
     def scale(rate):
         turns = original_max_position_embeddings * rate / (2 * math.pi)
@@ -188,10 +182,9 @@ REQUEST = ("Write a caption of the picture that the following text asks for. Thi
 
 
 class FolderTokenizer(Tokenizer):
-    """The tokenizer of a folder, from its tokenizer.json.
+    """The tokenizer of a folder, from its tokenizer.json. Raises FileNotFoundError or ValueError.
 
-    chat: put every text into the folder's chat template, as a message of the user. Raises
-    FileNotFoundError, or ValueError for a damaged file or a package that is not installed.
+    chat: put every text into the folder's chat template, as a message of the user.
     """
 
     def __init__(self, folder, chat=False):
@@ -247,6 +240,7 @@ def read_stops(folder):
     raise ValueError(f"{folder} names no eos_token_id in its config.json or generation_config.json")
 
 
+@one_line_errors
 def read_template(folder):
     """Return the function that puts a user's message into the chat template of a folder."""
     from jinja2 import TemplateError  # jinja2 comes with torch
@@ -341,13 +335,12 @@ def load_vae_weights(folder, vae):
     """
     copy_tensors(dict(vae.named_parameters()), weight_files(folder), our_vae_name, last_frame)
     c = read_json(folder)
-    mean = torch.tensor(c["latents_mean"], dtype=torch.float64)
-    std = torch.tensor(c["latents_std"], dtype=torch.float64)
     channels = len(vae.latents_mean)
-    if mean.shape != (channels,) or std.shape != (channels,):
+    if not len(c["latents_mean"]) == len(c["latents_std"]) == channels:
         raise ValueError(f"{folder}/config.json must have {channels} numbers each in latents_mean "
                          "and latents_std")
-    vae.set_statistics(mean, std)
+    vae.set_statistics(torch.tensor(c["latents_mean"], dtype=torch.float64),
+                       torch.tensor(c["latents_std"], dtype=torch.float64))
 
 
 def load_vae(folder, device="cpu", dtype=torch.float32):

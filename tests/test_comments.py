@@ -228,7 +228,7 @@ def run_everything(watch, folder):
                "encoders.py EncoderBlock": dict(H=3)}
     for encoder in (encoders.PerceptionEncoder(24, 1, 3, 40, 44, True, 56),
                     encoders.PerceptionEncoder(24, 1, 3, 40, 44, False, 56),
-                    encoders.InternVision(24, 1, 3, 40, 44, 56)):
+                    encoders.InternVision(24, 1, 3, 40, 44, True, 56)):
         watch(letters, encoder, torch.rand(2, 3, 84, 112))
 
 
