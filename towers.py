@@ -40,8 +40,7 @@ class Tokenizer:
     def encode(self, text, image_tokens=0):
         """Return the token ids of a text, <bos> first. Raises ValueError for an unknown word.
 
-        image_tokens: the number of placeholders that a published tower needs in the text for a
-        picture. This tower needs none, because its image tokens come before the text.
+        image_tokens: placeholders for a picture, which only published towers need in the text.
         """
         ids = [self.BOS]
         for word in self.split(text):
@@ -53,10 +52,7 @@ class Tokenizer:
         return ids
 
     def batch(self, texts, length=None, image_tokens=0):
-        """Return right-padded token ids (B, S); S is `length`, or that of the longest text.
-
-        Raises ValueError where a text is longer than `length`.
-        """
+        """Return token ids (B, S), padded on the right. Raises ValueError above `length`."""
         rows = [self.encode(text, image_tokens) for text in texts]
         length = length or max(map(len, rows))
         return torch.tensor([self.pad(row, text, length) for row, text in zip(rows, texts)])

@@ -2,8 +2,7 @@
 
 The original is a causal video network, to which an image is a video of one frame: each 3x3x3
 convolution sees two frames of zeros before it, so that only the last temporal slice of its kernel
-counts, a 2-D convolution. Modules are named as in diffusers' `AutoencoderKLWan`. Letters as in
-`mos.py`; C' stands for a layer's output channels.
+counts. Modules are named as in diffusers. Letters as in `mos.py`; C': a layer's output channels.
 """
 
 import math
@@ -79,8 +78,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels)])
 
     def forward(self, x):
-        x = self.attentions[0](self.resnets[0](x))
-        return self.resnets[1](x)
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class DoublingConv(nn.Conv2d):
@@ -180,10 +178,9 @@ def apply_in_tiles(network, x, scales, margin):
     """Return network(x), computed tile by tile for a large picture, which takes less memory.
 
     scales: how many pixels of x and of the result a latent pixel is wide. margin: how far the
-    network sees, in latent pixels. Each tile is read with that margin, so that its values are those
-    of the whole picture, and no seams appear.
+    network sees, in latent pixels; tiles are read with it, so that no value differs.
     """
-    if x[0, 0].numel() <= UNTILED * scales[0] ** 2:
+    if x.shape[2] * x.shape[3] <= UNTILED * scales[0] ** 2:
         return network(x)
     apply_in_row = partial(apply_along_side, network, scales=scales, margin=margin, side=3)
     return apply_along_side(apply_in_row, x, scales, margin, side=2)      # (B, C', H', W')
@@ -291,10 +288,7 @@ class VAE(nn.Module):
         return x.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
 
     def posterior(self, x):
-        """Return mean and log-variance of the unnormalised latents: (B, C, H/16, W/16) each.
-
-        Raises ValueError where a side is not a multiple of 16.
-        """
+        """Return latents' mean and log-variance. Raises ValueError unless 16 divides each side."""
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise ValueError(f"pictures must be a multiple of {self.factor} pixels on each side, "
                              f"got {x.shape[-2]}x{x.shape[-1]}")

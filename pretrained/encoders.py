@@ -4,7 +4,7 @@ They turn pictures (B, 3, H, W) in [-1, 1] into image tokens (B, P, Du) for an u
 
     P image tokens    h, w rows and columns of patches    Dv width of a vision transformer
     L its tokens: a class token, if it has one, then h*w patches, row by row
-    n rows and columns of patches in the pictures that it was trained with
+    n rows and columns of patches in training
 """
 
 import re
@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import init_parameter, initialise
-from kernels import apply_rope, at_least_fp32, attention
+from kernels import apply_rope, at_least_fp32, attention, rope_table
 
 
 class EncoderBlock(nn.Module):
@@ -113,22 +113,15 @@ class VisionTransformer(nn.Module):
         return x, h, w
 
     def our_name(self, name):
-        """Return our name of a tensor of a folder, and its part, as `copy_tensors` asks for it.
-
-        None: the tensor is not an image encoder's. Raises KeyError for one that this encoder lacks.
-        """
+        """Return our name of a tensor of a folder and its part, or None: see `copy_tensors`."""
         if not is_vision_tensor(name):
             return None
         name = name.removeprefix("model.")
         module, kind = re.fullmatch(r"(.+?)(\.weight|\.bias|)", name).groups()
         if block := re.fullmatch(self.BLOCK, module):
             ours, part = BLOCK_MODULES[block[2]]
-            ours = f"blocks.{block[1]}.{ours}{kind}"
-        else:
-            ours, part = self.MODULES[module] + kind, 0
-        if ours not in dict(self.named_parameters()):
-            raise KeyError(name)
-        return ours, part
+            return f"blocks.{block[1]}.{ours}{kind}", part
+        return self.MODULES[module] + kind, 0
 
 
 class PerceptionEncoder(VisionTransformer):
@@ -158,11 +151,7 @@ class PerceptionEncoder(VisionTransformer):
         positions = torch.cartesian_prod(rows, columns).flip(1)           # (h*w, 2)
         positions = F.pad(positions, (0, 0, first, 0))                    # (L, 2)
         half = x.shape[-1] // self.blocks[0].heads // 2
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        index = torch.arange(0, half, 2, device=x.device, dtype=dtype)
-        angles = positions[:, :, None] * 1e4 ** (-index / half)           # (L, 2, Dh/4)
-        angles = angles.flatten(1)                                        # (L, Dh/2)
-        return angles.cos(), angles.sin()                                 # (L, Dh/2) each
+        return rope_table(positions, (half, half))                        # (L, Dh/2) each
 
     def forward(self, images):
         """Encode pictures (B, 3, H, W) in [-1, 1], to which PLM normalises its pictures, too."""
@@ -251,10 +240,7 @@ def square_side(size):
 
 
 def build_encoder(config):
-    """Return the image encoder of a parsed config.json, without weights; None where it has none.
-
-    It is built on the default device. Raises ValueError for other encoders than PLM's, InternVL's.
-    """
+    """Return PLM's or InternVL's encoder without weights, or None. Raises ValueError for others."""
     vision = config.get("vision_config")
     if vision is None:
         return None

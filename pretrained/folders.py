@@ -1,8 +1,7 @@
 """Load published models: towers in Hugging Face's layout, Wan's VAE in diffusers'.
 
 A folder's config.json says what to build, and its safetensors files hold the weights (no other
-format is read). They are mapped into memory and copied one tensor at a time to where the model
-lies, so that no process ever holds a model twice.
+format is read). They are mapped into memory and copied into the model one tensor at a time.
 """
 
 import json
@@ -23,9 +22,8 @@ def read_json(folder, name="config.json"):
     """Return what a JSON file of a folder holds. Raises FileNotFoundError or ValueError."""
     path = Path(folder) / name
     if not path.is_file():
-        raise FileNotFoundError(f"no {name} in {folder}: expected a model's folder in Hugging "
-                                "Face's or diffusers' layout; give it by --und-folder or "
-                                "--vae-folder")
+        raise FileNotFoundError(f"no {name} in {folder}: give a model's folder in Hugging Face's or "
+                                "diffusers' layout")
     try:
         return json.loads(path.read_text())
     except ValueError as e:
@@ -39,8 +37,7 @@ def one_line_errors(function):
         try:
             return function(folder, *arguments)
         except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as e:
-            raise ValueError(f"{folder} holds no model as it is published ({type(e).__name__}: {e})"
-                             ) from None
+            raise ValueError(f"{folder} holds no model as it is published ({e!r})") from None
     return call
 
 
@@ -48,8 +45,7 @@ def weight_files(folder):
     """Return the paths of a folder's safetensors files. Raises FileNotFoundError without any."""
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
-        raise FileNotFoundError(f"no safetensors files in {folder}; convert its weights, other "
-                                "formats are not read")
+        raise FileNotFoundError(f"no safetensors files in {folder}; convert its weights")
     return paths
 
 
@@ -71,10 +67,7 @@ TOWER_MODULES = {
 
 
 def our_tower_name(tower, name):
-    """Return our name of a tensor of a tower's folder and its part, as `copy_tensors` asks for it.
-
-    None: the tower does not need the tensor. Raises KeyError for an unknown one.
-    """
+    """Return our name of a tensor of a tower's folder and its part, or None: see `copy_tensors`."""
     if is_vision_tensor(name):
         if not tower.vision:
             return None
@@ -197,8 +190,7 @@ class FolderTokenizer(Tokenizer):
         try:
             self.library = Library.from_file(str(Path(folder) / "tokenizer.json"))
         except Exception as e:  # the library has no exception of its own
-            raise ValueError(f"{folder}/tokenizer.json is no tokenizer ({e}); copy it again"
-                             ) from None
+            raise ValueError(f"{folder}/tokenizer.json is no tokenizer ({e})") from None
         self.library.no_padding()
         self.library.no_truncation()
         self.template = read_template(folder) if chat else None
@@ -297,10 +289,7 @@ WAN_NAMES = (
 
 @one_line_errors
 def build_vae(folder):
-    """Return the VAE that a folder describes, on the default device, without its weights.
-
-    Raises FileNotFoundError, or ValueError where it is not Wan 2.2's.
-    """
+    """Return Wan 2.2's VAE as a folder describes it, without weights. Raises ValueError."""
     c = read_json(folder)
     if not c.get("is_residual") or c.get("patch_size") != 2 or c.get("attn_scales"):
         raise ValueError(f"{folder} is not Wan 2.2's VAE: expected is_residual, patch_size 2 and "
@@ -311,13 +300,10 @@ def build_vae(folder):
 
 
 def our_vae_name(name):
-    """Return our name of a tensor of a VAE's folder, and part 0, as `copy_tensors` asks for it.
-
-    None: a convolution over time, which one image does not need.
-    """
+    """Return our name of a tensor of a VAE's folder and part 0, or None: see `copy_tensors`."""
     for pattern, ours in WAN_NAMES:
         name = re.sub(pattern, ours, name)
-    return None if "time_conv" in name else (name, 0)
+    return None if "time_conv" in name else (name, 0)  # one image needs no convolution over time
 
 
 def last_frame(name, values):
@@ -329,10 +315,7 @@ def last_frame(name, values):
 
 @one_line_errors
 def load_vae_weights(folder, vae):
-    """Copy a folder's weights and latent statistics into the VAE that `build_vae` made for it.
-
-    Names may be diffusers' or Wan's own.
-    """
+    """Copy a folder's weights and latent statistics into the VAE that `build_vae` made for it."""
     copy_tensors(dict(vae.named_parameters()), weight_files(folder), our_vae_name, last_frame)
     c = read_json(folder)
     channels = len(vae.latents_mean)
