@@ -403,6 +403,6 @@ def find_tensors(targets, files, our_name):
             sources[name][part] = path, theirs
     for name, parts in sources.items():
         if not parts:
-            place = path if len(files) == 1 else path.parent
-            raise ValueError(f"{place}: tensor {name} is missing")
+            origin = path if len(files) == 1 else path.parent
+            raise ValueError(f"{origin}: tensor {name} is missing")
     return sources

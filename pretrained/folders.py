@@ -22,7 +22,7 @@ def read_json(folder, name="config.json"):
     """Return what a JSON file of a folder holds. Raises FileNotFoundError or ValueError."""
     path = Path(folder) / name
     if not path.is_file():
-        raise FileNotFoundError(f"no {name} in {folder}: give a model's folder in Hugging Face's or "
+        raise FileNotFoundError(f"no {name} in {folder}: give a model in Hugging Face's or "
                                 "diffusers' layout")
     try:
         return json.loads(path.read_text())
