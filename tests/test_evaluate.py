@@ -16,7 +16,7 @@ from PIL import Image
 from scenes import facts, shows_held
 
 from checkpoint import read_vocabulary
-from common import run, to_image, to_tensor
+from common import check_made, run, to_image, to_tensor
 from conftest import ROOT, SMALL, make_config
 from mos import MoS
 from tools import evaluate
@@ -469,15 +469,15 @@ def test_export_refuses_other_pictures(prompts, tmp_path):
     """A folder that holds anything else, or pictures of another seed, is left as it is."""
     made = {"pictures": 1, "seed": 5, "settings": {}}
     folder = tmp_path / "folder"
-    evaluate.check_export(folder, made)
+    check_made(folder, made, "--export")
     evaluate.draw_prompts(Painter(), folder, LINES[:1], 1, made)
-    evaluate.check_export(folder, made)
-    with pytest.raises(ValueError, match=r"another seed \(5, now 6\)"):
-        evaluate.check_export(folder, made | {"seed": 6})
+    check_made(folder, made, "--export")
+    with pytest.raises(ValueError, match=r"--export: .*another seed \(5, now 6\)"):
+        check_made(folder, made | {"seed": 6}, "--export")
     (folder / "made.json").unlink()
     for path in (folder, prompts):
         with pytest.raises(ValueError, match="holds something else"):
-            evaluate.check_export(path, made)
+            check_made(path, made, "--export")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """The small world: scenes of coloured shapes, captions and questions about them, their pictures.
 
 The paper's claims can only be tested on pictures whose content is known. Here a scene is a list of
-objects. `render` draws it with signed distance fields, `describe` writes a caption and `ask` a
-question. `judge.py` recognises the objects of a picture, and `satisfies` compares them with a
-prompt. The benchmark follows GenEval's six tasks.
+objects, and a picture is drawn from it with signed distance fields. `judge.py` recognises the
+objects of a picture, and `satisfies` compares them with a prompt. `benchmark` is like GenEval's.
 
 Lengths are in units of the picture's shorter side, x to the right and y downwards.
 """
@@ -19,12 +18,11 @@ import torch
 from common import move
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "hexagon")
-COLOURS = {  # GenEval's ten colours
+COLOURS = {  # GenEval's ten
     "red": (220, 30, 40), "orange": (245, 130, 20), "yellow": (250, 220, 40),
     "green": (40, 160, 60), "blue": (35, 75, 215), "purple": (125, 40, 165),
     "pink": (250, 135, 190), "brown": (125, 75, 35), "black": (15, 15, 15),
-    "white": (250, 250, 250),
-}
+    "white": (250, 250, 250)}
 BACKGROUNDS = {"gray": (135, 135, 135), "beige": (215, 195, 155), "teal": (60, 150, 160),
                "lavender": (175, 165, 225)}
 SIZES = {"small": 0.095, "large": 0.15}  # radius
@@ -34,8 +32,7 @@ RELATIONS = {  # the first wording is GenEval's
     "left of": ("left of", "to the left of", "on the left of"),
     "right of": ("right of", "to the right of", "on the right of"),
     "above": ("above", "over"),
-    "below": ("below", "under"),
-}
+    "below": ("below", "under")}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PREFIXES = ("a photo of", "a picture of", "an image of", "a drawing of", "")
 TASKS = ("single object", "two objects", "counting", "colours", "position", "attribution")
@@ -71,12 +68,11 @@ class Prompt(NamedTuple):
     background: str | None = None
 
 
-# ------------------------------------------------------------------------------------------------
-# The split: combinations that training never shows. Evaluation scores them separately.
+# --- The split: combinations that training never shows, which evaluation scores separately ---
 
 HELD_COLOURS = {(colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)}
-HELD_PAIRS = {frozenset(p) for p in (("circle", "star"), ("square", "cross"), ("triangle", "ring"),
-                                     ("diamond", "hexagon"))}
+HELD_PAIRS = {frozenset(pair) for pair in (("circle", "star"), ("square", "cross"),
+                                           ("triangle", "ring"), ("diamond", "hexagon"))}
 HELD_COUNTS = {(2, "triangle"), (2, "hexagon"), (3, "star"), (3, "square"), (4, "ring"),
                (4, "diamond")}
 _TRIPLES = (
@@ -84,8 +80,7 @@ _TRIPLES = (
     ("star", "left of", "diamond"), ("cross", "left of", "hexagon"),
     ("triangle", "left of", "square"), ("hexagon", "left of", "star"),
     ("ring", "above", "circle"), ("diamond", "above", "square"), ("star", "above", "cross"),
-    ("hexagon", "above", "triangle"), ("triangle", "above", "star"), ("cross", "above", "diamond"),
-)
+    ("hexagon", "above", "triangle"), ("triangle", "above", "star"), ("cross", "above", "diamond"))
 HELD_TRIPLES = set(_TRIPLES) | {(b, INVERSE[r], a) for a, r, b in _TRIPLES}
 
 
@@ -123,8 +118,7 @@ def is_validation(scene):
     return zlib.crc32(content.encode()) % 16 == 0
 
 
-# ------------------------------------------------------------------------------------------------
-# Scenes
+# --- Scenes ---
 
 def draw_centres(rng, sizes, width, height, grid):
     """Draw centres of objects of these sizes, apart from each other and from the edge, or None."""
@@ -182,8 +176,8 @@ def draw_scene(rng, task, split="train", width=1.0, height=1.0, grid=GRID):
     """Draw a random scene of one task.
 
     split: "train" and "val" are disjoint and have no held-out combination; "held" has one; "any"
-    is not filtered. width, height: of the picture, in units of its shorter side. grid: centres are
-    multiples of 1/grid; a world with a coarse grid is learned sooner.
+    is not filtered. width, height: of the picture. grid: centres are multiples of 1/grid; a world
+    with a coarse grid is learned sooner.
     """
     while True:
         scene = _draw_unfiltered(rng, task, width, height, grid)
@@ -196,8 +190,7 @@ def draw_task(rng, tasks=MIXTURE):
     return rng.choices(tuple(tasks), weights=[MIXTURE[task] for task in tasks])[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# Words
+# --- Words ---
 
 def plural(shape):
     """Return the plural of a shape's name."""
@@ -208,13 +201,6 @@ def noun_phrase(o, article="a"):
     """Return words such as "a small red circle" for the attributes that an object has."""
     words = " ".join(word for word in (o.size, o.colour, o.shape) if word)
     return f"an {words}" if article == "a" and words[0] in "aeiou" else f"{article} {words}".strip()
-
-
-def _mention(rng, o, colour_rate, size_rate):
-    """Return an object as a caption names it, with its colour and size at these rates."""
-    colour = o.colour if rng.random() < colour_rate else None
-    size = o.size if rng.random() < size_rate else None
-    return Object(o.shape, colour, size)
 
 
 def _clause(rng, a, relation, b):
@@ -237,15 +223,18 @@ def describe(rng, scene, task):
     colour_rate = {"colours": 1, "attribution": 1, "dense": 1}.get(
         task, 0 if plain else 0.8 if task == "position" else 0.4)
     size_rate = 0 if plain else 0.25
-    named = tuple(_mention(rng, o, colour_rate, size_rate) for o in objects)
+    named = ()
+    for o in objects:
+        colour = o.colour if rng.random() < colour_rate else None
+        size = o.size if rng.random() < size_rate else None
+        named += (Object(o.shape, colour, size),)
     background = scene.background if not plain and rng.random() < 0.4 else None
     relations = ()
     if task == "counting":
         one_colour = len({o.colour for o in objects}) == 1
         colour = objects[0].colour if one_colour and not plain and rng.random() < 0.5 else None
-        named = tuple(Object(o.shape, colour) for o in objects)
-        shapes = plural(named[0].shape)
-        words = " ".join(word for word in (NUMBERS[len(named)], colour, shapes) if word)
+        named = (Object(objects[0].shape, colour),) * len(objects)
+        words = plural(noun_phrase(named[0], NUMBERS[len(named)]))
     elif task == "position":
         relation = rng.choice(relations_between(*objects))
         wording = RELATIONS[relation][0] if plain else rng.choice(RELATIONS[relation])
@@ -276,7 +265,7 @@ def _pick(rng, options, table, listed):
 
 
 def ask(rng, scene):
-    """Draw a question about the scene. Returns the question and its answer as texts."""
+    """Draw a question about the scene; return it and its answer as texts."""
     shapes = [o.shape for o in scene.objects]
     colours = [o.colour for o in scene.objects]
     o = rng.choice(scene.objects)
@@ -313,10 +302,7 @@ def ask(rng, scene):
 
 
 def benchmark(task, number, seed=0, held=False):
-    """Return `number` prompts in GenEval's template for a task. Raises ValueError for other tasks.
-
-    held: with held-out combinations instead of those that training shows.
-    """
+    """Return `number` prompts of a task in GenEval's words; held: with held-out combinations."""
     if task not in TASKS:
         raise ValueError(f"no benchmark for task {task!r}, expected one of: {', '.join(TASKS)}")
     rng = random.Random(f"benchmark {task} {seed} {held}")
@@ -349,8 +335,8 @@ def _benchmark_prompt(rng, task, held):
             pairs = [_pick(rng, product(COLOURS, SHAPES), HELD_COLOURS, listed)
                      for listed in (held, False)]
             shapes = pairs[0][1], pairs[1][1]
+        pairs = pairs if rng.random() < 0.5 else pairs[::-1]
         named = [Object(shape, colour) for colour, shape in pairs]
-        named = named if rng.random() < 0.5 else named[::-1]
     named = tuple(named)
     return Prompt("a photo of " + " and ".join(map(noun_phrase, named)), task, named)
 
@@ -366,8 +352,7 @@ def satisfies(prompt, scene):
                for order in permutations(scene.objects))
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures ---
 
 def pack(scenes):
     """Return scenes as a tensor (B, 1 + 4*5): background, and shape, colour, size, x, y of each.
