@@ -3,7 +3,6 @@
     python -m tools.evaluate weights                     # all that it can do
     python -m tools.evaluate weights --what tasks        # GenEval's tasks: the paper's Table 6
     python -m tools.evaluate weights --what dense edits  # as DPG (Table 7) and ImgEdit (Table 10)
-    python -m tools.evaluate weights --what understanding descriptions  # its tower's words
     python -m tools.evaluate weights --what loss vae     # can the judge see through the VAE?
     python -m tools.evaluate --what judge                # the judge on the world's own renders
     python -m tools.evaluate CHECKPOINT --export FOLDER --prompts evaluation_metadata.jsonl
@@ -48,11 +47,9 @@ def score(what, model, args, settings, failures):
     if what == "tasks":
         tasks = args.tasks or shapes.TASKS
         table = scores.score_tasks(model, number, args.pictures, tasks=tasks, **drawing)
-        means = {"overall": averages(table)}
         both = {task: column for task, column in table.items() if "held-out" in column}
-        if both and len(both) < len(table):
-            means[f"overall of {len(both)}"] = averages(both)
-        return table | means
+        means = {f"overall of {len(both)}": averages(both)} if 0 < len(both) < len(table) else {}
+        return table | {"overall": averages(table)} | means
     if what == "dense":
         return scores.score_dense(model, number, **drawing)
     if what == "edits":
@@ -91,18 +88,16 @@ def show(title, table):
     heads = [HEADS.get(c, c.capitalize() if c.isalpha() and c.islower() else c) for c in table]
     widths = [2 + max(6, len(head)) for head in heads]
     rows = scores.rows_of(table)
-    label = 2 + max(len(name) for name in (*rows, "   different"))
-
-    def line(name, cells):
-        print(f"{name:{label}}" + "".join(f"{x:>{width}}" for x, width in zip(cells, widths)))
-
-    print(f"\n{title}")
-    line("", heads)
+    lines = [("", heads)]
     for row in rows:
         columns = [scores.figures(column.get(row)) for column in table.values()]
         for name, values in zip((row, "   ±", "   different"), zip(*columns)):
             if name == row or any(value is not None for value in values):
-                line(name, map(as_text, values))
+                lines.append((name, map(as_text, values)))
+    label = 2 + max(len(name) for name in (*rows, "   different"))
+    print(f"\n{title}")
+    for name, cells in lines:
+        print(f"{name:{label}}" + "".join(f"{x:>{width}}" for x, width in zip(cells, widths)))
 
 
 def as_text(value):
@@ -112,11 +107,9 @@ def as_text(value):
     return f"{value:.2f}" if value >= 10 else f"{value:.3f}"
 
 
-def draw_sheet(failures, columns=3, width=290):
-    """Return all failures {what was scored: Results} as one picture.
-
-    columns: failures side by side. width: of the words beside each failure's pictures, in pixels.
-    """
+def draw_sheet(failures, columns=3):
+    """Return all failures, {what was scored: Results}, as one picture, some columns wide."""
+    width = 290  # pixels for the words beside each failure's pictures
     results = [(what, r) for what, kinds in failures.items() for r in kinds]
     if not results:
         return Image.new("RGB", (width, 128), "white")
@@ -146,8 +139,7 @@ def read_prompts(path):
                 raise ValueError
         except (ValueError, AttributeError):
             raise ValueError(f'{path}, line {number}: expected JSON with "prompt", "tag" and '
-                             f'"include", as in GenEval\'s evaluation_metadata.jsonl, got '
-                             f"{line[:60]!r}") from None
+                             f'"include", as GenEval has it, got {line[:60]!r}') from None
         prompts.append(entry)
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
@@ -209,7 +201,7 @@ def parse(arguments=None):
     add("--tasks", nargs="+", choices=shapes.TASKS, help="of GenEval's; all six if not given")
     add("--number", type=int, help="prompts for each task (GenEval's counts if not given), dense "
         f"prompts ({scores.DENSE_COUNT}), edits of each type ({scores.EDIT_COUNT}), descriptions "
-        "(500), pictures for the loss (256), questions and renders (2000), lines of --prompts (all)")
+        "(500), pictures for the loss (256), questions, renders (2000), lines of --prompts (all)")
     add("--pictures", type=int, default=4, help="for each of GenEval's prompts; others get one")
     add("--seed", type=int, default=0, help="of prompts, scenes and noise")
     add("--batch", type=int, help="pictures drawn at once; 512 on a GPU, else 64")
@@ -265,13 +257,13 @@ def main():
              "parameters": sum(p.numel() for module in (model.router, model.generation)
                                for p in module.parameters())}
     print(json.dumps(about))
-    tables, failures = {}, {}
+    tables = {}
+    failures = {what: [] for what in SCORES}
     for what, reason in obstacles.items():
         title, _ = SCORES[what]
         if reason:
             print(f"\n{title}: left out, {reason}")
         else:
-            failures[what] = []
             tables[what] = score(what, model, args, failures=failures[what],
                                  settings=edit_settings if what == "edits" else settings)
             show(title, tables[what])

@@ -66,9 +66,9 @@ class Edit(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One demand of an instruction; `changed` and `new` as in Edit."""
+    """One demand of an instruction. about: the objects that it names; changed, new: as in Edit."""
     text: str
-    about: set  # the indices of objects that it names or changes, or "background"
+    about: tuple[int, ...] = ()
     changed: tuple[int, ...] = ()
     new: tuple[New, ...] = ()
     scene: dict = {}  # new values of the scene's background or style
@@ -76,9 +76,9 @@ class Part(NamedTuple):
 
 class Room(NamedTuple):
     """The size of a picture, and the grid of its objects' centres (see shapes.draw_scene)."""
-    width: float
-    height: float
-    grid: int
+    width: float = 1.0
+    height: float = 1.0
+    grid: int = GRID
 
     def beside(self, o, relation):
         """Return the centre one STEP away from an object."""
@@ -130,13 +130,14 @@ def _add(rng, scene, names, room):
     if rng.random() < 0.7:  # an object beside another one fits less often than one in a corner
         j = rng.randrange(len(names))
         relation = rng.choice(tuple(SIDES))
-        about = {j}
+        about = (j,)
         to = scene.objects[j]
         x, y = room.beside(to, relation)
         where = f"{rng.choice(RELATIONS[relation])} {names[j]}"
     else:
         where, (right, bottom) = rng.choice(tuple(CORNERS.items()))
-        about, relation = set(), "in"
+        about = ()
+        relation = "in"
         to = Object(None, x=right * room.width, y=bottom * room.height)
         x, y = room.corner(right, bottom)
     text = rng.choice(WORDINGS["add"]).format(new=shapes.noun_phrase(o), where=where)
@@ -149,13 +150,13 @@ def _adjust(rng, scene, names, room):
     o = scene.objects[i]
     value = _choose_other(rng, table, getattr(o, field))
     text = rng.choice(WORDINGS[field]).format(a=names[i], value=value)
-    return Part(text, {i}, (i,), (New(o._replace(**{field: value})),))
+    return Part(text, (i,), (i,), (New(o._replace(**{field: value})),))
 
 
 def _extract(rng, scene, names, room):
     i = rng.randrange(len(names))
     text = rng.choice(WORDINGS["extract"]).format(a=names[i])
-    return Part(text, set(range(len(names))), tuple(j for j in range(len(names)) if j != i))
+    return Part(text, (i,), tuple(j for j in range(len(names)) if j != i))
 
 
 def _replace(rng, scene, names, room):
@@ -167,22 +168,22 @@ def _replace(rng, scene, names, room):
         new = new._replace(colour=_choose_other(rng, COLOURS, o.colour))
         named = Object(new.shape, new.colour)
     text = rng.choice(WORDINGS["replace"]).format(a=names[i], new=shapes.noun_phrase(named))
-    return Part(text, {i}, (i,), (New(new),))
+    return Part(text, (i,), (i,), (New(new),))
 
 
 def _remove(rng, scene, names, room):
     i = rng.randrange(len(names))
-    return Part(rng.choice(WORDINGS["remove"]).format(a=names[i]), {i}, (i,))
+    return Part(rng.choice(WORDINGS["remove"]).format(a=names[i]), (i,), (i,))
 
 
 def _background(rng, scene, names, room):
     value = _choose_other(rng, BACKGROUNDS, scene.background)
     text = rng.choice(WORDINGS["background"]).format(value=value)
-    return Part(text, {"background"}, scene={"background": value})
+    return Part(text, scene={"background": value})
 
 
 def _style(rng, scene, names, room):
-    return Part(rng.choice(WORDINGS["style"]), set(range(len(names))), scene={"style": "outlined"})
+    return Part(rng.choice(WORDINGS["style"]), scene={"style": "outlined"})
 
 
 def _action(rng, scene, names, room):
@@ -197,22 +198,21 @@ def _action(rng, scene, names, room):
         wordings, where = WORDINGS["place"], f"{rng.choice(RELATIONS[relation])} {names[j]}"
     x, y = room.beside(to, relation)
     text = rng.choice(wordings).format(a=names[i], where=where)
-    return Part(text, {i, j}, (i,), (New(o._replace(x=x, y=y), relation, to),))
+    return Part(text, tuple({i, j}), (i,), (New(o._replace(x=x, y=y), relation, to),))
 
 
 _DRAW_PART = {"add": _add, "adjust": _adjust, "extract": _extract, "replace": _replace,
               "remove": _remove, "background": _background, "style": _style, "action": _action}
 
 
-def instruct(rng, type, scene, width=1.0, height=1.0, grid=GRID):
+def instruct(rng, type, scene, room=Room()):
     """Draw an edit of this scene; None if it is ambiguous, changes nothing or does not fit."""
-    room = Room(width, height, grid)
     if not all(_names(scene)):
         return None
     names = [rng.choice(phrases) for phrases in _names(scene)]
     types = rng.choices(tuple(PARTS), PARTS.values(), k=2) if type == "hybrid" else [type]
     parts = [_DRAW_PART[kind](rng, scene, names, room) for kind in types]
-    about = [thing for part in parts for thing in part.about]
+    about = [i for part in parts for i in part.about]
     if len(set(types)) < len(types) or len(set(about)) < len(about):
         return None  # both parts of a hybrid change the same
     text = " and ".join(part.text for part in parts)
@@ -230,20 +230,20 @@ def instruct(rng, type, scene, width=1.0, height=1.0, grid=GRID):
     return Edit(type, text, scene, target, changed, new)
 
 
-def draw_edit(rng, type, split="train", **room):
+def draw_edit(rng, type, split="train", **size):
     """Draw a random edit of one type. Raises ValueError for an unknown type.
 
     split: in "train", "val" and "any" source and target are scenes of that split, see
     shapes.draw_scene. In "held" the edit makes a held-out combination from a scene of "train";
-    extract, background and style cannot make one, and start from one instead. room: see Room.
+    extract, background and style cannot make one, and start from one instead. size: see Room.
     """
     if type not in TYPES:
         raise ValueError(f"unknown type of edit {type!r}, expected one of: {', '.join(TYPES)}")
     makes = split == "held" and type not in ("extract", "background", "style")
     while True:
-        scene = shapes.draw_scene(rng, shapes.draw_task(rng), "train" if makes else split, **room)
+        scene = shapes.draw_scene(rng, shapes.draw_task(rng), "train" if makes else split, **size)
         for _ in range(8):  # otherwise crowded scenes, in which few edits fit, would be rare
-            edit = instruct(rng, type, scene, **room)
+            edit = instruct(rng, type, scene, Room(**size))
             if edit and shapes.in_split(edit.target, split):
                 return edit
 

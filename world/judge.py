@@ -19,8 +19,7 @@ COLOUR_TOLERANCE = 45.0
 # The squared error of the best drawing, relative to its own energy. Both values admit a star's
 # radius within 10 %, and those of other shapes within less.
 SHAPE_TOLERANCE = {"filled": 0.07, "outlined": 0.12}
-SMALLEST = 8e-4        # segments with a smaller share of the picture are noise
-AT_ONCE = 64           # pictures, to limit memory
+SMALLEST = 8e-4  # segments with a smaller share of the picture are noise
 
 
 class Segments(NamedTuple):
@@ -50,7 +49,7 @@ def judge(pictures):
     An object has None for a colour, or for a shape and size, that is none of the world's.
     """
     scenes = []
-    for part in pictures.split(AT_ONCE):
+    for part in pictures.split(64):  # to limit memory
         segments, areas = _find_segments((part.float().clamp(-1, 1) + 1) * 127.5)
         results = _recognise_styles(segments, areas) if areas else []
         owner = segments.picture.tolist()
@@ -62,13 +61,13 @@ def judge(pictures):
     return scenes
 
 
-def same_scene(truth, judged, unit, pixels=2.0):
-    """Return whether a judged scene equals the true one, each object's centre within some pixels.
+def same_scene(truth, judged, unit):
+    """Return whether a judged scene is the true one, with centres at most two pixels away.
 
     unit: pixels of the picture's shorter side.
     """
     def same(a, b):
-        return a[:3] == b[:3] and math.hypot(a.x - b.x, a.y - b.y) * unit <= pixels
+        return a[:3] == b[:3] and math.hypot(a.x - b.x, a.y - b.y) * unit <= 2
 
     return (truth[1:] == judged[1:] and len(truth.objects) == len(judged.objects)
             and any(all(map(same, truth.objects, order)) for order in permutations(judged.objects)))
@@ -120,13 +119,15 @@ def _recognise_styles(segments, areas):
     picture = segments.picture.tolist()
     unknown = []
     for i, (o, _) in enumerate(results):
+        if o.shape:
+            continue
         twins = [j for j in unknown if picture[i] == picture[j] and 0.4 < areas[i] / areas[j] < 2.5
                  and math.hypot(results[j][0].x - o.x, results[j][0].y - o.y) < 0.02]
-        if o.shape is None and twins:
+        if twins:
             label = segments.label[picture[i]]
             label[label == segments.root[i]] = segments.root[twins[0]]
             results[i] = None
-        elif o.shape is None:
+        else:
             unknown.append(i)
     if unknown:
         rest = segments._replace(picture=segments.picture[unknown], root=segments.root[unknown])
@@ -230,7 +231,8 @@ def _match(alpha, offset, unit, style):
     rows = offset[:, None] - y[:, None, None]                                         # (O, P, 1)
     radii = torch.tensor(list(SIZES.values()), device=alpha.device) * unit
     line = STYLES[style]
-    errors, sizes = [], []
+    errors = []
+    sizes = []
     for shape in SHAPES:
         areas = [shapes.coverage(shape, offset.float(), offset[:, None].float(), radius,
                                  line * radius).sum() for radius in radii]

@@ -81,7 +81,7 @@ def averages(table):
 
 
 def overall(table, row):
-    """Return the mean of the columns in one row, which is GenEval's overall score."""
+    """Return the mean of a row, GenEval's overall score."""
     return figures(averages(table)[row])[0]
 
 
@@ -125,8 +125,8 @@ def score_dense(model, number=None, seed=0, batch=64, splits=SPLITS, failures=No
     """
     def results():
         for split in splits:
-            prompts = [p for p, _ in dense_benchmark(number or DENSE_COUNT, seed,
-                                                     split == "held-out")]
+            pairs = dense_benchmark(number or DENSE_COUNT, seed, split == "held-out")
+            prompts = [p for p, _ in pairs]
             for p, image, scene in draw_and_judge(model, prompts, seed, batch, **settings):
                 judged = list(statements(p, scene))
                 for category, fulfilled in judged:
@@ -177,18 +177,17 @@ def edit_and_judge(model, wanted, seeds, split, **settings):
     restored = model.vae.decode(model.vae.encode(before.to(weights))).cpu()
     for i, (edit, scene) in enumerate(zip(wanted, judge(after))):
         asked, kept = edits.score(edit, scene)
-        yield Result(edit.type, f"{split}, asked", edit.text, asked)
-        yield Result(edit.type, f"{split}, kept", edit.text, kept)
-        yield Result(edit.type, f"{split}, both", edit.text, asked and kept,
-                     (sources[i], images[i]), f"seen: {in_words(scene)}")
+        values = {"asked": asked, "kept": kept, "both": asked and kept}
         outside = edits.outside(edit, size, size)
         if outside.any():
             error = (after[i] - before[i])[:, outside].square().mean().item()
             least = (restored[i] - before[i])[:, outside].square().mean().item()
             near = psnr(error) >= psnr(least) - 2
-            yield Result(edit.type, f"{split}, within 2 dB", edit.text, near)
-            yield Result(edit.type, f"{split}, dB", edit.text, error)
-            yield Result(edit.type, f"{split}, VAE, dB", edit.text, least)
+            values |= {"within 2 dB": near, "dB": error, "VAE, dB": least}
+        for name, value in values.items():
+            pictures = (sources[i], images[i]) if name == "both" else ()
+            yield Result(edit.type, f"{split}, {name}", edit.text, value, pictures,
+                         f"seen: {in_words(scene)}")
 
 
 def psnr(error):
@@ -218,12 +217,12 @@ def score_understanding(model, number, split="val", seed=0, batch=100):
 def write_caption(model, picture):
     """Return the tower's caption of a picture (3, H, W) in [-1, 1], without any prompt."""
     U, tokenizer = model.understanding, model.tokenizer
-    start = tokenizer.encode("")
-    tokens = torch.tensor([start], device=U.embedding.weight.device)
-    limit = model.config.max_tokens - len(start)
-    with autocast(tokens.device):
-        images = picture[None].to(tokens.device)
-        return tokenizer.decode(U.write(tokens, limit, tokenizer.stops, images=images))
+    device = U.embedding.weight.device
+    tokens = torch.tensor([tokenizer.encode("")], device=device)
+    limit = model.config.max_tokens - tokens.shape[1]
+    with autocast(device):
+        ids = U.write(tokens, limit, tokenizer.stops, images=picture[None].to(device))
+    return tokenizer.decode(ids)
 
 
 def score_descriptions(model, number, seed=0, failures=None):

@@ -108,8 +108,8 @@ def held_out(scene):
     return (any((o.colour, o.shape) in HELD_COLOURS for o in scene.objects)
             or any((shapes.count(s), s) in HELD_COUNTS for s in shapes)
             or any(frozenset(pair) in HELD_PAIRS for pair in combinations(shapes, 2))
-            or any((a.shape, r, b.shape) in HELD_TRIPLES and related(a, r, b)
-                   for a, b in permutations(scene.objects, 2) for r in RELATIONS))
+            or any((a.shape, r, b.shape) in HELD_TRIPLES
+                   for a, b in permutations(scene.objects, 2) for r in relations_between(a, b)))
 
 
 def is_validation(scene):
@@ -137,32 +137,6 @@ def draw_centres(rng, sizes, width, height, grid):
     return [(x, y) for x, y, _ in discs]
 
 
-def _draw_unfiltered(rng, task, width, height, grid):
-    """Draw a scene of a task from any split; None if the attempt failed."""
-    count = {"single object": 1, "colours": 1, "counting": rng.randint(2, 4),
-             "dense": rng.randint(3, 4)}.get(task, 2)
-    if task == "counting":
-        shapes = [rng.choice(SHAPES)] * count
-    elif task == "dense":
-        shapes = rng.choices(SHAPES, k=count)
-    else:
-        shapes = rng.sample(SHAPES, count)
-    colours = rng.choices(tuple(COLOURS), k=count)
-    if task == "counting" and rng.random() < 0.5:
-        colours = colours[:1] * count
-    if task == "dense" and len(set(zip(colours, shapes))) < count:
-        return None  # dense captions name objects by colour and shape: these must be unique
-    sizes = rng.choices(tuple(SIZES), k=count)
-    centres = draw_centres(rng, sizes, width, height, grid)
-    if centres is None:
-        return None
-    objects = tuple(Object(shape, colour, size, x, y) for shape, colour, size, (x, y)
-                    in zip(shapes, colours, sizes, centres))
-    if task == "position" and not relations_between(*objects):
-        return None
-    return Scene(objects, rng.choice(tuple(BACKGROUNDS)))
-
-
 def in_split(scene, split):
     """Return whether a scene belongs to a split, see `draw_scene`."""
     if split == "any":
@@ -180,8 +154,29 @@ def draw_scene(rng, task, split="train", width=1.0, height=1.0, grid=GRID):
     with a coarse grid is learned sooner.
     """
     while True:
-        scene = _draw_unfiltered(rng, task, width, height, grid)
-        if scene is not None and in_split(scene, split):
+        count = {"single object": 1, "colours": 1, "counting": rng.randint(2, 4),
+                 "dense": rng.randint(3, 4)}.get(task, 2)
+        if task == "counting":
+            shapes = [rng.choice(SHAPES)] * count
+        elif task == "dense":
+            shapes = rng.choices(SHAPES, k=count)
+        else:
+            shapes = rng.sample(SHAPES, count)
+        colours = rng.choices(tuple(COLOURS), k=count)
+        if task == "counting" and rng.random() < 0.5:
+            colours = colours[:1] * count
+        if task == "dense" and len(set(zip(colours, shapes))) < count:
+            continue  # dense captions name objects by colour and shape: these must be unique
+        sizes = rng.choices(tuple(SIZES), k=count)
+        centres = draw_centres(rng, sizes, width, height, grid)
+        if centres is None:
+            continue
+        objects = tuple(Object(shape, colour, size, *centre) for shape, colour, size, centre
+                        in zip(shapes, colours, sizes, centres))
+        if task == "position" and not relations_between(*objects):
+            continue
+        scene = Scene(objects, rng.choice(tuple(BACKGROUNDS)))
+        if in_split(scene, split):
             return scene
 
 
@@ -246,7 +241,7 @@ def describe(rng, scene, task):
         words = " and ".join(map(noun_phrase, named))
     text = f"{prefix} {words}".strip()
     if background:
-        text += f" on {noun_phrase(Object(None, background))} background"
+        text += f" on a {background} background"
     if task == "position" and not plain and rng.random() < 0.5:
         text += _clause(rng, named[1], INVERSE[relation], named[0])
         relations += ((1, INVERSE[relation], 0),)
@@ -273,18 +268,15 @@ def ask(rng, scene):
     kinds += ["colour"] * 2 if shapes.count(o.shape) == 1 else []
     kinds += ["shape"] * 2 if colours.count(o.colour) == 1 else []
     unique = [p for p in scene.objects if shapes.count(p.shape) == 1]
-    clear = []
-    for a, b in permutations(unique, 2):
-        relations = relations_between(a, b)
-        if len(relations) == 1:  # on a diagonal two are true
-            clear.append((a, relations[0], b))
+    pairs = [(a, relations_between(a, b), b) for a, b in permutations(unique, 2)]
+    clear = [pair for pair in pairs if len(pair[1]) == 1]  # on a diagonal two relations are true
     kinds += ["relation"] * 2 if clear else []
     kind = rng.choice(kinds)
     if kind == "background":
         return "what colour is the background ?", scene.background
     if kind == "number":
-        count = shapes.count(o.shape)
-        return f"how many {plural(o.shape)} are there ?", NUMBERS.get(count, "one")
+        number = NUMBERS.get(shapes.count(o.shape), "one")
+        return f"how many {plural(o.shape)} are there ?", number
     if kind == "exists":
         colour, shape = o.colour, o.shape
         if rng.random() < 0.5:  # the answer is no; training may show the combination elsewhere
@@ -296,9 +288,8 @@ def ask(rng, scene):
         return f"what colour is the {o.shape} ?", o.colour
     if kind == "shape":
         return f"what shape is the {o.colour} object ?", o.shape
-    a, relation, b = rng.choice(clear)
-    answer = {"left of": "left", "right of": "right"}.get(relation, relation)
-    return f"where is the {a.shape} relative to the {b.shape} ?", answer
+    a, (relation,), b = rng.choice(clear)
+    return f"where is the {a.shape} relative to the {b.shape} ?", relation.removesuffix(" of")
 
 
 def benchmark(task, number, seed=0, held=False):
@@ -371,10 +362,7 @@ def pack(scenes):
 
 
 def signed_distance(shape, x, y):
-    """Return the distance of points to a shape's edge in radii, negative inside.
-
-    x, y: relative to the shape's centre, in radii. Raises ValueError for an unknown shape.
-    """
+    """Return the distance of points x, y from a shape's edge, negative inside, all in radii."""
     ax, ay = x.abs(), y.abs()
     if shape == "circle":
         return torch.hypot(x, y) - 1
@@ -396,9 +384,7 @@ def signed_distance(shape, x, y):
         return torch.minimum(across, upright)
     if shape == "diamond":
         return (1.15 * ax + 0.8 * ay - 0.92) / math.hypot(1.15, 0.8)
-    if shape == "hexagon":
-        return torch.maximum(0.75 ** 0.5 * ax + 0.5 * ay, ay) - 0.92
-    raise ValueError(f"unknown shape {shape!r}, expected one of {SHAPES}")
+    return torch.maximum(0.75 ** 0.5 * ax + 0.5 * ay, ay) - 0.92  # the hexagon
 
 
 def coverage(shape, x, y, radius, line=math.inf):
