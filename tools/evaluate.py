@@ -159,7 +159,7 @@ def draw_prompts(model, folder, prompts, batch, made):
     for n, entry in enumerate(prompts):
         samples = folder / f"{n:05d}" / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        write_json(samples.parent / "metadata.jsonl", entry)
+        (samples.parent / "metadata.jsonl").write_text(json.dumps(entry))
         for i in range(pictures):
             path = samples / f"{i:04d}.png"
             if not path.is_file():
@@ -172,12 +172,6 @@ def draw_prompts(model, folder, prompts, batch, made):
             with replacing(path) as temporary:
                 image.save(temporary, "PNG")
         print(f"{min(start + batch, len(missing))} of {len(missing)} drawn", flush=True)
-
-
-def write_json(path, value, indent=None):
-    """Write JSON, under a temporary name until it is complete."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent))
 
 
 def export(model, args, settings, device):
@@ -268,10 +262,9 @@ def main():
                                  settings=edit_settings if what == "edits" else settings)
             show(title, tables[what])
     if args.json:
-        write_json(args.json, about | {"scores": tables}, indent=1)
+        Path(args.json).write_text(json.dumps(about | {"scores": tables}, indent=1))
     if args.sheet:
-        with replacing(args.sheet) as path:
-            draw_sheet(failures).save(path, "PNG")
+        draw_sheet(failures).save(args.sheet, "PNG")
 
 
 if __name__ == "__main__":
