@@ -87,7 +87,7 @@ def show(title, table):
     """Print a table: in each row the scores, then their errors and numbers of different prompts."""
     heads = [HEADS.get(c, c.capitalize() if c.isalpha() and c.islower() else c) for c in table]
     widths = [2 + max(6, len(head)) for head in heads]
-    rows = scores.rows_of(table)
+    rows = dict.fromkeys(row for column in table.values() for row in column)
     lines = [("", heads)]
     for row in rows:
         columns = [scores.figures(column.get(row)) for column in table.values()]

@@ -89,10 +89,7 @@ def in_words(scene):
 # --- Dense prompts, in DPG's five categories ---
 
 def dense_benchmark(number, seed=0, held=False):
-    """Return `number` dense prompts that training never shows, each with its scene.
-
-    held: the prompt itself, not only its scene, has a held-out combination.
-    """
+    """Return `number` new dense prompts, each with its scene; held: they say what is held out."""
     rng = random.Random(f"dense {seed} {held}")
     pairs = []
     while len(pairs) < number:

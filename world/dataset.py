@@ -107,10 +107,7 @@ class TowerTexts(Shapes):
 
 
 class Edits(Shapes):
-    """For stage edit: (packed scenes, caption, instruction, None).
-
-    The scenes are those before and after the edit, and an independent one with the caption.
-    """
+    """For stage edit: (packed source, target and another scene, its caption, instruction, None)."""
 
     def __getitem__(self, index):
         scene, prompt, *_ = self.scene(index)

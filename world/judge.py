@@ -44,10 +44,7 @@ class Windows(NamedTuple):
 
 @torch.no_grad()
 def judge(pictures):
-    """Return the scene that each of the pictures (B, 3, H, W) in [-1, 1] shows.
-
-    An object has None for a colour, or for a shape and size, that is none of the world's.
-    """
+    """Return the Scene that each of the pictures (B, 3, H, W) in [-1, 1] shows."""
     scenes = []
     for part in pictures.split(64):  # to limit memory
         segments, areas = _find_segments((part.float().clamp(-1, 1) + 1) * 127.5)

@@ -64,15 +64,10 @@ def figures(score):
     return p, math.sqrt(p * (1 - p) / count), prompts  # for shares the most that it can be
 
 
-def rows_of(table):
-    """Return the names of a table's rows, in the order in which they appear."""
-    return list(dict.fromkeys(row for column in table.values() for row in column))
-
-
 def averages(table):
     """Return {row: mean score of the columns that have this row}."""
     means = {}
-    for row in rows_of(table):
+    for row in dict.fromkeys(row for column in table.values() for row in column):
         scores = [figures(column[row]) for column in table.values() if row in column]
         values, errors, _ = zip(*scores)
         mean = sum(values) / len(values)
@@ -282,10 +277,7 @@ def score_loss(model, number=256, seed=0):
 
 @torch.no_grad()
 def score_judge(number, height=128, width=128, vae=None, seed=0, split="any", style="filled"):
-    """Return in how many of `number` new renders the judge makes no mistake, and the PSNR.
-
-    With a VAE the judge sees the pictures after encoding and decoding.
-    """
+    """Return how many of `number` renders, after any VAE, the judge reads right, and their PSNR."""
     unit = min(height, width)
     device = "cpu" if vae is None else next(vae.parameters()).device
     right, error = 0, 0.0
@@ -305,10 +297,7 @@ def score_judge(number, height=128, width=128, vae=None, seed=0, split="any", st
 
 
 def score_vae(model, number, seed):
-    """Score the judge after the VAE: {"right": {"seen": [right, pictures, pictures], ...}, ...}.
-
-    The column "PSNR" is in dB. The row "outlined" has scenes of "seen" as an edit may make them.
-    """
+    """Score the judge after the VAE: {"right": {"seen": [right, drawn, drawn]}, "PSNR": ...}."""
     table = {"right": {}, "PSNR": {}}
     options = dict(height=model.config.size, width=model.config.size, vae=model.vae, seed=seed)
     for row, split, style in (("seen", "val", "filled"), ("held-out", "held", "filled"),

@@ -388,10 +388,7 @@ def signed_distance(shape, x, y):
 
 
 def coverage(shape, x, y, radius, line=math.inf):
-    """Return the share of each pixel that the shape covers, from 0 to 1. Lengths are in pixels.
-
-    x, y: pixel centres relative to the shape's. line: width of the outline; inf fills the shape.
-    """
+    """Return the share of each pixel at x, y from the centre that is covered; lengths in pixels."""
     inside = 0.5 - signed_distance(shape, x / radius, y / radius) * radius
     return inside.clamp(0, 1) - (inside - line).clamp(0, 1)
 
