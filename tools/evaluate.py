@@ -22,7 +22,6 @@ from common import (ROOT, CommandLine, check_made, checksum, contact_sheet, pick
                     run, wrap, write_made)
 from mos import MoS
 from world import edits, scores, shapes
-from world.scores import averages
 
 ALL = tuple(PARTS)
 SCORES = {  # each with its title, and the parts of a model that it needs
@@ -40,21 +39,22 @@ HEADS = {"single object": "Single Obj.", "two objects": "Two Obj.", "colours": "
 
 def score(what, model, args, settings, failures):
     """Return the table of one of SCORES, with its averages."""
-    number = args.number
+    number, seed = args.number, args.seed
     many = number or 2000
-    seed = args.seed
     drawing = dict(seed=seed, batch=args.batch, failures=failures, **settings)
     if what == "tasks":
         tasks = args.tasks or shapes.TASKS
         table = scores.score_tasks(model, number, args.pictures, tasks=tasks, **drawing)
         both = {task: column for task, column in table.items() if "held-out" in column}
-        means = {f"overall of {len(both)}": averages(both)} if 0 < len(both) < len(table) else {}
-        return table | {"overall": averages(table)} | means
+        means = {"overall": scores.averages(table)}
+        if 0 < len(both) < len(table):
+            means[f"overall of {len(both)}"] = scores.averages(both)
+        return table | means
     if what == "dense":
         return scores.score_dense(model, number, **drawing)
     if what == "edits":
         table = scores.score_edits(model, number, **drawing)
-        return table | {"overall": averages(table)}
+        return table | {"overall": scores.averages(table)}
     if what == "understanding":
         right = {row: scores.score_understanding(model, many, split, seed)
                  for row, split in scores.SCENES.items()}
