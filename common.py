@@ -347,7 +347,8 @@ def check_made(folder, made, what):
     """
     path = Path(folder) / "made.json"
     if not path.is_file():
-        if any(not entry.name.startswith(".") for entry in path.parent.glob("*")):
+        others = [p for p in path.parent.glob("*") if not p.name.startswith(".")]
+        if others or path.parent.is_file():
             raise ValueError(f"{what}: {folder} holds something else; choose a new folder")
         return
     before, = read_lines(path)

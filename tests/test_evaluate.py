@@ -16,7 +16,7 @@ from PIL import Image
 from scenes import facts, shows_held
 
 from checkpoint import read_vocabulary
-from common import run, to_image, to_tensor
+from common import check_made, run, to_image, to_tensor
 from conftest import ROOT, SMALL, make_config
 from mos import MoS
 from tools import evaluate
@@ -93,8 +93,7 @@ def at_chance(groups):
     return abs(right - expected) < 3 * math.sqrt(spread) + 1e-9
 
 
-# ------------------------------------------------------------------------------------------------
-# The benchmarks, fed with the truth and with the truth about others
+# --- The benchmarks, fed with the truth and with the truth about others ---
 
 def test_truth_passes_the_six_tasks():
     """Each task, seen and held out, at 100 %, drawn once for each prompt and seed."""
@@ -222,8 +221,7 @@ def test_a_caption_that_is_none_is_not_true(monkeypatch):
     assert failures[0].note == "written: a photo of a" and len(failures) == 4
 
 
-# ------------------------------------------------------------------------------------------------
-# Captions
+# --- Captions ---
 
 def test_reading_inverts_describing():
     """Every caption that the world writes means its Prompt, and each word of it matters."""
@@ -333,8 +331,7 @@ def test_in_words():
     assert in_words(Scene((), "teal", None)) == "nothing; on teal, filled and outlined"
 
 
-# ------------------------------------------------------------------------------------------------
-# Tables and sheets
+# --- Tables and sheets ---
 
 def test_tabulate_counts_and_keeps_some_failures():
     """Sums, numbers and different texts of each kind; three failures of each that have pictures."""
@@ -394,8 +391,7 @@ def test_sheet():
     assert evaluate.draw_sheet({}).getextrema() == ((255, 255),) * 3
 
 
-# ------------------------------------------------------------------------------------------------
-# GenEval's folders
+# --- GenEval's folders ---
 
 LINES = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}],
           "prompt": "a photo of a bench"},
@@ -469,19 +465,18 @@ def test_export_refuses_other_pictures(prompts, tmp_path):
     """A folder that holds anything else, or pictures of another seed, is left as it is."""
     made = {"pictures": 1, "seed": 5, "settings": {}}
     folder = tmp_path / "folder"
-    evaluate.check_export(folder, made)
+    check_made(folder, made, "--export")
     evaluate.draw_prompts(Painter(), folder, LINES[:1], 1, made)
-    evaluate.check_export(folder, made)
-    with pytest.raises(ValueError, match=r"another seed \(5, now 6\)"):
-        evaluate.check_export(folder, made | {"seed": 6})
+    check_made(folder, made, "--export")
+    with pytest.raises(ValueError, match=r"--export: .*another seed \(5, now 6\)"):
+        check_made(folder, made | {"seed": 6}, "--export")
     (folder / "made.json").unlink()
     for path in (folder, prompts):
         with pytest.raises(ValueError, match="holds something else"):
-            evaluate.check_export(path, made)
+            check_made(path, made, "--export")
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
+# --- The command ---
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):

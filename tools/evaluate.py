@@ -3,13 +3,12 @@
     python -m tools.evaluate weights                     # all that it can do
     python -m tools.evaluate weights --what tasks        # GenEval's tasks: the paper's Table 6
     python -m tools.evaluate weights --what dense edits  # as DPG (Table 7) and ImgEdit (Table 10)
-    python -m tools.evaluate weights --what understanding descriptions  # its tower's words
     python -m tools.evaluate weights --what loss vae     # can the judge see through the VAE?
     python -m tools.evaluate --what judge                # the judge on the world's own renders
     python -m tools.evaluate CHECKPOINT --export FOLDER --prompts evaluation_metadata.jsonl
 
 The last one is for models of the real world. It draws GenEval's own prompts into the folders that
-GenEval's own judge reads. `world/scores.py` has the scores; here are the command and its output.
+GenEval's own judge reads. The scores are in `world/scores.py`.
 """
 
 import json
@@ -19,10 +18,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import PARTS, load_parts
-from common import ROOT, CommandLine, checksum, contact_sheet, pick_device, replacing, run, wrap
+from common import (ROOT, CommandLine, check_made, checksum, contact_sheet, pick_device, replacing,
+                    run, wrap, write_made)
 from mos import MoS
 from world import edits, scores, shapes
-from world.scores import averages
 
 ALL = tuple(PARTS)
 SCORES = {  # each with its title, and the parts of a model that it needs
@@ -40,23 +39,22 @@ HEADS = {"single object": "Single Obj.", "two objects": "Two Obj.", "colours": "
 
 def score(what, model, args, settings, failures):
     """Return the table of one of SCORES, with its averages."""
-    number = args.number
-    many = args.number or 2000
-    seed = args.seed
+    number, seed = args.number, args.seed
+    many = number or 2000
     drawing = dict(seed=seed, batch=args.batch, failures=failures, **settings)
     if what == "tasks":
         tasks = args.tasks or shapes.TASKS
         table = scores.score_tasks(model, number, args.pictures, tasks=tasks, **drawing)
-        means = {"overall": averages(table)}
         both = {task: column for task, column in table.items() if "held-out" in column}
-        if both and len(both) < len(table):
-            means[f"overall of {len(both)}"] = averages(both)
+        means = {"overall": scores.averages(table)}
+        if 0 < len(both) < len(table):
+            means[f"overall of {len(both)}"] = scores.averages(both)
         return table | means
     if what == "dense":
         return scores.score_dense(model, number, **drawing)
     if what == "edits":
         table = scores.score_edits(model, number, **drawing)
-        return table | {"overall": averages(table)}
+        return table | {"overall": scores.averages(table)}
     if what == "understanding":
         right = {row: scores.score_understanding(model, many, split, seed)
                  for row, split in scores.SCENES.items()}
@@ -89,19 +87,17 @@ def show(title, table):
     """Print a table: in each row the scores, then their errors and numbers of different prompts."""
     heads = [HEADS.get(c, c.capitalize() if c.isalpha() and c.islower() else c) for c in table]
     widths = [2 + max(6, len(head)) for head in heads]
-    rows = scores.rows_of(table)
-    label = 2 + max(len(name) for name in (*rows, "   different"))
-
-    def line(name, cells):
-        print(f"{name:{label}}" + "".join(f"{x:>{width}}" for x, width in zip(cells, widths)))
-
-    print(f"\n{title}")
-    line("", heads)
+    rows = dict.fromkeys(row for column in table.values() for row in column)
+    lines = [("", heads)]
     for row in rows:
         columns = [scores.figures(column.get(row)) for column in table.values()]
         for name, values in zip((row, "   ±", "   different"), zip(*columns)):
             if name == row or any(value is not None for value in values):
-                line(name, map(as_text, values))
+                lines.append((name, map(as_text, values)))
+    label = 2 + max(len(name) for name in (*rows, "   different"))
+    print(f"\n{title}")
+    for name, cells in lines:
+        print(f"{name:{label}}" + "".join(f"{x:>{width}}" for x, width in zip(cells, widths)))
 
 
 def as_text(value):
@@ -111,60 +107,43 @@ def as_text(value):
     return f"{value:.2f}" if value >= 10 else f"{value:.3f}"
 
 
-def draw_sheet(failures, columns=3, width=290):
-    """Return all failures {what was scored: Results} as one picture.
-
-    columns: failures side by side. width: of the words beside each failure's pictures, in pixels.
-    """
+def draw_sheet(failures, columns=3):
+    """Return all failures, {what was scored: Results}, as one picture, some columns wide."""
+    width = 290  # pixels for the words beside each failure's pictures
     results = [(what, r) for what, kinds in failures.items() for r in kinds]
-    side = max([128, *(image.height for _, r in results for image in r.pictures)])
-    left = (side + 4) * max((len(r.pictures) for _, r in results), default=1)
+    if not results:
+        return Image.new("RGB", (width, 128), "white")
+    side = max(128, *(image.height for _, r in results for image in r.pictures))
+    left = (side + 4) * max(len(r.pictures) for _, r in results)
     font = ImageFont.load_default(11)
     cards = []
-    for what, r in results or [("", None)]:
+    for what, r in results:
         card = Image.new("RGB", (left + width, side), "white")
-        if r:
-            card.paste(contact_sheet([r.pictures]), (0, 0))
-            draw = ImageDraw.Draw(card)
-            lines = []
-            for text in (f"{what}: {r.column}, {r.row}", r.text, r.note):
-                lines += wrap(text, width - 12, draw, font)
-            draw.multiline_text((left + 6, 4), "\n".join(lines[:9]), "black", font, spacing=2)
+        card.paste(contact_sheet([r.pictures]), (0, 0))
+        draw = ImageDraw.Draw(card)
+        lines = []
+        for text in (f"{what}: {r.column}, {r.row}", r.text, r.note):
+            lines += wrap(text, width - 12, draw, font)
+        draw.multiline_text((left + 6, 4), "\n".join(lines[:9]), "black", font, spacing=2)
         cards.append(card)
     return contact_sheet([cards[i:i + columns] for i in range(0, len(cards), columns)])
 
 
 def read_prompts(path):
     """Read GenEval's prompts, a dict each. Raises ValueError for an invalid line, OSError."""
-    with open(path, encoding="utf-8") as file:
-        lines = file.read().splitlines()
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
         try:
             entry = json.loads(line)
             if not {"prompt", "tag", "include"} <= entry.keys() or not entry["prompt"].strip():
                 raise ValueError
         except (ValueError, AttributeError):
             raise ValueError(f'{path}, line {number}: expected JSON with "prompt", "tag" and '
-                             f'"include", as in GenEval\'s evaluation_metadata.jsonl, got '
-                             f"{line[:60]!r}") from None
+                             f'"include", as GenEval has it, got {line[:60]!r}') from None
         prompts.append(entry)
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts
-
-
-def check_export(folder, made):
-    """Raise ValueError unless a folder is free, or its made.json equals `made`."""
-    path = folder / "made.json"
-    if path.is_file():
-        old = json.loads(path.read_text())
-        for name in made:
-            if old.get(name) != made[name]:
-                raise ValueError(f"--export: {folder} was made with another {name} "
-                                 f"({old.get(name)}, now {made[name]}); choose another folder")
-    elif folder.is_file() or any(not p.name.startswith(".") for p in folder.glob("*")):
-        raise ValueError(f"--export: {folder} holds something else; choose a new folder")
 
 
 def draw_prompts(model, folder, prompts, batch, made):
@@ -174,14 +153,13 @@ def draw_prompts(model, folder, prompts, batch, made):
     made: {"pictures": for each prompt, "seed": ..., "settings": those of `MoS.generate`, ...}, kept
     in made.json. Picture i of prompt n has the seed + pictures * n + i.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "made.json", made)
+    write_made(folder, made)
     pictures = made["pictures"]
     missing = []
     for n, entry in enumerate(prompts):
         samples = folder / f"{n:05d}" / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        write_json(samples.parent / "metadata.jsonl", entry)
+        (samples.parent / "metadata.jsonl").write_text(json.dumps(entry))
         for i in range(pictures):
             path = samples / f"{i:04d}.png"
             if not path.is_file():
@@ -196,19 +174,13 @@ def draw_prompts(model, folder, prompts, batch, made):
         print(f"{min(start + batch, len(missing))} of {len(missing)} drawn", flush=True)
 
 
-def write_json(path, value, indent=None):
-    """Write JSON, under a temporary name until it is complete."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent))
-
-
 def export(model, args, settings, device):
     """Draw GenEval's prompts into its folders."""
     prompts = read_prompts(args.prompts)[:args.number]
     made = {"checkpoint": checksum(Path(args.checkpoint) / "mos.safetensors"),
             "prompts": checksum(args.prompts), "pictures": args.pictures, "seed": args.seed,
             "settings": settings}
-    check_export(args.export, made)
+    check_made(args.export, made, "--export")
     load_parts(model, args.checkpoint, ALL, device)
     draw_prompts(model, args.export, prompts, batch=args.batch, made=made)
 
@@ -216,31 +188,28 @@ def export(model, args, settings, device):
 def parse(arguments=None):
     """Parse and check the command line."""
     parser = CommandLine(__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoint", nargs="?", default=str(ROOT / "weights"),
-                        help="folder of a trained model")
-    parser.add_argument("--what", nargs="+", choices=(*SCORES, "all"), help="scores; all that the "
-                        "checkpoint can get if not given, or tasks if --tasks is")
-    parser.add_argument("--tasks", nargs="+", choices=shapes.TASKS, help="of GenEval's; all six if "
-                        "not given")
-    parser.add_argument("--number", type=int, help="prompts for each task (GenEval's counts if not "
-                        f"given), dense prompts ({scores.DENSE_COUNT}), edits of each type "
-                        f"({scores.EDIT_COUNT}), descriptions (500), pictures for the loss (256), "
-                        "questions and renders (2000), lines of --prompts (all)")
-    parser.add_argument("--pictures", type=int, default=4, help="pictures for each of GenEval's "
-                        "prompts; dense prompts and edits get one each")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts, scenes and noise")
-    parser.add_argument("--batch", type=int, help="pictures drawn at once; 512 on a GPU, else 64")
-    parser.add_argument("--steps", type=int, help="sampling steps; this and the next four are the "
-                        "checkpoint's own if not given")
-    parser.add_argument("--guidance", type=float, help="guidance scale")
-    parser.add_argument("--rescale", type=float, help="guidance rescale")
-    parser.add_argument("--image-guidance", type=float, help="guidance scale of an edit's picture")
-    parser.add_argument("--schedule", help="uniform or linear-quadratic")
-    parser.add_argument("--json", help="file for all numbers")
-    parser.add_argument("--sheet", help="PNG for a contact sheet of failures")
-    parser.add_argument("--export", type=Path, help="draw --prompts into this folder, as GenEval's "
-                        "own judge reads them, and score nothing; pictures already there are kept")
-    parser.add_argument("--prompts", help="GenEval's evaluation_metadata.jsonl")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", default=str(ROOT / "weights"), help="folder of a trained model")
+    add("--what", nargs="+", choices=(*SCORES, "all"),
+        help="scores; all that the checkpoint can get if not given, or tasks if --tasks is")
+    add("--tasks", nargs="+", choices=shapes.TASKS, help="of GenEval's; all six if not given")
+    add("--number", type=int, help="prompts for each task (GenEval's counts if not given), dense "
+        f"prompts ({scores.DENSE_COUNT}), edits of each type ({scores.EDIT_COUNT}), descriptions "
+        "(500), pictures for the loss (256), questions, renders (2000), lines of --prompts (all)")
+    add("--pictures", type=int, default=4, help="for each of GenEval's prompts; others get one")
+    add("--seed", type=int, default=0, help="of prompts, scenes and noise")
+    add("--batch", type=int, help="pictures drawn at once; 512 on a GPU, else 64")
+    add("--steps", type=int,
+        help="sampling steps; this and the next four are the checkpoint's own if not given")
+    add("--guidance", type=float, help="guidance scale")
+    add("--rescale", type=float, help="guidance rescale")
+    add("--image-guidance", type=float, help="guidance scale of an edit's picture")
+    add("--schedule", help="uniform or linear-quadratic")
+    add("--json", help="file for all numbers")
+    add("--sheet", help="PNG for a contact sheet of failures")
+    add("--export", type=Path, help="draw --prompts into this folder, as GenEval's own judge reads "
+        "them, and score nothing; pictures already there are kept")
+    add("--prompts", help="GenEval's evaluation_metadata.jsonl")
     args = parser.parse_args(arguments)
     for name in ("number", "pictures", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -282,21 +251,20 @@ def main():
              "parameters": sum(p.numel() for module in (model.router, model.generation)
                                for p in module.parameters())}
     print(json.dumps(about))
-    tables, failures = {}, {}
+    tables = {}
+    failures = {what: [] for what in SCORES}
     for what, reason in obstacles.items():
         title, _ = SCORES[what]
         if reason:
             print(f"\n{title}: left out, {reason}")
         else:
-            failures[what] = []
             tables[what] = score(what, model, args, failures=failures[what],
                                  settings=edit_settings if what == "edits" else settings)
             show(title, tables[what])
     if args.json:
-        write_json(args.json, about | {"scores": tables}, indent=1)
+        Path(args.json).write_text(json.dumps(about | {"scores": tables}, indent=1))
     if args.sheet:
-        with replacing(args.sheet) as path:
-            draw_sheet(failures).save(path, "PNG")
+        draw_sheet(failures).save(args.sheet, "PNG")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ from world.shapes import BACKGROUNDS, COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES
 
 CATEGORIES = ("global", "entity", "attribute", "relation", "other")  # DPG's
 
-
-# ------------------------------------------------------------------------------------------------
-# From words to a Prompt
+# --- From words to a Prompt ---
 
 def _either(words):
     return f"({'|'.join(words)})"
@@ -88,15 +86,10 @@ def in_words(scene):
     return f"{'; '.join(objects) or 'nothing'}; on {scene.background or '?'}{style}"
 
 
-# ------------------------------------------------------------------------------------------------
-# Dense prompts, in DPG's five categories
+# --- Dense prompts, in DPG's five categories ---
 
 def dense_benchmark(number, seed=0, held=False):
-    """Return `number` dense prompts that training never shows, each with its scene.
-
-    held: the prompt names a held-out combination. That its scene has one is not enough, because a
-    caption states only some of the relations.
-    """
+    """Return `number` new dense prompts, each with its scene; held: they say what is held out."""
     rng = random.Random(f"dense {seed} {held}")
     pairs = []
     while len(pairs) < number:
@@ -113,10 +106,9 @@ def dense_benchmark(number, seed=0, held=False):
 def statements(prompt, scene):
     """Yield each statement of a dense prompt as (category, whether the scene fulfils it).
 
-    global: the background, if it is given. entity: there are as many objects of a shape as are
-    named. attribute: an object has the shape and colour, and one also has the size, if it is given.
-    relation: it holds between objects of the shapes and colours, of which a dense prompt has no two
-    alike. other: there are no more objects, all are filled, and the background is plain.
+    entity: there are as many objects of a shape as are named. attribute: an object has the shape
+    and colour, and one also has the size, if it is given. relation: it holds between objects of the
+    shapes and colours. other: there are no more objects, all are filled, the background is plain.
     As in DPG each statement is judged alone, and one about a missing object is not fulfilled. All
     statements are fulfilled exactly where `shapes.satisfies` is true.
     """

@@ -20,8 +20,8 @@ class Shapes:
     def __init__(self, size, seed, split="train", tasks=(), grid=shapes.GRID, number=None):
         unknown = set(tasks) - set(shapes.MIXTURE)
         if unknown:
-            raise ValueError(f"unknown task {min(unknown)!r}, expected some of: "
-                             + ", ".join(shapes.MIXTURE))
+            known = ", ".join(shapes.MIXTURE)
+            raise ValueError(f"unknown task {min(unknown)!r}, expected some of: {known}")
         if grid < 4:
             raise ValueError(f"grid must be at least 4 to hold four objects, got {grid}")
         self.size, self.seed, self.split, self.grid, self.number = size, seed, split, grid, number
@@ -44,19 +44,17 @@ class Shapes:
     def lesson(self, index):
         """Return a lesson for the tower: scene, text, question, answer, answer to the text.
 
-        The text comes without a picture. Half of the texts ask for a detailed caption, which is
-        their answer. One third each of the questions about the scene's picture are a caption to be
-        completed (without an answer), a question, and an edit. The answer to an edit describes the
-        edited scene.
+        The text comes without a picture; half of the texts ask for a detailed caption. One third
+        each of the questions about the scene's picture are a caption to be completed (without an
+        answer), a question, and an edit, whose answer describes the edited scene.
         """
         rng = random.Random(f"{self.seed} lesson {self.split} {index}")
         scene, prompt, question, answer = self.scene(index)
         text = prompt.text
         detail = None
         if index % 2:
-            short = prompt
-            if prompt.task == "dense":
-                short = shapes.describe(rng, scene, "two objects")  # in the style of this task
+            dense = prompt.task == "dense"
+            short = shapes.describe(rng, scene, "two objects") if dense else prompt
             text = f"in detail : {short.text}"  # see Tokenizer.request
             detail = in_detail(rng, scene, short)
         if index % 3 == 1:
@@ -79,13 +77,11 @@ class Shapes:
 
     def __getitem__(self, index):
         """Return (packed scene, caption, question, answer); every other one has no question."""
-        scene, prompt, question, answer = self.scene(index)
-        if index % 2 == 0:
-            question = answer = None
-        return shapes.pack([scene])[0], prompt.text, question, answer
+        scene, prompt, *asked = self.scene(index)
+        return shapes.pack([scene])[0], prompt.text, *(asked if index % 2 else (None, None))
 
     def load(self, index, height, width):
-        """Return the item of an index. Its size is always the world's, whatever is asked for."""
+        """Return the item of an index; its size is always the world's."""
         return self[index]
 
     def to_pixels(self, packed, device):
@@ -111,10 +107,7 @@ class TowerTexts(Shapes):
 
 
 class Edits(Shapes):
-    """For stage edit: (packed scenes, caption, instruction, None).
-
-    The three scenes are those before and after the edit, and an independent one with the caption.
-    """
+    """For stage edit: (packed source, target and another scene, its caption, instruction, None)."""
 
     def __getitem__(self, index):
         scene, prompt, *_ = self.scene(index)
@@ -128,20 +121,17 @@ WORLDS = {"vae": OutlinedShapes, "understand": TowerTexts, "image": Shapes, "edi
 def in_detail(rng, scene, short=None):
     """Write a caption of any scene that names all objects by colour and shape.
 
-    It has no ambiguous relation, at most two relations, and states all that a shorter caption of
-    the scene (a Prompt) does.
+    It has at most two relations, none of them ambiguous. short: a Prompt of the scene; the caption
+    states all that it does.
     """
+    short = short or shapes.Prompt("", "", ())
     counts = Counter((o.colour, o.shape) for o in scene.objects)
     unique = {i for i, o in enumerate(scene.objects) if counts[o.colour, o.shape] == 1}
     while True:
         prompt = shapes.describe(rng, scene, "dense" if len(scene.objects) > 1 else "colours")
-        if (len(prompt.relations) <= 2 and (short is None or _includes(prompt, short))
-                and all(i in unique and j in unique for i, _, j in prompt.relations)):
+        if (len(prompt.relations) <= 2
+                and all(i in unique and j in unique for i, _, j in prompt.relations)
+                and set(short.relations) <= set(prompt.relations)
+                and short.background in (None, prompt.background)
+                and all(o.size in (None, p.size) for o, p in zip(short.objects, prompt.objects))):
             return prompt.text + (" , drawn as outlines" if scene.style == "outlined" else "")
-
-
-def _includes(prompt, short):
-    """Return whether a caption states all that another one of the same scene does."""
-    return (set(short.relations) <= set(prompt.relations)
-            and short.background in (None, prompt.background)
-            and all(o.size in (None, p.size) for o, p in zip(short.objects, prompt.objects)))

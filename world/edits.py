@@ -1,15 +1,12 @@
 """Edits of the small world: ImgEdit's nine types as instructions, and an exact score of results.
 
 MoS-Edit (MoS sec. 3.4, App. B.5) gets a reference picture and an instruction, and draws the edited
-picture. Here an edit is a source scene, a text, and a target scene. `score` compares a judged
-picture with what the text asks for and with what must stay. `outside` marks the pixels that the
-edit must not change.
+picture. Here an edit is a source scene, a text, and a target scene.
 
 If a text leaves open where an object goes, many pictures are right, but the target follows one
 rule, so that it can be learned: straight beside the other object (or, moved "to the left", its own
 old place), one STEP away; or as near to a corner as a large object may be. If that is not free,
-another edit is drawn. Attributes that a text does not name stay: a circle that is replaced with "a
-star" passes on its colour and size.
+another edit is drawn. Attributes that a text does not name stay, also if the shape is replaced.
 """
 
 import math
@@ -27,8 +24,8 @@ from world.shapes import BACKGROUNDS, COLOURS, GRID, RELATIONS, SHAPES, SIZES, O
 EDIT_MIXTURE = {"add": 3, "adjust": 2, "extract": 1, "replace": 2, "remove": 1, "background": 1,
                 "style": 1, "hybrid": 4, "action": 4}  # training weights
 TYPES = tuple(EDIT_MIXTURE)  # ImgEdit's
-PARTS = {"add": 4, "adjust": 3, "replace": 3, "remove": 2, "action": 8, "background": 1}  # a
-# hybrid joins two of these; the weights are higher for types that often do not fit
+# A hybrid joins two of these. The weights are higher for types that often do not fit.
+PARTS = {"add": 4, "adjust": 3, "replace": 3, "remove": 2, "action": 8, "background": 1}
 WORDINGS = {
     "add": ("add {new} {where}", "draw {new} {where}", "insert {new} {where}"),
     "colour": ("make {a} {value}", "change the colour of {a} to {value}", "paint {a} {value}"),
@@ -40,8 +37,7 @@ WORDINGS = {
                    "use a {value} background"),
     "style": ("outline everything", "draw everything as outlines", "show only the outlines"),
     "place": ("move {a} {where}", "put {a} {where}", "place {a} {where}"),
-    "shift": ("move {a} {where}", "shift {a} {where}", "push {a} {where}"),
-}
+    "shift": ("move {a} {where}", "shift {a} {where}", "push {a} {where}")}
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 DIRECTIONS = {"left of": ("to the left", "left"), "right of": ("to the right", "right"),
               "above": ("up", "upwards"), "below": ("down", "downwards")}
@@ -70,22 +66,19 @@ class Edit(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One demand of an instruction. about: the objects that it names or changes.
-
-    scene: new values of the scene's background or style.
-    """
+    """One demand of an instruction. about: the objects that it names; changed, new: as in Edit."""
     text: str
-    about: tuple
+    about: tuple[int, ...] = ()
     changed: tuple[int, ...] = ()
     new: tuple[New, ...] = ()
-    scene: dict = {}
+    scene: dict = {}  # new values of the scene's background or style
 
 
 class Room(NamedTuple):
     """The size of a picture, and the grid of its objects' centres (see shapes.draw_scene)."""
-    width: float
-    height: float
-    grid: int
+    width: float = 1.0
+    height: float = 1.0
+    grid: int = GRID
 
     def beside(self, o, relation):
         """Return the centre one STEP away from an object."""
@@ -96,9 +89,9 @@ class Room(NamedTuple):
     def corner(self, right, bottom):
         """Return the centre of any object in a corner."""
         margin = math.ceil((shapes.REACH * SIZES["large"] + 0.03) * self.grid) / self.grid
-        width = int(self.width * self.grid) / self.grid
-        height = int(self.height * self.grid) / self.grid
-        return width - margin if right else margin, height - margin if bottom else margin
+        x = int(self.width * self.grid) / self.grid - margin if right else margin
+        y = int(self.height * self.grid) / self.grid - margin if bottom else margin
+        return x, y
 
     def fits(self, scene):
         """Return whether the objects are as far apart and off the edge as draw_scene puts them."""
@@ -110,18 +103,18 @@ class Room(NamedTuple):
                    for (x, y, radius), (u, v, other) in combinations(discs, 2))
 
 
-# ------------------------------------------------------------------------------------------------
-# Instructions
+# --- Instructions ---
 
 @lru_cache(1)  # several edits are tried on a scene
 def _names(scene):
     """Return for each object of a scene all noun phrases that fit it alone."""
     names = []
     for o in scene.objects:
-        phrases = [Object(o.shape, colour, size)
-                   for colour, size in product((None, o.colour), (None, o.size))]
-        names.append([shapes.noun_phrase(phrase, "the") for phrase in phrases
-                      if sum(shapes.matches(phrase, other) for other in scene.objects) == 1])
+        names.append([])
+        for colour, size in product((None, o.colour), (None, o.size)):
+            named = Object(o.shape, colour, size)
+            if sum(shapes.matches(named, other) for other in scene.objects) == 1:
+                names[-1].append(shapes.noun_phrase(named, "the"))
     return names
 
 
@@ -137,12 +130,14 @@ def _add(rng, scene, names, room):
     if rng.random() < 0.7:  # an object beside another one fits less often than one in a corner
         j = rng.randrange(len(names))
         relation = rng.choice(tuple(SIDES))
-        about, to = (j,), scene.objects[j]
+        about = (j,)
+        to = scene.objects[j]
         x, y = room.beside(to, relation)
         where = f"{rng.choice(RELATIONS[relation])} {names[j]}"
     else:
         where, (right, bottom) = rng.choice(tuple(CORNERS.items()))
-        about, relation = (), "in"
+        about = ()
+        relation = "in"
         to = Object(None, x=right * room.width, y=bottom * room.height)
         x, y = room.corner(right, bottom)
     text = rng.choice(WORDINGS["add"]).format(new=shapes.noun_phrase(o), where=where)
@@ -160,9 +155,8 @@ def _adjust(rng, scene, names, room):
 
 def _extract(rng, scene, names, room):
     i = rng.randrange(len(names))
-    everything = tuple(range(len(names)))
     text = rng.choice(WORDINGS["extract"]).format(a=names[i])
-    return Part(text, everything, tuple(j for j in everything if j != i))
+    return Part(text, (i,), tuple(j for j in range(len(names)) if j != i))
 
 
 def _replace(rng, scene, names, room):
@@ -185,12 +179,11 @@ def _remove(rng, scene, names, room):
 def _background(rng, scene, names, room):
     value = _choose_other(rng, BACKGROUNDS, scene.background)
     text = rng.choice(WORDINGS["background"]).format(value=value)
-    return Part(text, ("background",), scene={"background": value})
+    return Part(text, scene={"background": value})
 
 
 def _style(rng, scene, names, room):
-    text = rng.choice(WORDINGS["style"])
-    return Part(text, tuple(range(len(names))), scene={"style": "outlined"})
+    return Part(rng.choice(WORDINGS["style"]), scene={"style": "outlined"})
 
 
 def _action(rng, scene, names, room):
@@ -205,23 +198,21 @@ def _action(rng, scene, names, room):
         wordings, where = WORDINGS["place"], f"{rng.choice(RELATIONS[relation])} {names[j]}"
     x, y = room.beside(to, relation)
     text = rng.choice(wordings).format(a=names[i], where=where)
-    about = (i,) if i == j else (i, j)
-    return Part(text, about, (i,), (New(o._replace(x=x, y=y), relation, to),))
+    return Part(text, tuple({i, j}), (i,), (New(o._replace(x=x, y=y), relation, to),))
 
 
 _DRAW_PART = {"add": _add, "adjust": _adjust, "extract": _extract, "replace": _replace,
               "remove": _remove, "background": _background, "style": _style, "action": _action}
 
 
-def instruct(rng, type, scene, width=1.0, height=1.0, grid=GRID):
+def instruct(rng, type, scene, room=Room()):
     """Draw an edit of this scene; None if it is ambiguous, changes nothing or does not fit."""
-    room = Room(width, height, grid)
     if not all(_names(scene)):
         return None
     names = [rng.choice(phrases) for phrases in _names(scene)]
     types = rng.choices(tuple(PARTS), PARTS.values(), k=2) if type == "hybrid" else [type]
     parts = [_DRAW_PART[kind](rng, scene, names, room) for kind in types]
-    about = [thing for part in parts for thing in part.about]
+    about = [i for part in parts for i in part.about]
     if len(set(types)) < len(types) or len(set(about)) < len(about):
         return None  # both parts of a hybrid change the same
     text = " and ".join(part.text for part in parts)
@@ -239,28 +230,26 @@ def instruct(rng, type, scene, width=1.0, height=1.0, grid=GRID):
     return Edit(type, text, scene, target, changed, new)
 
 
-def draw_edit(rng, type, split="train", **room):
-    """Draw a random edit of one type.
+def draw_edit(rng, type, split="train", **size):
+    """Draw a random edit of one type. Raises ValueError for an unknown type.
 
     split: in "train", "val" and "any" source and target are scenes of that split, see
     shapes.draw_scene. In "held" the edit makes a held-out combination from a scene of "train";
-    extract, background and style cannot make one, and start from one instead. room: width, height,
-    grid as for shapes.draw_scene. Raises ValueError for an unknown type.
+    extract, background and style cannot make one, and start from one instead. size: see Room.
     """
     if type not in TYPES:
         raise ValueError(f"unknown type of edit {type!r}, expected one of: {', '.join(TYPES)}")
     makes = split == "held" and type not in ("extract", "background", "style")
     while True:
-        task = shapes.draw_task(rng)
-        scene = shapes.draw_scene(rng, task, "train" if makes else split, **room)
+        scene = shapes.draw_scene(rng, shapes.draw_task(rng), "train" if makes else split, **size)
         for _ in range(8):  # otherwise crowded scenes, in which few edits fit, would be rare
-            edit = instruct(rng, type, scene, **room)
+            edit = instruct(rng, type, scene, Room(**size))
             if edit and shapes.in_split(edit.target, split):
                 return edit
 
 
 def edit_benchmark(type, number, seed=0, held=False):
-    """Return `number` edits of a type that training never shows; held: see "held" in draw_edit."""
+    """Return `number` edits of split "val" or, with `held`, "held"; training never shows them."""
     rng = random.Random(f"edits {type} {seed} {held}")
     return [draw_edit(rng, type, "held" if held else "val") for _ in range(number)]
 
@@ -274,8 +263,7 @@ def words():
     return {word for text in texts for word in text.split() if word[0] != "{"}
 
 
-# ------------------------------------------------------------------------------------------------
-# Judging a result
+# --- The score of a result ---
 
 def _fulfils(o, new):
     """Return whether an object is the New one that an edit asks for, in a place that is allowed."""
@@ -297,11 +285,10 @@ def score(edit, judged):
     left = list(judged.objects)
 
     def take(o):
-        for candidate in left:
-            if _fulfils(candidate, New(o)):
-                left.remove(candidate)
-                return True
-        return False
+        match = next((p for p in left if _fulfils(p, New(o))), None)
+        if match:
+            left.remove(match)
+        return bool(match)
 
     unchanged = [take(edit.source.objects[i]) for i in edit.changed]
     kept = [take(o) for i, o in enumerate(edit.source.objects) if i not in edit.changed]
@@ -316,10 +303,10 @@ def score(edit, judged):
 
 
 def outside(edit, height=128, width=128):
-    """Return the pixels that an edit must not change: booleans (height, width).
+    """Return the pixels that an edit must not change, for their PSNR: booleans (height, width).
 
     All others are where source and target differ, or in discs around the objects that the edit
-    changes or makes, with a margin of two pixels of 128. For the PSNR of the rest of the picture.
+    changes or makes, with a margin of two pixels of 128.
     """
     unit = min(height, width)
     source, target = shapes.render(shapes.pack([edit.source, edit.target]), height, width)

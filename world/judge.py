@@ -1,8 +1,7 @@
 """The judge: recognises the objects of a picture from its pixels alone.
 
-Connected pixels that differ from the background are a segment. In place of each segment every shape
-is drawn, in the size whose area is nearest. The drawing with the least error names the object, if
-this error is small.
+Connected pixels that differ from the background are a segment. In its place every shape is drawn,
+in the size whose area is nearest. The best drawing names the object, if its error is small.
 """
 
 import math
@@ -15,37 +14,29 @@ import torch.nn.functional as F
 from world import shapes
 from world.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, STYLES, Object, Scene
 
-NOT_BACKGROUND = 45.0  # distance in 8-bit RGB from which a pixel belongs to an object
+NOT_BACKGROUND = 45.0    # distance in 8-bit RGB from which a pixel belongs to an object
 COLOUR_TOLERANCE = 45.0
-SHAPE_TOLERANCE = {"filled": 0.07, "outlined": 0.12}  # squared error of the best drawing, relative
-# to its own energy; both admit a star's radius within 10 %, and those of other shapes within less
-SMALLEST = 8e-4        # segments with a smaller share of the picture are noise
-AT_ONCE = 64           # pictures, to limit memory
+# The squared error of the best drawing, relative to its own energy. Both values admit a star's
+# radius within 10 %, and those of other shapes within less.
+SHAPE_TOLERANCE = {"filled": 0.07, "outlined": 0.12}
+SMALLEST = 8e-4  # segments with a smaller share of the picture are noise
 
 
 class Segments(NamedTuple):
-    """B pictures and the O segments in them.
-
-    rgb: from 0 to 255. label: of each pixel, -1 is background. picture: index of the picture that
-    has the segment. root: label of the segment.
-    """
-    rgb: torch.Tensor         # (B, 3, H, W)
+    """B pictures and the O segments in them."""
+    rgb: torch.Tensor         # (B, 3, H, W), from 0 to 255
     background: torch.Tensor  # (B, 3)
-    label: torch.Tensor       # (B, H, W)
-    picture: torch.Tensor     # (O,)
-    root: torch.Tensor        # (O,)
+    label: torch.Tensor       # (B, H, W), of each pixel; -1 is background
+    picture: torch.Tensor     # (O,), index of the picture that has the segment
+    root: torch.Tensor        # (O,), label of the segment
 
 
 class Windows(NamedTuple):
-    """A window of P x P pixels around each of O segments, at offsets from (x, y).
-
-    label: -1 is background, -2 outside the picture. segment: True in the window's own segment.
-    paper: the colour of the background.
-    """
+    """A window of P x P pixels around each of O segments, at offsets from (x, y)."""
     pixels: torch.Tensor   # (O, P, P, 3)
-    label: torch.Tensor    # (O, P, P)
-    segment: torch.Tensor  # (O, P, P)
-    paper: torch.Tensor    # (O, 1, 1, 3)
+    label: torch.Tensor    # (O, P, P); -1 is background, -2 outside the picture
+    segment: torch.Tensor  # (O, P, P), True in the window's own segment
+    paper: torch.Tensor    # (O, 1, 1, 3), the colour of the background
     x: torch.Tensor        # (O,)
     y: torch.Tensor        # (O,)
     offset: torch.Tensor   # (P,)
@@ -53,14 +44,11 @@ class Windows(NamedTuple):
 
 @torch.no_grad()
 def judge(pictures):
-    """Return the scene that each of the pictures (B, 3, H, W) in [-1, 1] shows.
-
-    An object has None for a colour, or for a shape and size, that fits none of the world's.
-    """
+    """Return the Scene that each of the pictures (B, 3, H, W) in [-1, 1] shows."""
     scenes = []
-    for part in pictures.split(AT_ONCE):
-        segments, area = _find_segments((part.float().clamp(-1, 1) + 1) * 127.5)
-        results = _recognise_styles(segments, area) if len(area) else []
+    for part in pictures.split(64):  # to limit memory
+        segments, areas = _find_segments((part.float().clamp(-1, 1) + 1) * 127.5)
+        results = _recognise_styles(segments, areas) if areas else []
         owner = segments.picture.tolist()
         for b, name in enumerate(_nearest(segments.background, BACKGROUNDS)):
             pairs = [pair for picture, pair in zip(owner, results) if picture == b and pair]
@@ -70,20 +58,20 @@ def judge(pictures):
     return scenes
 
 
-def same_scene(truth, judged, unit, pixels=2.0):
-    """Return whether a judged scene equals the true one, each object's centre within some pixels.
+def same_scene(truth, judged, unit):
+    """Return whether a judged scene is the true one, with centres at most two pixels away.
 
     unit: pixels of the picture's shorter side.
     """
     def same(a, b):
-        return a[:3] == b[:3] and math.hypot(a.x - b.x, a.y - b.y) * unit <= pixels
+        return a[:3] == b[:3] and math.hypot(a.x - b.x, a.y - b.y) * unit <= 2
 
     return (truth[1:] == judged[1:] and len(truth.objects) == len(judged.objects)
             and any(all(map(same, truth.objects, order)) for order in permutations(judged.objects)))
 
 
 def _find_segments(rgb):
-    """Return the Segments of pictures (B, 3, H, W), and their areas in pixels (O,)."""
+    """Return the Segments of pictures (B, 3, H, W), and a list of their areas in pixels."""
     B, _, H, W = rgb.shape
     border = torch.cat([rgb[:, :, :2].flatten(2), rgb[:, :, -2:].flatten(2),
                         rgb[:, :, :, :2].flatten(2), rgb[:, :, :, -2:].flatten(2)], 2)
@@ -92,7 +80,8 @@ def _find_segments(rgb):
     offset = torch.arange(B, device=rgb.device)[:, None, None] * H * W
     area = torch.bincount((label + offset)[label >= 0], minlength=B * H * W)
     roots = (area >= max(6, SMALLEST * H * W)).nonzero()[:, 0]                        # (O,)
-    return Segments(rgb, background, label, roots // (H * W), roots % (H * W)), area[roots]
+    segments = Segments(rgb, background, label, roots // (H * W), roots % (H * W))
+    return segments, area[roots].tolist()
 
 
 def _components(mask):
@@ -113,12 +102,11 @@ def _components(mask):
 def _nearest(colours, table):
     """Return the name of the table's colour that is near to each of (O, 3), None if none is."""
     distance, index = torch.cdist(colours, shapes.palette(table, colours.device)).min(1)
-    names = tuple(table)
-    return [names[i] if d < COLOUR_TOLERANCE else None
-            for i, d in zip(index.tolist(), distance.tolist())]
+    near = (distance < COLOUR_TOLERANCE).tolist()
+    return [tuple(table)[i] if known else None for i, known in zip(index.tolist(), near)]
 
 
-def _recognise_styles(segments, area):
+def _recognise_styles(segments, areas):
     """Return (object, style) of each segment: as an outline if it is no filled shape.
 
     The outline of a ring is two circles. If two segments with the same centre are no filled shapes,
@@ -126,16 +114,17 @@ def _recognise_styles(segments, area):
     """
     results = [(o, "filled") for o in _recognise(segments, "filled")]
     picture = segments.picture.tolist()
-    area = area.tolist()
     unknown = []
     for i, (o, _) in enumerate(results):
-        twins = [j for j in unknown if picture[i] == picture[j] and 0.4 < area[i] / area[j] < 2.5
+        if o.shape:
+            continue
+        twins = [j for j in unknown if picture[i] == picture[j] and 0.4 < areas[i] / areas[j] < 2.5
                  and math.hypot(results[j][0].x - o.x, results[j][0].y - o.y) < 0.02]
-        if o.shape is None and twins:
+        if twins:
             label = segments.label[picture[i]]
             label[label == segments.root[i]] = segments.root[twins[0]]
             results[i] = None
-        elif o.shape is None:
+        else:
             unknown.append(i)
     if unknown:
         rest = segments._replace(picture=segments.picture[unknown], root=segments.root[unknown])
@@ -152,15 +141,15 @@ def _recognise(segments, style):
     colour = _find_colour(windows, style)
     alpha = _measure_coverage(windows, colour)
     x, y, error, shape, size = _match(alpha, windows.offset, unit, style)
-    colours = [None if mixed else name for name, mixed in
-               zip(_nearest(colour, COLOURS), _is_mixed(windows, colour, alpha, style).tolist())]
+    mixed = _is_mixed(windows, colour, alpha, style)                                  # (O,)
     x = (windows.x + x + 0.5) / unit                                                  # (O,)
     y = (windows.y + y + 0.5) / unit                                                  # (O,)
     objects = []
-    for i, name in enumerate(colours):
-        o = Object(SHAPES[shape[i]], name, tuple(SIZES)[size[i]], x[i].item(), y[i].item())
-        known = error[i].item() < SHAPE_TOLERANCE[style]
-        objects.append(o if known else o._replace(shape=None, size=None))
+    for i, name in enumerate(_nearest(colour, COLOURS)):
+        o = Object(None, None if mixed[i] else name, None, x[i].item(), y[i].item())
+        if error[i].item() < SHAPE_TOLERANCE[style]:
+            o = o._replace(shape=SHAPES[shape[i]], size=tuple(SIZES)[size[i]])
+        objects.append(o)
     return objects
 
 
@@ -206,16 +195,14 @@ def _measure_coverage(windows, colour):
     An object also covers part of the pixels around its segment, but none of its neighbours' edges.
     """
     ink = colour[:, None, None] - windows.paper                                       # (O, 1, 1, 3)
-    segment = windows.segment
-    near = F.max_pool2d(segment[:, None].float(), 3, 1, 1)[:, 0] > 0                  # (O, P, P)
-    keep = segment | (near & (windows.label == -1))                                   # (O, P, P)
+    near = F.max_pool2d(windows.segment[:, None].float(), 3, 1, 1)[:, 0] > 0          # (O, P, P)
+    keep = windows.segment | (near & (windows.label == -1))                           # (O, P, P)
     alpha = ((windows.pixels - windows.paper) * ink).sum(-1) / ink.square().sum(-1)   # (O, P, P)
     return torch.where(keep, alpha, 0).clamp(0, 1)                                    # (O, P, P)
 
 
 def _is_mixed(windows, colour, alpha, style):
-    """Return whether more than a tenth of each segment has another colour, apart from soft edges.
-    """
+    """Return whether over a tenth of each segment, but for soft edges, has another colour: (O,)."""
     colour = colour[:, None, None]                                                    # (O, 1, 1, 3)
     if style == "outlined":
         inner = windows.segment
@@ -231,8 +218,8 @@ def _is_mixed(windows, colour, alpha, style):
 def _match(alpha, offset, unit, style):
     """Find the shape and size whose drawing is nearest to the coverage alpha (O, P, P).
 
-    Returns the centres x and y relative to the window's, the error relative to the drawing's
-    energy, and indices into SHAPES and SIZES, each (O,).
+    Return the centres x and y relative to the window's, the error relative to the drawing's energy,
+    and indices into SHAPES and SIZES, each (O,).
     """
     area = alpha.sum((1, 2))                                                          # (O,)
     x = (alpha.sum(1) * offset).sum(1) / area                                         # (O,)
@@ -241,7 +228,8 @@ def _match(alpha, offset, unit, style):
     rows = offset[:, None] - y[:, None, None]                                         # (O, P, 1)
     radii = torch.tensor(list(SIZES.values()), device=alpha.device) * unit
     line = STYLES[style]
-    errors, sizes = [], []
+    errors = []
+    sizes = []
     for shape in SHAPES:
         areas = [shapes.coverage(shape, offset.float(), offset[:, None].float(), radius,
                                  line * radius).sum() for radius in radii]

@@ -1,10 +1,8 @@
 """Scores of a model of the small world, separately for what training has shown and has not.
 
-The judge recognises the content of pictures without mistakes. Scores that count what it sees take
-the place of FID and CLIP scores; the loss is the only other measure.
-
-A table is {column: {row: score}}, with the paper's columns. A score is [passed, count, different
-prompts], [value, standard error], or a number alone.
+The judge recognises the content of pictures, so that counts of what it sees take the place of FID
+and CLIP scores. A table is {column: {row: score}}, with the paper's columns. A score is [passed,
+count, different prompts], [value, standard error], or a number alone.
 """
 
 import math
@@ -14,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from common import to_image, to_tensor
+from common import to_image
 from kernels import autocast
+from mos import to_pixels
 from world import edits, shapes
 from world.captions import CATEGORIES, dense_benchmark, in_words, read_caption, statements
 from world.dataset import Shapes
@@ -24,9 +23,8 @@ from world.judge import judge, same_scene
 GENEVAL_COUNTS = dict(zip(shapes.TASKS, (80, 99, 80, 94, 100, 100)))
 DENSE_COUNT = 1065  # DPG's number of prompts
 EDIT_COUNT = 100    # about ImgEdit's number for each type
-SPLITS = "seen", "held-out"
 SCENES = {"seen": "val", "held-out": "held"}  # the splits of shapes.draw_scene
-FAILURES = 3  # of each kind that are kept to be looked at
+SPLITS = tuple(SCENES)
 
 
 class Result(NamedTuple):
@@ -40,8 +38,9 @@ class Result(NamedTuple):
 
 
 def tabulate(results, failures=None):
-    """Return the table of Results. failures: a list that receives the first of each kind."""
-    table, texts, counts = {}, {}, {}
+    """Return the table of Results. failures: a list that receives the first three of each kind."""
+    table = {}
+    texts = {}
     for r in results:
         kind = r.column, r.row
         texts.setdefault(kind, set()).add(r.text)
@@ -49,35 +48,26 @@ def tabulate(results, failures=None):
         passed, count, _ = column.get(r.row, (0, 0, 0))
         column[r.row] = [passed + r.value, count + 1, len(texts[kind])]
         if failures is not None and r.pictures and r.value < 1:
-            counts[kind] = counts.get(kind, 0) + 1
-            if counts[kind] <= FAILURES:
+            if sum(failure[:2] == kind for failure in failures) < 3:
                 failures.append(r)
     return table
 
 
 def figures(score):
-    """Return value, standard error and number of different prompts; None for those unknown.
-
-    The error is binomial. For shares between 0 and 1 that is the most it can be.
-    """
+    """Return value, standard error (binomial) and number of different prompts, None if unknown."""
     if not isinstance(score, list):
         return score, None, None
     if len(score) == 2:
         return *score, None
     passed, count, prompts = score
     p = passed / count
-    return p, math.sqrt(p * (1 - p) / count), prompts
-
-
-def rows_of(table):
-    """Return the names of a table's rows, in the order in which they appear."""
-    return list(dict.fromkeys(row for column in table.values() for row in column))
+    return p, math.sqrt(p * (1 - p) / count), prompts  # for shares the most that it can be
 
 
 def averages(table):
     """Return {row: mean score of the columns that have this row}."""
     means = {}
-    for row in rows_of(table):
+    for row in dict.fromkeys(row for column in table.values() for row in column):
         scores = [figures(column[row]) for column in table.values() if row in column]
         values, errors, _ = zip(*scores)
         mean = sum(values) / len(values)
@@ -86,7 +76,7 @@ def averages(table):
 
 
 def overall(table, row):
-    """Return the mean of the columns in one row, which is GenEval's overall score."""
+    """Return the mean of a row, GenEval's overall score."""
     return figures(averages(table)[row])[0]
 
 
@@ -95,14 +85,9 @@ def draw_and_judge(model, prompts, seed, batch, **settings):
     images = []
     for start in range(0, len(prompts), batch):
         texts = [p.text for p in prompts[start:start + batch]]
-        seeds = [seed + start + i for i in range(len(texts))]
+        seeds = range(seed + start, seed + start + len(texts))
         images += model.generate(texts, seed=seeds, **settings)
-    return zip(prompts, images, judge(stack(images)))
-
-
-def stack(images):
-    """Return PIL images as one tensor (B, 3, H, W) in [-1, 1]."""
-    return torch.stack([to_tensor(image) for image in images])
+    return zip(prompts, images, judge(to_pixels(images)))
 
 
 def score_tasks(model, prompts=None, pictures=4, seed=0, batch=64, splits=SPLITS,
@@ -111,13 +96,12 @@ def score_tasks(model, prompts=None, pictures=4, seed=0, batch=64, splits=SPLITS
 
     prompts: number for each task and split, GenEval's own if None. pictures: for each prompt.
     batch: pictures drawn at once. failures: see tabulate. settings: of `MoS.generate`.
-    A picture passes if the judge sees exactly what the prompt asks for. "single object" has no
-    held-out combinations.
+    A picture passes if the judge sees exactly what the prompt asks for.
     """
     def results():
         for task, split in product(tasks, splits):
             if task == "single object" and split == "held-out":
-                continue
+                continue  # one shape is no combination
             count = prompts or GENEVAL_COUNTS[task]
             wanted = [p for p in shapes.benchmark(task, count, seed, split == "held-out")
                       for _ in range(pictures)]
@@ -130,15 +114,14 @@ def score_tasks(model, prompts=None, pictures=4, seed=0, batch=64, splits=SPLITS
 def score_dense(model, number=None, seed=0, batch=64, splits=SPLITS, failures=None, **settings):
     """Score dense prompts: {category: {"seen": [fulfilled, stated, prompts], "held-out": ...}}.
 
-    number: of prompts, DPG's own if None; other arguments: see score_tasks. Each prompt gets one
-    picture. A category's score is the share of its statements that the pictures fulfil. "overall"
-    is DPG's, the mean over pictures of the share that each fulfils; "whole" is the share of
-    pictures that fulfil all.
+    number: of prompts, DPG's own if None, with one picture each; other arguments: see score_tasks.
+    A category's score is the share of its statements that the pictures fulfil. "overall" is DPG's,
+    the mean share that a picture fulfils; "whole" is the share of pictures that fulfil all.
     """
     def results():
         for split in splits:
-            prompts = [p for p, _ in dense_benchmark(number or DENSE_COUNT, seed,
-                                                     split == "held-out")]
+            pairs = dense_benchmark(number or DENSE_COUNT, seed, split == "held-out")
+            prompts = [p for p, _ in pairs]
             for p, image, scene in draw_and_judge(model, prompts, seed, batch, **settings):
                 judged = list(statements(p, scene))
                 for category, fulfilled in judged:
@@ -147,8 +130,8 @@ def score_dense(model, number=None, seed=0, batch=64, splits=SPLITS, failures=No
                 yield Result("overall", split, p.text, share, (image,), f"seen: {in_words(scene)}")
                 yield Result("whole", split, p.text, share == 1)
     table = tabulate(results(), failures)
-    return {column: table[column] for column in (*CATEGORIES, "overall", "whole")
-            if column in table}
+    columns = *CATEGORIES, "overall", "whole"
+    return {column: table[column] for column in columns if column in table}
 
 
 @torch.no_grad()
@@ -156,17 +139,17 @@ def score_edits(model, number=None, seed=0, batch=64, splits=SPLITS, types=edits
                 failures=None, **settings):
     """Score edits: {type: {"seen, asked": [passed, drawn, texts], "seen, kept": ..., ...}}.
 
-    asked, kept: see edits.score; both: the two together. "seen, dB": PSNR of result and source
-    where the edit must not change them. "VAE, dB": of the source after the VAE and the source,
-    which is the most that can be expected. "within 2 dB": the share of pictures that come so near
-    to it. number: of each type; settings: of `MoS.edit`; other arguments: see score_tasks.
+    asked, kept: see edits.score; both: the two together. "dB": PSNR of result and source where the
+    edit must not change them. "VAE, dB": of the source after the VAE, the most that can be
+    expected. "within 2 dB": the share of pictures that come so near to it. number: of each type;
+    settings: of `MoS.edit`; other arguments: see score_tasks.
     """
     def results():
         for type, split in product(types, splits):
             wanted = edits.edit_benchmark(type, number or EDIT_COUNT, seed, split == "held-out")
             for start in range(0, len(wanted), batch):
                 part = wanted[start:start + batch]
-                seeds = [seed + start + i for i in range(len(part))]
+                seeds = range(seed + start, seed + start + len(part))
                 yield from edit_and_judge(model, part, seeds, split, **settings)
 
     table = tabulate(results(), failures)
@@ -183,24 +166,23 @@ def edit_and_judge(model, wanted, seeds, split, **settings):
     rendered = shapes.render(shapes.pack([edit.source for edit in wanted]), size, size)
     sources = [to_image(picture) for picture in rendered]
     images = model.edit(sources, [edit.text for edit in wanted], seed=seeds, **settings)
-    before = stack(sources)
-    after = stack(images)
+    before = to_pixels(sources)
+    after = to_pixels(images)
     weights = next(model.vae.parameters())
     restored = model.vae.decode(model.vae.encode(before.to(weights))).cpu()
     for i, (edit, scene) in enumerate(zip(wanted, judge(after))):
         asked, kept = edits.score(edit, scene)
-        yield Result(edit.type, f"{split}, asked", edit.text, asked)
-        yield Result(edit.type, f"{split}, kept", edit.text, kept)
-        yield Result(edit.type, f"{split}, both", edit.text, asked and kept,
-                     (sources[i], images[i]), f"seen: {in_words(scene)}")
+        values = {"asked": asked, "kept": kept, "both": asked and kept}
         outside = edits.outside(edit, size, size)
         if outside.any():
             error = (after[i] - before[i])[:, outside].square().mean().item()
             least = (restored[i] - before[i])[:, outside].square().mean().item()
             near = psnr(error) >= psnr(least) - 2
-            yield Result(edit.type, f"{split}, within 2 dB", edit.text, near)
-            yield Result(edit.type, f"{split}, dB", edit.text, error)
-            yield Result(edit.type, f"{split}, VAE, dB", edit.text, least)
+            values |= {"within 2 dB": near, "dB": error, "VAE, dB": least}
+        for name, value in values.items():
+            pictures = (sources[i], images[i]) if name == "both" else ()
+            yield Result(edit.type, f"{split}, {name}", edit.text, value, pictures,
+                         f"seen: {in_words(scene)}")
 
 
 def psnr(error):
@@ -212,14 +194,13 @@ def psnr(error):
 def score_understanding(model, number, split="val", seed=0, batch=100):
     """Return how many of `number` questions about new pictures the tower answers word for word."""
     dataset = Shapes(model.config.size, seed, split)
-    tokenizer, length = model.tokenizer, model.config.max_tokens
     device = model.understanding.embedding.weight.device
     right = 0
     for start in range(0, number, batch):
         items = [dataset[2 * i + 1] for i in range(start, min(start + batch, number))]
         packed, _, questions, answers = zip(*items)  # items with odd indices have a question
-        pairs = [tokenizer.ids_and_targets(question, answer, length=length)
-                 for question, answer in zip(questions, answers)]
+        pairs = [model.tokenizer.ids_and_targets(*texts, length=model.config.max_tokens)
+                 for texts in zip(questions, answers)]
         tokens, targets = torch.tensor(pairs, device=device).unbind(1)
         pictures = dataset.to_pixels(torch.stack(packed), device)
         _, metrics = model.understanding.loss(tokens, targets, pictures)
@@ -231,20 +212,20 @@ def score_understanding(model, number, split="val", seed=0, batch=100):
 def write_caption(model, picture):
     """Return the tower's caption of a picture (3, H, W) in [-1, 1], without any prompt."""
     U, tokenizer = model.understanding, model.tokenizer
-    start = tokenizer.encode("")
-    tokens = torch.tensor([start], device=U.embedding.weight.device)
-    limit = model.config.max_tokens - len(start)
-    with autocast(tokens.device):
-        return tokenizer.decode(U.write(tokens, limit, tokenizer.stops,
-                                        images=picture[None].to(tokens.device)))
+    device = U.embedding.weight.device
+    tokens = torch.tensor([tokenizer.encode("")], device=device)
+    limit = model.config.max_tokens - tokens.shape[1]
+    with autocast(device):
+        ids = U.write(tokens, limit, tokenizer.stops, images=picture[None].to(device))
+    return tokenizer.decode(ids)
 
 
 def score_descriptions(model, number, seed=0, failures=None):
     """Score captions: {"readable": {"seen": [right, written, scenes], "held-out": ...}, ...}.
 
     readable: the tower's caption is one of the small world's. true: it also names each object, and
-    all that it says of them, of the background and of relations is so. full: it also names every
-    colour. Half of the captions that the tower has learned from leave colours open.
+    all that it says is so. full: it also names every colour, which half of the captions that the
+    tower has learned from leave open.
     """
     def results():
         for row, split in SCENES.items():
@@ -265,10 +246,7 @@ def score_descriptions(model, number, seed=0, failures=None):
 
 @torch.no_grad()
 def losses_by_time(model, z0, tokens, images=None, reference=None):
-    """Return the loss of each sample at t = (i + 0.5) / 8, with fixed noise: (8, B).
-
-    z0, tokens, images, reference: see MoS.loss.
-    """
+    """Return MoS.loss of each sample at t = (i + 0.5) / 8, with fixed noise: (8, B)."""
     z1 = torch.randn(z0.shape, generator=torch.Generator().manual_seed(1)).to(z0.device)
     times = [torch.full_like(z0[:, 0, 0, 0], (i + 0.5) / 8) for i in range(8)]
     with autocast(z0.device):
@@ -299,10 +277,7 @@ def score_loss(model, number=256, seed=0):
 
 @torch.no_grad()
 def score_judge(number, height=128, width=128, vae=None, seed=0, split="any", style="filled"):
-    """Return in how many of `number` new renders the judge makes no mistake, and the PSNR.
-
-    With a VAE the judge sees the pictures after encoding and decoding. style: of all objects.
-    """
+    """Return how many of `number` renders, after any VAE, the judge reads right, and their PSNR."""
     unit = min(height, width)
     device = "cpu" if vae is None else next(vae.parameters()).device
     right, error = 0, 0.0
@@ -316,26 +291,19 @@ def score_judge(number, height=128, width=128, vae=None, seed=0, split="any", st
         true = shapes.render(shapes.pack(scenes), height, width, device)
         decoded = true if vae is None else vae.decode(vae.encode(true))
         error += (decoded - true).square().mean((1, 2, 3)).sum().item()
-        stored = stack([to_image(picture) for picture in decoded])
-        right += sum(same_scene(scene, judged, unit)
-                     for scene, judged in zip(scenes, judge(stored)))
+        stored = to_pixels([to_image(picture) for picture in decoded])
+        right += sum(same_scene(*pair, unit) for pair in zip(scenes, judge(stored)))
     return right, psnr(error / number)
 
 
 def score_vae(model, number, seed):
-    """Score the judge after the VAE: {"right": {"seen": [right, pictures, pictures], ...}, ...}.
-
-    The column "PSNR" is in dB. The rows "seen" and "held-out" have filled objects, "outlined" has
-    unseen scenes as an edit may make them.
-    """
+    """Score the judge after the VAE: {"right": {"seen": [right, drawn, drawn]}, "PSNR": ...}."""
     table = {"right": {}, "PSNR": {}}
-    size = model.config.size
-    for row, split in (*SCENES.items(), ("outlined", "val")):
-        style = "outlined" if row == "outlined" else "filled"
-        right, decibels = score_judge(number, size, size, vae=model.vae, seed=seed, split=split,
-                                      style=style)
+    options = dict(height=model.config.size, width=model.config.size, vae=model.vae, seed=seed)
+    for row, split, style in (("seen", "val", "filled"), ("held-out", "held", "filled"),
+                              ("outlined", "val", "outlined")):
+        right, table["PSNR"][row] = score_judge(number, split=split, style=style, **options)
         table["right"][row] = [right, number, number]
-        table["PSNR"][row] = decibels
     return table
 
 

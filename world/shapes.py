@@ -1,9 +1,8 @@
 """The small world: scenes of coloured shapes, captions and questions about them, their pictures.
 
 The paper's claims can only be tested on pictures whose content is known. Here a scene is a list of
-objects. `render` draws it with signed distance fields, `describe` writes a caption and `ask` a
-question. `judge.py` recognises the objects of a picture, and `satisfies` compares them with a
-prompt. The benchmark follows GenEval's six tasks.
+objects, and a picture is drawn from it with signed distance fields. `judge.py` recognises the
+objects of a picture, and `satisfies` compares them with a prompt. `benchmark` is like GenEval's.
 
 Lengths are in units of the picture's shorter side, x to the right and y downwards.
 """
@@ -19,12 +18,11 @@ import torch
 from common import move
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "hexagon")
-COLOURS = {  # GenEval's ten colours
+COLOURS = {  # GenEval's ten
     "red": (220, 30, 40), "orange": (245, 130, 20), "yellow": (250, 220, 40),
     "green": (40, 160, 60), "blue": (35, 75, 215), "purple": (125, 40, 165),
     "pink": (250, 135, 190), "brown": (125, 75, 35), "black": (15, 15, 15),
-    "white": (250, 250, 250),
-}
+    "white": (250, 250, 250)}
 BACKGROUNDS = {"gray": (135, 135, 135), "beige": (215, 195, 155), "teal": (60, 150, 160),
                "lavender": (175, 165, 225)}
 SIZES = {"small": 0.095, "large": 0.15}  # radius
@@ -34,8 +32,7 @@ RELATIONS = {  # the first wording is GenEval's
     "left of": ("left of", "to the left of", "on the left of"),
     "right of": ("right of", "to the right of", "on the right of"),
     "above": ("above", "over"),
-    "below": ("below", "under"),
-}
+    "below": ("below", "under")}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PREFIXES = ("a photo of", "a picture of", "an image of", "a drawing of", "")
 TASKS = ("single object", "two objects", "counting", "colours", "position", "attribution")
@@ -71,12 +68,11 @@ class Prompt(NamedTuple):
     background: str | None = None
 
 
-# ------------------------------------------------------------------------------------------------
-# The split: combinations that training never shows. Evaluation scores them separately.
+# --- The split: combinations that training never shows, which evaluation scores separately ---
 
 HELD_COLOURS = {(colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)}
-HELD_PAIRS = {frozenset(p) for p in (("circle", "star"), ("square", "cross"), ("triangle", "ring"),
-                                     ("diamond", "hexagon"))}
+HELD_PAIRS = {frozenset(pair) for pair in (("circle", "star"), ("square", "cross"),
+                                           ("triangle", "ring"), ("diamond", "hexagon"))}
 HELD_COUNTS = {(2, "triangle"), (2, "hexagon"), (3, "star"), (3, "square"), (4, "ring"),
                (4, "diamond")}
 _TRIPLES = (
@@ -84,8 +80,7 @@ _TRIPLES = (
     ("star", "left of", "diamond"), ("cross", "left of", "hexagon"),
     ("triangle", "left of", "square"), ("hexagon", "left of", "star"),
     ("ring", "above", "circle"), ("diamond", "above", "square"), ("star", "above", "cross"),
-    ("hexagon", "above", "triangle"), ("triangle", "above", "star"), ("cross", "above", "diamond"),
-)
+    ("hexagon", "above", "triangle"), ("triangle", "above", "star"), ("cross", "above", "diamond"))
 HELD_TRIPLES = set(_TRIPLES) | {(b, INVERSE[r], a) for a, r, b in _TRIPLES}
 
 
@@ -113,8 +108,8 @@ def held_out(scene):
     return (any((o.colour, o.shape) in HELD_COLOURS for o in scene.objects)
             or any((shapes.count(s), s) in HELD_COUNTS for s in shapes)
             or any(frozenset(pair) in HELD_PAIRS for pair in combinations(shapes, 2))
-            or any((a.shape, r, b.shape) in HELD_TRIPLES and related(a, r, b)
-                   for a, b in permutations(scene.objects, 2) for r in RELATIONS))
+            or any((a.shape, r, b.shape) in HELD_TRIPLES
+                   for a, b in permutations(scene.objects, 2) for r in relations_between(a, b)))
 
 
 def is_validation(scene):
@@ -123,8 +118,7 @@ def is_validation(scene):
     return zlib.crc32(content.encode()) % 16 == 0
 
 
-# ------------------------------------------------------------------------------------------------
-# Scenes
+# --- Scenes ---
 
 def draw_centres(rng, sizes, width, height, grid):
     """Draw centres of objects of these sizes, apart from each other and from the edge, or None."""
@@ -143,32 +137,6 @@ def draw_centres(rng, sizes, width, height, grid):
     return [(x, y) for x, y, _ in discs]
 
 
-def _draw_unfiltered(rng, task, width, height, grid):
-    """Draw a scene of a task from any split; None if the attempt failed."""
-    count = {"single object": 1, "colours": 1, "counting": rng.randint(2, 4),
-             "dense": rng.randint(3, 4)}.get(task, 2)
-    if task == "counting":
-        shapes = [rng.choice(SHAPES)] * count
-    elif task == "dense":
-        shapes = rng.choices(SHAPES, k=count)
-    else:
-        shapes = rng.sample(SHAPES, count)
-    colours = rng.choices(tuple(COLOURS), k=count)
-    if task == "counting" and rng.random() < 0.5:
-        colours = colours[:1] * count
-    if task == "dense" and len(set(zip(colours, shapes))) < count:
-        return None  # dense captions name objects by colour and shape: these must be unique
-    sizes = rng.choices(tuple(SIZES), k=count)
-    centres = draw_centres(rng, sizes, width, height, grid)
-    if centres is None:
-        return None
-    objects = tuple(Object(shape, colour, size, x, y) for shape, colour, size, (x, y)
-                    in zip(shapes, colours, sizes, centres))
-    if task == "position" and not relations_between(*objects):
-        return None
-    return Scene(objects, rng.choice(tuple(BACKGROUNDS)))
-
-
 def in_split(scene, split):
     """Return whether a scene belongs to a split, see `draw_scene`."""
     if split == "any":
@@ -182,12 +150,33 @@ def draw_scene(rng, task, split="train", width=1.0, height=1.0, grid=GRID):
     """Draw a random scene of one task.
 
     split: "train" and "val" are disjoint and have no held-out combination; "held" has one; "any"
-    is not filtered. width, height: of the picture, in units of its shorter side. grid: centres are
-    multiples of 1/grid; a world with a coarse grid is learned sooner.
+    is not filtered. width, height: of the picture. grid: centres are multiples of 1/grid; a world
+    with a coarse grid is learned sooner.
     """
     while True:
-        scene = _draw_unfiltered(rng, task, width, height, grid)
-        if scene is not None and in_split(scene, split):
+        count = {"single object": 1, "colours": 1, "counting": rng.randint(2, 4),
+                 "dense": rng.randint(3, 4)}.get(task, 2)
+        if task == "counting":
+            shapes = [rng.choice(SHAPES)] * count
+        elif task == "dense":
+            shapes = rng.choices(SHAPES, k=count)
+        else:
+            shapes = rng.sample(SHAPES, count)
+        colours = rng.choices(tuple(COLOURS), k=count)
+        if task == "counting" and rng.random() < 0.5:
+            colours = colours[:1] * count
+        if task == "dense" and len(set(zip(colours, shapes))) < count:
+            continue  # dense captions name objects by colour and shape: these must be unique
+        sizes = rng.choices(tuple(SIZES), k=count)
+        centres = draw_centres(rng, sizes, width, height, grid)
+        if centres is None:
+            continue
+        objects = tuple(Object(shape, colour, size, *centre) for shape, colour, size, centre
+                        in zip(shapes, colours, sizes, centres))
+        if task == "position" and not relations_between(*objects):
+            continue
+        scene = Scene(objects, rng.choice(tuple(BACKGROUNDS)))
+        if in_split(scene, split):
             return scene
 
 
@@ -196,8 +185,7 @@ def draw_task(rng, tasks=MIXTURE):
     return rng.choices(tuple(tasks), weights=[MIXTURE[task] for task in tasks])[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# Words
+# --- Words ---
 
 def plural(shape):
     """Return the plural of a shape's name."""
@@ -208,13 +196,6 @@ def noun_phrase(o, article="a"):
     """Return words such as "a small red circle" for the attributes that an object has."""
     words = " ".join(word for word in (o.size, o.colour, o.shape) if word)
     return f"an {words}" if article == "a" and words[0] in "aeiou" else f"{article} {words}".strip()
-
-
-def _mention(rng, o, colour_rate, size_rate):
-    """Return an object as a caption names it, with its colour and size at these rates."""
-    colour = o.colour if rng.random() < colour_rate else None
-    size = o.size if rng.random() < size_rate else None
-    return Object(o.shape, colour, size)
 
 
 def _clause(rng, a, relation, b):
@@ -237,15 +218,18 @@ def describe(rng, scene, task):
     colour_rate = {"colours": 1, "attribution": 1, "dense": 1}.get(
         task, 0 if plain else 0.8 if task == "position" else 0.4)
     size_rate = 0 if plain else 0.25
-    named = tuple(_mention(rng, o, colour_rate, size_rate) for o in objects)
+    named = ()
+    for o in objects:
+        colour = o.colour if rng.random() < colour_rate else None
+        size = o.size if rng.random() < size_rate else None
+        named += (Object(o.shape, colour, size),)
     background = scene.background if not plain and rng.random() < 0.4 else None
     relations = ()
     if task == "counting":
         one_colour = len({o.colour for o in objects}) == 1
         colour = objects[0].colour if one_colour and not plain and rng.random() < 0.5 else None
-        named = tuple(Object(o.shape, colour) for o in objects)
-        shapes = plural(named[0].shape)
-        words = " ".join(word for word in (NUMBERS[len(named)], colour, shapes) if word)
+        named = (Object(objects[0].shape, colour),) * len(objects)
+        words = plural(noun_phrase(named[0], NUMBERS[len(named)]))
     elif task == "position":
         relation = rng.choice(relations_between(*objects))
         wording = RELATIONS[relation][0] if plain else rng.choice(RELATIONS[relation])
@@ -257,7 +241,7 @@ def describe(rng, scene, task):
         words = " and ".join(map(noun_phrase, named))
     text = f"{prefix} {words}".strip()
     if background:
-        text += f" on {noun_phrase(Object(None, background))} background"
+        text += f" on a {background} background"
     if task == "position" and not plain and rng.random() < 0.5:
         text += _clause(rng, named[1], INVERSE[relation], named[0])
         relations += ((1, INVERSE[relation], 0),)
@@ -276,7 +260,7 @@ def _pick(rng, options, table, listed):
 
 
 def ask(rng, scene):
-    """Draw a question about the scene. Returns the question and its answer as texts."""
+    """Draw a question about the scene; return it and its answer as texts."""
     shapes = [o.shape for o in scene.objects]
     colours = [o.colour for o in scene.objects]
     o = rng.choice(scene.objects)
@@ -284,18 +268,15 @@ def ask(rng, scene):
     kinds += ["colour"] * 2 if shapes.count(o.shape) == 1 else []
     kinds += ["shape"] * 2 if colours.count(o.colour) == 1 else []
     unique = [p for p in scene.objects if shapes.count(p.shape) == 1]
-    clear = []
-    for a, b in permutations(unique, 2):
-        relations = relations_between(a, b)
-        if len(relations) == 1:  # on a diagonal two are true
-            clear.append((a, relations[0], b))
+    pairs = [(a, relations_between(a, b), b) for a, b in permutations(unique, 2)]
+    clear = [pair for pair in pairs if len(pair[1]) == 1]  # on a diagonal two relations are true
     kinds += ["relation"] * 2 if clear else []
     kind = rng.choice(kinds)
     if kind == "background":
         return "what colour is the background ?", scene.background
     if kind == "number":
-        count = shapes.count(o.shape)
-        return f"how many {plural(o.shape)} are there ?", NUMBERS.get(count, "one")
+        number = NUMBERS.get(shapes.count(o.shape), "one")
+        return f"how many {plural(o.shape)} are there ?", number
     if kind == "exists":
         colour, shape = o.colour, o.shape
         if rng.random() < 0.5:  # the answer is no; training may show the combination elsewhere
@@ -307,16 +288,12 @@ def ask(rng, scene):
         return f"what colour is the {o.shape} ?", o.colour
     if kind == "shape":
         return f"what shape is the {o.colour} object ?", o.shape
-    a, relation, b = rng.choice(clear)
-    answer = {"left of": "left", "right of": "right"}.get(relation, relation)
-    return f"where is the {a.shape} relative to the {b.shape} ?", answer
+    a, (relation,), b = rng.choice(clear)
+    return f"where is the {a.shape} relative to the {b.shape} ?", relation.removesuffix(" of")
 
 
 def benchmark(task, number, seed=0, held=False):
-    """Return `number` prompts in GenEval's template for a task. Raises ValueError for other tasks.
-
-    held: with held-out combinations instead of those that training shows.
-    """
+    """Return `number` prompts of a task in GenEval's words; held: with held-out combinations."""
     if task not in TASKS:
         raise ValueError(f"no benchmark for task {task!r}, expected one of: {', '.join(TASKS)}")
     rng = random.Random(f"benchmark {task} {seed} {held}")
@@ -349,8 +326,8 @@ def _benchmark_prompt(rng, task, held):
             pairs = [_pick(rng, product(COLOURS, SHAPES), HELD_COLOURS, listed)
                      for listed in (held, False)]
             shapes = pairs[0][1], pairs[1][1]
+        pairs = pairs if rng.random() < 0.5 else pairs[::-1]
         named = [Object(shape, colour) for colour, shape in pairs]
-        named = named if rng.random() < 0.5 else named[::-1]
     named = tuple(named)
     return Prompt("a photo of " + " and ".join(map(noun_phrase, named)), task, named)
 
@@ -366,8 +343,7 @@ def satisfies(prompt, scene):
                for order in permutations(scene.objects))
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures ---
 
 def pack(scenes):
     """Return scenes as a tensor (B, 1 + 4*5): background, and shape, colour, size, x, y of each.
@@ -386,10 +362,7 @@ def pack(scenes):
 
 
 def signed_distance(shape, x, y):
-    """Return the distance of points to a shape's edge in radii, negative inside.
-
-    x, y: relative to the shape's centre, in radii. Raises ValueError for an unknown shape.
-    """
+    """Return the distance of points x, y from a shape's edge, negative inside, all in radii."""
     ax, ay = x.abs(), y.abs()
     if shape == "circle":
         return torch.hypot(x, y) - 1
@@ -411,16 +384,11 @@ def signed_distance(shape, x, y):
         return torch.minimum(across, upright)
     if shape == "diamond":
         return (1.15 * ax + 0.8 * ay - 0.92) / math.hypot(1.15, 0.8)
-    if shape == "hexagon":
-        return torch.maximum(0.75 ** 0.5 * ax + 0.5 * ay, ay) - 0.92
-    raise ValueError(f"unknown shape {shape!r}, expected one of {SHAPES}")
+    return torch.maximum(0.75 ** 0.5 * ax + 0.5 * ay, ay) - 0.92  # the hexagon
 
 
 def coverage(shape, x, y, radius, line=math.inf):
-    """Return the share of each pixel that the shape covers, from 0 to 1. Lengths are in pixels.
-
-    x, y: pixel centres relative to the shape's. line: width of the outline; inf fills the shape.
-    """
+    """Return the share of each pixel at x, y from the centre that is covered; lengths in pixels."""
     inside = 0.5 - signed_distance(shape, x / radius, y / radius) * radius
     return inside.clamp(0, 1) - (inside - line).clamp(0, 1)
 
