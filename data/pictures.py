@@ -7,7 +7,7 @@ A data set of own pictures is one of
   neighbours in a shard such as 0001.jpg with 0001.txt, or with 0001.json ("text" or "caption", and
   any further fields), are one sample.
 The index reads every picture's header once. Samples that cannot be used are left out and counted
-by reason; a condition on the fields (`--where`) may leave out more. Pixels are read when needed.
+by reason; a condition on the fields (`--where`) may leave out more.
 """
 
 import ast
@@ -56,39 +56,31 @@ class Unreadable(Exception):
     """Raised for a sample whose header is fine but whose pixels cannot be read."""
 
 
-# ------------------------------------------------------------------------------------------------
-# Where the samples are: folders and tar shards
+# --- Where the samples are: folders and tar shards ---
 
 def list_entries(path):
     """Return the entries of a data set, and the function that yields the samples of an entry.
 
-    An entry is a tar shard, or a picture of a folder. Raises ValueError where there are none, and
-    as `list_pairs` does.
+    An entry is the path of a tar shard, or (path, text, fields) of a picture. Raises ValueError
+    where there are none, for a missing caption and for a malformed line.
     """
     folder = Path(path)
-    if folder.is_dir():
-        tars = sorted(map(str, folder.glob("*.tar")))
-    else:
-        tars = sorted(glob.glob(str(path)))
+    tars = folder.glob("*.tar") if folder.is_dir() else glob.glob(str(path))
+    tars = sorted(map(str, tars))
     if tars and all(name.endswith(".tar") for name in tars):
         return tars, read_tar
     if not folder.is_dir():
         raise ValueError(f"{path} is not a folder of pictures or tar shards, nor a pattern that "
                          "matches *.tar files")
-    if (folder / "metadata.jsonl").is_file():
-        pairs = list(read_metadata(folder))
-    else:
-        pairs = list(list_pairs(folder))
+    has_metadata = (folder / "metadata.jsonl").is_file()
+    pairs = list(read_metadata(folder) if has_metadata else list_pairs(folder))
     if not pairs:
         raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)}) and no *.tar")
     return pairs, read_pair
 
 
 def list_pairs(folder):
-    """Yield (path, path of the caption, no fields) of the pictures in a folder.
-
-    Raises ValueError for a missing caption.
-    """
+    """Yield (path, path of the text, no fields) of the pictures in a folder. Raises ValueError."""
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in SUFFIXES:
             continue
@@ -100,10 +92,7 @@ def list_pairs(folder):
 
 
 def read_metadata(folder):
-    """Yield (path, text, fields) of the lines of metadata.jsonl.
-
-    Raises ValueError for a malformed line.
-    """
+    """Yield (path, text, fields) of the lines of metadata.jsonl. Raises ValueError."""
     metadata = folder / "metadata.jsonl"
     for number, line in enumerate(metadata.read_text("utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -165,9 +154,7 @@ def split_by_sample(tar):
             if member.isfile() and member.offset_data + member.size <= total_size:
                 members["." + suffix.lower()] = member
     except tarfile.ReadError:  # the tar breaks off here, maybe within the last sample
-        has_picture = members.keys() & set(SUFFIXES)
-        has_text = members.keys() & {".txt", ".json"}
-        if not (has_picture and has_text):
+        if not (members.keys() & set(SUFFIXES) and members.keys() & {".txt", ".json"}):
             return
     if members:
         yield members
@@ -180,9 +167,7 @@ def read_members(path, tar, members):
         first = next(iter(members.values()))
         return Broken(f"{path}/{first.name}", "no picture")
     try:
-        fields = {}
-        if ".json" in members:
-            fields = json.load(tar.extractfile(members[".json"]))
+        fields = json.load(tar.extractfile(members[".json"])) if ".json" in members else {}
         caption = fields.pop("caption", None)
         text = fields.pop("text", caption)
         if ".txt" in members:
@@ -226,21 +211,20 @@ def read_size(file):
     return width, height
 
 
-# ------------------------------------------------------------------------------------------------
-# Which samples are used
+# --- Which samples are used ---
 
 class Where:
     """A condition on the fields of a sample, such as 'aesthetic >= 6 and width >= 1024'.
 
-    text: a Python expression whose names are fields, without Python's built-in functions. It is
-    the user's own text, so there is nobody to keep out. Raises ValueError if it does not compile.
+    text: a Python expression whose names are fields, without Python's built-in functions. Raises
+    ValueError if it does not compile.
     """
 
     def __init__(self, text):
         self.text = text
         try:
             tree = ast.parse(text.strip(), mode="eval")
-            self.code = compile(tree, "--where", "eval")
+            self.code = compile(tree, "--where", "eval")  # the user's own text: no harm to fear
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise ValueError(f"where: {text!r} is not a condition such as 'aesthetic >= 6 and "
                              "width >= 1024'") from None
@@ -276,14 +260,12 @@ def count_reasons(reasons):
     return ", ".join(f"{count:,} {reason}" for reason, count in Counter(reasons).most_common())
 
 
-# ------------------------------------------------------------------------------------------------
-# The data set
+# --- The data set ---
 
 class StringArray:
-    """Many strings in one block of memory.
+    """Many strings in one block of memory, which data processes share.
 
-    Data processes share it, while a list would be copied into each of them: reading an element
-    writes its reference count.
+    A list would be copied into each of them: reading an element writes its reference count.
     """
 
     def __init__(self, texts):
@@ -305,8 +287,8 @@ class Pictures:
 
     sizes: see buckets.choose_resolutions. where: the condition (a Where) that a sample must
     fulfil. The processes of `world` share the reading of headers, and all get the same index, of
-    40 bytes and three texts a sample. Raises ValueError for a missing caption file, for a malformed
-    line, if more than the share `max_broken` of samples cannot be used, and if none is left.
+    40 bytes and three texts a sample. Raises ValueError as `list_entries` does, if more than the
+    share `max_broken` of samples cannot be used, and if none is left.
     """
 
     kind = 1  # see buckets.Bucket
@@ -317,8 +299,7 @@ class Pictures:
         results = self.read_shared(entries, read_entry, world)
         samples = [result for result in results if isinstance(result, Sample)]
         self.total = len(results)
-        self.broken = {result.name: result.reason for result in results
-                       if isinstance(result, Broken)}
+        self.broken = dict(result for result in results if isinstance(result, Broken))
         check_broken(path, self.broken, self.total, max_broken)
         if self.broken:
             world.print0(f"{path}: left out of {self.total:,}: "
@@ -343,10 +324,7 @@ class Pictures:
         """Return every Sample and Broken, in order; each process reads its part of the entries."""
         part = {i: list(read_entry(entries[i]))
                 for i in range(world.rank, len(entries), world.size)}
-        results = []
-        for _, samples in sorted(world.gather(part).items()):
-            results += samples
-        return results
+        return [result for _, results in sorted(world.gather(part).items()) for result in results]
 
     def filter(self, samples, where, world):
         """Return the samples that fulfil a condition, and print how many do not, and why."""
@@ -355,14 +333,9 @@ class Pictures:
         if samples and unknown:
             raise ValueError(f"where: no sample of {self.name} has the field {unknown[0]!r} of "
                              f"{where.text!r}; the fields are: {', '.join(fields)}")
-        kept = []
-        dropped = []
-        for sample in samples:
-            reason = where.reason_to_drop(sample.fields)
-            if reason:
-                dropped.append(reason)
-            else:
-                kept.append(sample)
+        reasons = [where.reason_to_drop(sample.fields) for sample in samples]
+        kept = [sample for sample, reason in zip(samples, reasons) if not reason]
+        dropped = filter(None, reasons)
         world.print0(f"{self.name}: --where keeps {len(kept):,} of {len(samples):,}; of the "
                      f"others {count_reasons(dropped) or 'there are none'}")
         return kept

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from checkpoint import read_vocabulary, save_model
 from common import World
 from conftest import ROOT, make_config, make_model
 from data import buckets, latents, pictures, sources, states
-from data.buckets import Batch, Bucket, choose_resolutions, crop_to_fill, make_plan, resolutions
+from data.buckets import Batch, Bucket, Plan, choose_resolutions, crop_to_fill, resolutions
 from data.pictures import Pictures, Where
 from data.sources import Mixture, Reader, parse_mixture
 from mos import MoS
@@ -85,21 +86,26 @@ def steps(plan, start, stop):
             for b in plan.batches(start, stop)]
 
 
+def source(sides, kind=1, shard=None):
+    """Return what a plan needs to know of a source."""
+    return SimpleNamespace(sides=sides, kind=kind, shard=shard)
+
+
 def mixed(seed=0, batch=4, chunk=64):
-    """Two finite sources of several buckets and one without end."""
+    """Return the plan of two finite sources of several buckets and one without end."""
     rng = np.random.default_rng(0)
-    sides = [np.stack([rng.choice([64, 96], n)] * 2, 1) for n in (50, 7)] + [np.array([64, 64])]
+    parts = [source(np.stack([rng.choice([64, 96], n)] * 2, 1)) for n in (50, 7)]
+    parts += [source(np.array([64, 64]), kind=0)]
     lengths = [rng.integers(3, 30, 50), rng.integers(3, 30, 7), 20]
-    plan = make_plan(kinds=[1, 1, 0], sides=sides, lengths=lengths, length_step=16,
-                     weights=[5, 3, 2], batch=batch, seed=seed)
+    plan = Plan(parts, lengths=lengths, length_step=16, weights=[5, 3, 2], batch=batch, seed=seed)
     plan.CHUNK = chunk
     return plan
 
 
-def single(side, lengths=0, kind=1, **options):
-    """The plan of one source."""
-    return make_plan(**{"kinds": [kind], "sides": [side], "lengths": [lengths], "weights": [1],
-                        "batch": 1, "seed": 0, **options})
+def single(side, lengths=0, kind=1, shard=None, **options):
+    """Return the plan of one source."""
+    options = {"batch": 1, "seed": 0, **options}
+    return Plan([source(side, kind, shard)], lengths=[lengths], weights=[1], **options)
 
 
 def test_one_source_and_one_bucket_are_a_permutation_of_each_epoch():
@@ -163,7 +169,7 @@ def test_shards_are_read_in_windows(monkeypatch):
     """Any stretch of an epoch touches few shards; shards and samples are in random order."""
     monkeypatch.setattr(buckets, "WINDOW", 3)
     shard = np.repeat(np.arange(30), 20)
-    plan = single(np.full((600, 2), 64), batch=20, shards=[shard])
+    plan = single(np.full((600, 2), 64), batch=20, shard=shard)
     order = np.concatenate([b.index for b in plan.batches(0, 30)])
     windows = shard[order].reshape(-1, 60)
     assert sorted(order) == list(range(600))
