@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 @functools.cache
 def resolutions(size):
-    """Return heights and widths, (n, 2), multiples of 32 with about size x size pixels, by ratio."""
+    """Return heights and widths (n, 2), multiples of 32 with about size x size pixels, by ratio."""
     ratios = np.array(RATIOS + tuple(1 / ratio for ratio in RATIOS))
     sides = size * np.stack((ratios ** -0.5, ratios ** 0.5), 1) / STRIDE
     table = np.unique(STRIDE * np.maximum(1, np.rint(sides)).astype(int), axis=0)
@@ -67,21 +67,14 @@ def choose_resolutions(widths, heights, sizes):
     return sides
 
 
-def crop_to_fill(pictures, height, width):
-    """Scale the PIL pictures of one sample until they cover height x width, and crop the centre.
-
-    All get the same scale and crop, so that the pixels of an edit's pair stay aligned. Raises
-    ValueError if their sizes differ.
-    """
-    if len({picture.size for picture in pictures}) > 1:
-        sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
-        raise ValueError(f"pictures of one sample must have one size, got {sizes}")
-    w, h = pictures[0].size
+def crop_to_fill(picture, height, width):
+    """Scale a PIL picture until it covers height x width, and crop the centre."""
+    w, h = picture.size
     scale = max(width / w, height / h)
     left = (w - width / scale) / 2
     top = (h - height / scale) / 2
     box = (max(0, left), max(0, top), min(w, w - left), min(h, h - top))  # rounding stays inside
-    return [p.resize((width, height), Image.Resampling.LANCZOS, box) for p in pictures]
+    return picture.resize((width, height), Image.Resampling.LANCZOS, box)
 
 
 # --- The plan ---
@@ -91,13 +84,12 @@ class Plan:
 
     Samples are drawn from the sources by weight. Every epoch of a source is another permutation of
     its samples; a source without end gives them in turn. Samples whose bucket is not full wait,
-    into the next epoch too, so that none is lost.
+    into the next epoch too, so that none is lost. With tar shards an epoch permutes these, and
+    samples only within windows of WINDOW shards: few files are read at a time.
 
-    A source has a `kind` (see Bucket), and as `sides` the heights and widths of its L samples,
-    (L, 2), or (2,) if it is without end. Its `shard` is the tar shard of each sample, (L,), or
-    None. An epoch permutes the shards and shuffles samples only within windows of WINDOW shards:
-    few files are read at a time. lengths: for each source the tokens of the prompts, (L,) or one
-    number. weights: of the sources, as shares of samples. batch: samples in a batch. length_step:
+    A source has a `kind` (see Bucket), `sides`: heights and widths of its L samples, (L, 2), or
+    (2,) without end, and `shard`: the tar shard of each sample, (L,), or None. lengths: for each
+    source the tokens of the prompts, (L,) or one number. batch: samples in a batch. length_step:
     prompts are padded to the next multiple of it, or with 0 to the longest of all sources. Raises
     ValueError if there are too many buckets.
     """
@@ -118,10 +110,8 @@ class Plan:
             raise ValueError(f"{len(table):,} buckets are too many; choose a larger --length-step")
         ends = np.cumsum([len(row) for row in rows])
         self.buckets = [Bucket(*map(int, row)) for row in table]
-        self.bucket_ids = np.split(ids.reshape(-1), ends[:-1])  # (L,) of each source
-        for k, source in enumerate(sources):
-            if source.sides.ndim == 1:  # without end: all its samples are of one bucket
-                self.bucket_ids[k] = self.bucket_ids[k][0]
+        self.bucket_ids = np.split(ids.reshape(-1), ends[:-1])  # (L,) each, (1,) without end
+        self.endless = [source.sides.ndim == 1 for source in sources]
         self.shares = np.cumsum(weights) / np.sum(weights)
         self.batch = batch
         self.seed = seed
@@ -133,10 +123,9 @@ class Plan:
         return itertools.chain.from_iterable(self.chunks(start, stop))
 
     def chunks(self, start, stop):
-        """Yield lists of Batches, for the steps from `start` to `stop`: one list for each chunk.
+        """Yield lists of Batches, one list for each chunk; see `batches`.
 
-        The steps before `start` are planned like all others, because what waits depends on them,
-        but nothing is built for them.
+        The steps before `start` are planned, too, because they decide which samples wait.
         """
         pool = np.empty((3, 0), int)  # samples that wait, as `sample_chunk` returns them
         cursors = [0] * len(self.bucket_ids)
@@ -170,20 +159,19 @@ class Plan:
             members = np.flatnonzero(source == k)
             drawn = self.next_samples(k, cursors[k], len(members))
             index[members] = drawn
-            bucket_id[members] = ids[drawn] if ids.ndim else ids
+            bucket_id[members] = ids[0 if self.endless[k] else drawn]
             cursors[k] += len(members)
         return np.stack((source, index, bucket_id))
 
     def next_samples(self, source, cursor, count):
         """Return the indices of `count` samples of a source after the first `cursor` ones."""
-        ids = self.bucket_ids[source]
-        if not ids.ndim:  # without end
+        if self.endless[source]:
             return np.arange(cursor, cursor + count)
-        first_epoch = cursor // len(ids)
-        last_epoch = (cursor + count) // len(ids)
-        orders = [self.epoch_order(source, epoch) for epoch in range(first_epoch, last_epoch + 1)]
-        begin = cursor - first_epoch * len(ids)
-        return np.concatenate(orders)[begin:begin + count]
+        length = len(self.bucket_ids[source])
+        epoch, begin = divmod(cursor, length)
+        epochs = range(epoch, (cursor + count) // length + 1)
+        order = np.concatenate([self.epoch_order(source, epoch) for epoch in epochs])
+        return order[begin:begin + count]
 
     def _epoch_order(self, source, epoch):
         """Return the order of a source's L samples in an epoch, (L,)."""
@@ -196,10 +184,10 @@ class Plan:
         return order[np.argsort(window[order], kind="stable")]
 
     def fill_buckets(self, pool):
-        """Sort a pool of L samples (3, L) into full batches; return positions in the pool.
+        """Sort a pool of L samples (3, L) into batches; return positions in the pool.
 
-        Returns the positions of each batch's samples, (n, B), in the order in which the batches
-        become full, and those of the samples that are left over.
+        Returns those of each batch's samples, (n, B), in the order in which the batches become
+        full, and those of the samples that are left over.
         """
         bucket_id = pool[2]
         counts = np.bincount(bucket_id)

@@ -127,10 +127,9 @@ def read_tar(path):
         with tarfile.open(path, "r:") as tar:
             for members in split_by_sample(tar):
                 yield read_members(path, tar, members)
-            with open(path, "rb") as file:  # tarfile does not notice a missing end mark
-                file.seek(tar.offset)
-                if file.read(512) != bytes(512):
-                    raise tarfile.ReadError
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # tarfile does not notice a missing end mark
+                raise tarfile.ReadError
     except (OSError, tarfile.TarError):
         yield Broken(str(path), "breaks off, or is no tar file")
 
@@ -360,7 +359,7 @@ class Pictures:
                 file.seek(offset)
                 image = Image.open(io.BytesIO(file.read(size)))
             image = ImageOps.exif_transpose(image).convert("RGB")
-            image, = crop_to_fill([image], height, width)
+            image = crop_to_fill(image, height, width)
         except Exception as e:  # PIL raises nearly anything at broken files
             raise Unreadable(" ".join(str(e).split())) from None
         picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)      # (3, height, width)

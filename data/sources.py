@@ -2,8 +2,7 @@
 
 A source loads a sample by index and resolution: (picture, caption, question, answer), or what its
 stage needs instead. A picture is whatever the source's `to_pixels` turns into pixels on the device.
-Sample i is always the same sample. Files are read when their pixels are needed; stored latents take
-their place where there are some.
+Sample i is always the same sample. Stored latents take the place of pictures if there are some.
 """
 
 import itertools
@@ -134,44 +133,38 @@ def count_tokens(tokenizer, captions, longest):
     return lengths
 
 
-class Collate:
-    """Turns samples into the tensors of a stage, prompts padded to S = length.
+def collate(stage, tokenizer, samples, length):
+    """Return the tensors of a stage that samples become, prompts padded to S = length.
 
     "vae": pictures. "image": pictures and prompts (B, S). "understand": pictures, texts with
     targets, and what is said about the picture with targets: the text where a source says no more.
     "edit": pictures, prompts (B, S), packed scenes to be edited (B, 21), and instructions (B, S).
     """
+    pictures = torch.stack([sample[0] for sample in samples])
+    if stage == "vae":
+        return (pictures,)
+    if stage == "understand":
+        return pictures, *texts_and_targets(tokenizer, samples, length)
+    prompts = tokenizer.batch([sample[1] for sample in samples], length)
+    if stage == "image":
+        return pictures, prompts
+    instructions = tokenizer.batch([sample[2] for sample in samples], length)
+    return pictures, prompts, pictures[:, 0], instructions
 
-    def __init__(self, stage, tokenizer):
-        self.stage = stage
-        self.tokenizer = tokenizer
 
-    def __call__(self, samples, length):
-        pictures = torch.stack([sample[0] for sample in samples])
-        if self.stage == "vae":
-            return (pictures,)
-        if self.stage == "understand":
-            return pictures, *self.texts(samples, length)
-        prompts = self.tokenizer.batch([sample[1] for sample in samples], length)
-        if self.stage == "image":
-            return pictures, prompts
-        instructions = self.tokenizer.batch([sample[2] for sample in samples], length)
-        return pictures, prompts, pictures[:, 0], instructions
-
-    def texts(self, samples, length):
-        """Return the tower's texts, their targets, what it says about pictures, and the targets."""
-        texts = []
-        about = []
-        for _, text, question, answer, *answer_to_text in samples:
-            texts.append(self.tokenizer.ids_and_targets(text, *answer_to_text, length=length))
-            about.append(self.tokenizer.ids_and_targets(question, answer, length=length)
-                         if question else texts[-1])
-        columns = (*zip(*texts), *zip(*about))
-        return [torch.tensor(column) for column in columns]                   # (B, S) each
+def texts_and_targets(tokenizer, samples, length):
+    """Return the tower's texts, their targets, what it says about pictures, and the targets."""
+    texts = []
+    about = []
+    for _, text, question, answer, *answer_to_text in samples:
+        texts.append(tokenizer.ids_and_targets(text, *answer_to_text, length=length))
+        about.append(tokenizer.ids_and_targets(question, answer, length=length)
+                     if question else texts[-1])
+    return [torch.tensor(column) for column in (*zip(*texts), *zip(*about))]   # (B, S) each
 
 
 class Reader(Dataset):
-    """Reads a process's share of global batches, and collates it; it works in data processes.
+    """Reads a process's share of global batches, and collates it; works in data processes.
 
     A sample that cannot be read is replaced by the next good one of the global batch, so that the
     number of processes changes nothing.

@@ -83,7 +83,7 @@ class Producer:
         self.questions.put(tokens.cpu())
 
     def answer(self, device):
-        """Return the next answer, in the order of the questions. Raises OSError if none can come."""
+        """Return the next answer, in the questions' order. Raises OSError if none can come."""
         while True:
             try:
                 answer = self.answers.get(timeout=WAIT)
@@ -114,7 +114,8 @@ class Cache:
                 "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
         check_made(self.folder, made, "states")
         shards = [texts[i:i + SHARD] for i in range(0, len(texts), SHARD)]
-        missing = [number for number in range(len(shards)) if not shard_path(self.folder, number).is_file()]
+        missing = [number for number in range(len(shards))
+                   if not shard_path(self.folder, number).is_file()]
         world.wait()
         if world.first:
             write_made(self.folder, made)
