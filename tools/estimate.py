@@ -41,7 +41,7 @@ def gpu_kernels():
 
 
 def replace_parameters(module, dtype):
-    """Replace the parameters by ones of this type, which under FakeTensorMode take no memory."""
+    """Replace the parameters by new ones of a type; under FakeTensorMode they take no memory."""
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
@@ -51,11 +51,10 @@ def replace_parameters(module, dtype):
 def kept_bytes(model, batch, tokens, dtype, recompute):
     """Return the bytes that autograd keeps in a forward pass of router and generation tower.
 
-    model: on the meta device, tokens: of each prompt, dtype: of the parameters, recompute: whether
-    the tower's blocks recompute their activations.
+    model: on the meta device, tokens: of each prompt, dtype: of the parameters.
     """
     c = model.config
-    side = c.size // model.vae.factor
+    side = c.size // model.vae.factor  # of the latents
     storages = {}  # tensors that share memory count once
 
     def keep(x):
@@ -83,9 +82,9 @@ def estimate(config, parallel="none", processes=1, shards=0, micro_batch=1, toke
              recompute=False):
     """Return {name: bytes} of one process's memory in a step, "peak" their sum, and its "flops".
 
-    Where the backward pass begins, activations are all there and gradients are not; where it ends
-    it is the other way round: the larger of the two counts. Latents kept in memory are not counted.
-    Raises ValueError where shards do not divide the processes.
+    All activations are there where the backward pass begins, all gradients where it ends: the
+    larger of the two counts. Latents kept in memory are not counted. Raises ValueError where shards
+    do not divide the processes.
     """
     model = unfilled(config)
     parts = torch.nn.ModuleList([model.router, model.generation])
@@ -118,13 +117,6 @@ def estimate(config, parallel="none", processes=1, shards=0, micro_batch=1, toke
     return memory | {"peak": sum(memory.values()), "flops": flops}
 
 
-def settings(recipe, flags=()):
-    """Return the MoSConfig and the TrainConfig of stage image of a recipe, changed by flags."""
-    given, recipe, _, _ = train.parse(["--recipe", recipe, *flags, "--stage", "image"])
-    (c, model), = plan(given, recipe)
-    return MoSConfig(**model | {name: given[name] for name in given if name in model}), c
-
-
 def main():
     """Run the command."""
     parser = CommandLine(__doc__.split("\n\n")[0])
@@ -135,7 +127,9 @@ def main():
     processes = args.processes
     if processes < 1:
         raise ValueError(f"--processes must be at least 1, got {processes}")
-    config, c = settings(args.recipe, flags)
+    given, recipe, *_ = train.parse(["--recipe", args.recipe, *flags, "--stage", "image"])
+    (c, model), = plan(given, recipe)
+    config = MoSConfig(**model | {name: given[name] for name in given if name in model})
     parallel = c.parallel or ("none" if processes == 1 else "ddp")
     accumulate = math.ceil(c.batch / (processes * c.micro_batch))
     micro_batch = math.ceil(c.batch / (processes * accumulate))
