@@ -1,8 +1,7 @@
 """Latents that are kept, so that a picture is decoded and encoded once: in memory, or in a folder.
 
 A folder holds made.json (what the latents depend on), one shard for each piece of the sources,
-NNNNNN.safetensors with its captions, and index.jsonl, which is written last: the folder is complete
-when it is there.
+NNNNNN.safetensors with its captions, and index.jsonl, which is written last, when all is there.
 """
 
 import hashlib
@@ -135,20 +134,14 @@ class Stored:
 
 
 def made_from(c, data, size, sizes):
-    """Return what stored latents depend on, by name, as far as the settings say it.
-
-    data: the paths of --data, size: of a picture of the small world, sizes: of own pictures.
-    """
+    """Return what stored latents depend on; data: paths, size: shapes', sizes: own pictures'."""
     vae = checksum(Path(c.init) / "vae.safetensors")
     world = [size, c.seed, c.scenes, list(c.tasks), c.grid] if "shapes" in data else []
     return {"vae": vae, "sizes": sizes, "data": list(data), "where": c.where, "shapes": world}
 
 
 def read_stored(folder, made):
-    """Return the Stored sources of a folder, or None if it is not complete.
-
-    Raises ValueError where it was made from something else.
-    """
+    """Return the Stored sources of a folder, or None if it is not complete. Raises ValueError."""
     check_made(folder, made, "latents")
     if not (folder / "index.jsonl").is_file():
         return None
@@ -161,8 +154,7 @@ def read_stored(folder, made):
 def store(folder, dataset, loader, pieces, max_broken, world):
     """Encode the pieces that a folder lacks, each process its part. Returns the Stored sources.
 
-    Raises ValueError for a folder that was made from something else, and where too many samples
-    are broken.
+    Raises ValueError for another data set's folder, and where too many samples are broken.
     """
     begin = time.time()
     samples = hashlib.sha256()  # of own pictures; the small world follows from the settings

@@ -72,23 +72,18 @@ def list_entries(path):
     if not folder.is_dir():
         raise ValueError(f"{path} is not a folder of pictures or tar shards, nor a pattern that "
                          "matches *.tar files")
-    has_metadata = (folder / "metadata.jsonl").is_file()
-    pairs = list(read_metadata(folder) if has_metadata else list_pairs(folder))
-    if not pairs:
-        raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)}) and no *.tar")
-    return pairs, read_pair
-
-
-def list_pairs(folder):
-    """Yield (path, path of the text, no fields) of the pictures in a folder. Raises ValueError."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in SUFFIXES:
-            continue
-        caption = path.with_suffix(".txt")
-        if not caption.is_file():
-            raise ValueError(f"{path} has no caption: expected {caption.name} beside it, "
+    if (folder / "metadata.jsonl").is_file():
+        entries = list(read_metadata(folder))
+    else:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        entries = [(file, file.with_suffix(".txt"), {}) for file in files]
+    for picture, text, _ in entries:
+        if isinstance(text, Path) and not text.is_file():
+            raise ValueError(f"{picture} has no caption: expected {text.name} beside it, "
                              "or a metadata.jsonl")
-        yield path, caption, {}
+    if not entries:
+        raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)}) and no *.tar")
+    return entries, read_pair
 
 
 def read_metadata(folder):
@@ -109,9 +104,9 @@ def read_metadata(folder):
         yield path, text, fields
 
 
-def read_pair(pair):
+def read_pair(entry):
     """Yield the Sample (or Broken) of a picture's path, its text or the text's path, and fields."""
-    path, text, fields = pair
+    path, text, fields = entry
     try:
         if isinstance(text, Path):
             text = text.read_text("utf-8-sig")
@@ -290,12 +285,14 @@ class Pictures:
     share `max_broken` of samples cannot be used, and if none is left.
     """
 
-    kind = 1  # see buckets.Bucket
+    kind, shard = 1, None  # see buckets.Plan
 
     def __init__(self, path, sizes, world, where=None, max_broken=0.05):
         self.name = str(path)
         entries, read_entry = list_entries(path)
-        results = self.read_shared(entries, read_entry, world)
+        part = range(world.rank, len(entries), world.size)  # that this process reads
+        results = world.gather({i: list(read_entry(entries[i])) for i in part})
+        results = [result for i in sorted(results) for result in results[i]]
         samples = [result for result in results if isinstance(result, Sample)]
         self.total = len(results)
         self.broken = dict(result for result in results if isinstance(result, Broken))
@@ -308,22 +305,14 @@ class Pictures:
         if not samples:
             what = f"fulfils --where {where.text!r}" if where else "can be used"
             raise ValueError(f"{path}: none of its {self.total} samples {what}")
-        self.paths = StringArray([sample.path for sample in samples])
-        self.captions = StringArray([sample.text for sample in samples])
-        self.fields = StringArray([json.dumps(sample.fields) for sample in samples])
-        self.byte_ranges = np.array([(sample.offset, sample.size) for sample in samples])
-        widths = np.array([sample.width for sample in samples])
-        heights = np.array([sample.height for sample in samples])
-        self.sides = choose_resolutions(widths, heights, sizes)
-        self.shard = None  # of each sample the number of its tar shard, (L,)
-        if read_entry is read_tar:
-            _, self.shard = np.unique([sample.path for sample in samples], return_inverse=True)
-
-    def read_shared(self, entries, read_entry, world):
-        """Return every Sample and Broken, in order; each process reads its part of the entries."""
-        part = {i: list(read_entry(entries[i]))
-                for i in range(world.rank, len(entries), world.size)}
-        return [result for _, results in sorted(world.gather(part).items()) for result in results]
+        paths, offsets, byte_counts, widths, heights, texts, fields = zip(*samples)
+        self.paths = StringArray(paths)
+        self.captions = StringArray(texts)
+        self.fields = StringArray(map(json.dumps, fields))
+        self.byte_ranges = np.column_stack((offsets, byte_counts))            # (L, 2)
+        self.sides = choose_resolutions(np.array(widths), np.array(heights), sizes)
+        if read_entry is read_tar:  # of each sample the number of its tar shard, (L,)
+            _, self.shard = np.unique(paths, return_inverse=True)
 
     def filter(self, samples, where, world):
         """Return the samples that fulfil a condition, and print how many do not, and why."""

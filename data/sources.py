@@ -36,7 +36,7 @@ class Mixture:
             self.scenes = self.sources[0]
 
     def lengths(self, tokenizer, longest):
-        """Return the tokens of each caption, (L,) for a source, or `longest` for the small world.
+        """Return for each source the tokens of its captions, (L,); `longest` for the small world.
 
         Raises ValueError for an unknown word, and for a caption longer than `longest`.
         """
@@ -86,10 +86,9 @@ def parse_mixture(text):
 
 
 def open_sources(c, size, world):
-    """Return the Mixture that a TrainConfig asks for.
+    """Return the Mixture that a TrainConfig asks for, or of stored latents if there are some.
 
-    size: side of a picture where c.sizes names none. Stage image opens stored latents instead, if
-    there are some. Raises ValueError as the sources do.
+    size: side of a picture where c.sizes names none. Raises ValueError as the sources do.
     """
     weights = parse_mixture(c.data)
     where = Where(c.where) if c.where else None
@@ -134,7 +133,7 @@ def count_tokens(tokenizer, captions, longest):
 
 
 def collate(stage, tokenizer, samples, length):
-    """Return the tensors of a stage that samples become, prompts padded to S = length.
+    """Return samples as the tensors of a stage, prompts padded to S = length.
 
     "vae": pictures. "image": pictures and prompts (B, S). "understand": pictures, texts with
     targets, and what is said about the picture with targets: the text where a source says no more.
@@ -164,7 +163,7 @@ def texts_and_targets(tokenizer, samples, length):
 
 
 class Reader(Dataset):
-    """Reads a process's share of global batches, and collates it; works in data processes.
+    """Reads a process's share of global batches, and collates it, maybe in data processes.
 
     A sample that cannot be read is replaced by the next good one of the global batch, so that the
     number of processes changes nothing.
@@ -176,10 +175,7 @@ class Reader(Dataset):
         self.share = share
 
     def __getitem__(self, batch):
-        """Return the tensors, captions and {(source, index): why} of broken samples of a batch.
-
-        The tensors are None if no sample can be read.
-        """
+        """Return a batch's tensors (None: no sample is good), captions and broken samples."""
         broken = {}
         positions = np.arange(len(batch.index))
         samples = [self.first_good(batch, np.roll(positions, -position), broken)

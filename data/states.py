@@ -1,9 +1,8 @@
 """States of prompts that are made outside of the training step.
 
 The understanding tower is frozen, so its states of a prompt never change: a second process can run
-it ahead of training (a producer, MoS App. B.4), or every prompt goes through it once and its states
-stay on disk (a cache). Both answer with the tower's input embeddings (B, S, Du) and states
-(B, S, M, Du), as `MoS.understand` makes them in the step.
+it ahead of training (Producer, MoS App. B.4), or every prompt goes through it once and its states
+stay on disk (Cache). Both return input embeddings (B, S, Du) and states (B, S, M, Du).
 """
 
 import hashlib
@@ -46,7 +45,7 @@ def open_tower(config, tokenizer, folder, device):
 
 
 def fingerprint(config, init):
-    """Return what identifies a tower: a checksum, or names and sizes of a published folder's."""
+    """Return a tower's checksum, or the names and sizes of a published tower's files."""
     if not config.und_folder:
         return checksum(init / "understanding.safetensors")
     from pretrained.folders import weight_files
