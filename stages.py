@@ -22,7 +22,7 @@ import torch.nn as nn
 from common import contact_sheet, replacing, to_image
 from data.buckets import Batch, Bucket
 from data.latents import Memory, Stored, encode, store
-from data.sources import Collate, Loader, Mixture, count_tokens
+from data.sources import Loader, Mixture, collate, count_tokens
 from data.states import Cache, Producer
 from kernels import Keys, autocast, cast
 from mos import Context, sample_t
@@ -83,7 +83,7 @@ class Stage(nn.Module):
 
     def loader(self, dataset=None, share=slice(None)):
         """Return a Loader of the training data, with data processes, or of another data set."""
-        return Loader(dataset or self.dataset, Collate(self.c.stage, self.model.tokenizer),
+        return Loader(dataset or self.dataset, partial(collate, self.c.stage, self.model.tokenizer),
                       self.world.device, share=share, encode=self.encoder(),
                       workers=0 if dataset else self.c.workers, broken=self.broken)
 

@@ -35,15 +35,15 @@ class Batch(NamedTuple):
     waiting: int = 0    # samples drawn so far that are in no batch yet
 
 
-# ------------------------------------------------------------------------------------------------
-# Resolutions
+# --- Resolutions ---
 
 @functools.cache
 def resolutions(size):
-    """Return heights and widths, (n, 2), multiples of 32 with about size x size pixels in all."""
+    """Return heights and widths (n, 2), multiples of 32 with about size x size pixels, by ratio."""
     ratios = np.array(RATIOS + tuple(1 / ratio for ratio in RATIOS))
     sides = size * np.stack((ratios ** -0.5, ratios ** 0.5), 1) / STRIDE
-    return np.unique(STRIDE * np.maximum(1, np.rint(sides)).astype(int), axis=0)
+    table = np.unique(STRIDE * np.maximum(1, np.rint(sides)).astype(int), axis=0)
+    return table[np.argsort(table[:, 1] / table[:, 0])]
 
 
 def choose_resolutions(widths, heights, sizes):
@@ -51,112 +51,81 @@ def choose_resolutions(widths, heights, sizes):
 
     widths, heights: of the pictures, (L,). A picture gets the largest of `sizes` whose area
     size x size it has, or the smallest one if it has none: then it is scaled up. Among the
-    resolutions of that size it gets the one with the nearest ratio.
+    resolutions of that size it gets the one with the nearest ratio, on a logarithmic scale.
     """
     sizes = np.sort(sizes)
     level = np.searchsorted(sizes ** 2, widths * heights, side="right") - 1
     level = np.maximum(level, 0)
     sides = np.empty((len(widths), 2), int)
     for i, size in enumerate(sizes):
+        table = resolutions(int(size))
+        table_ratios = np.log(table[:, 1] / table[:, 0])
+        boundaries = (table_ratios[1:] + table_ratios[:-1]) / 2
         members = level == i
-        ratios = widths[members] / heights[members]
-        sides[members] = nearest_ratio(resolutions(int(size)), ratios)
+        ratios = np.log(widths[members] / heights[members])
+        sides[members] = table[np.searchsorted(boundaries, ratios)]
     return sides
 
 
-def nearest_ratio(table, ratios):
-    """Return for each ratio, width by height, the row of a table (n, 2) of resolutions.
-
-    It is the row whose ratio is nearest on a logarithmic scale.
-    """
-    table_ratios = np.log(table[:, 1] / table[:, 0])
-    order = np.argsort(table_ratios)
-    table_ratios = table_ratios[order]
-    boundaries = (table_ratios[1:] + table_ratios[:-1]) / 2
-    return table[order][np.searchsorted(boundaries, np.log(ratios))]
-
-
-def crop_to_fill(pictures, height, width):
-    """Scale the PIL pictures of one sample until they cover height x width, and crop the centre.
-
-    All get the same scale and crop, so that the pixels of an edit's pair stay aligned. Raises
-    ValueError if their sizes differ.
-    """
-    if len({picture.size for picture in pictures}) > 1:
-        sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
-        raise ValueError(f"pictures of one sample must have one size, got {sizes}")
-    w, h = pictures[0].size
+def crop_to_fill(picture, height, width):
+    """Scale a PIL picture until it covers height x width, and crop the centre."""
+    w, h = picture.size
     scale = max(width / w, height / h)
     left = (w - width / scale) / 2
     top = (h - height / scale) / 2
     box = (max(0, left), max(0, top), min(w, w - left), min(h, h - top))  # rounding stays inside
-    return [p.resize((width, height), Image.Resampling.LANCZOS, box) for p in pictures]
+    return picture.resize((width, height), Image.Resampling.LANCZOS, box)
 
 
-# ------------------------------------------------------------------------------------------------
-# The plan
-
-def make_plan(*, kinds, sides, lengths, weights, batch, seed, length_step=0, shards=None):
-    """Return the Plan of several sources; kinds, sides, lengths, shards: a list over the sources.
-
-    kinds: see Bucket. sides: heights and widths of the L samples, (L, 2), or (2,) for a source
-    without end. lengths: tokens of the prompts, (L,) or one number. length_step: prompts are
-    padded to the next multiple of it, or with 0 to the longest of all sources. weights, batch,
-    seed, shards: see Plan. Raises ValueError if there are too many buckets.
-    """
-    longest = max(np.max(length) for length in lengths)
-    rows = []
-    for kind, side, length in zip(kinds, sides, lengths):
-        padded = longest
-        if length_step:
-            padded = (np.asarray(length) + length_step - 1) // length_step * length_step
-        height, width = np.reshape(side, (-1, 2)).T
-        rows.append(np.column_stack(np.broadcast_arrays(kind, height, width, padded)))
-    table, ids = np.unique(np.concatenate(rows), axis=0, return_inverse=True)
-    if len(table) > 2 ** 16:  # see Plan.fill_buckets
-        raise ValueError(f"{len(table):,} buckets are too many; choose a larger --length-step")
-    ends = np.cumsum([len(row) for row in rows])
-    bucket_ids = np.split(ids.reshape(-1), ends[:-1])
-    for k, side in enumerate(sides):
-        if np.ndim(side) == 1:  # without end: all its samples are of one bucket
-            bucket_ids[k] = bucket_ids[k][0]
-    buckets = [Bucket(*map(int, row)) for row in table]
-    return Plan(bucket_ids, buckets, weights=weights, batch=batch, seed=seed, shards=shards)
-
+# --- The plan ---
 
 class Plan:
     """The global batches of a run, in the order in which their buckets become full.
 
     Samples are drawn from the sources by weight. Every epoch of a source is another permutation of
     its samples; a source without end gives them in turn. Samples whose bucket is not full wait,
-    into the next epoch too, so that none is lost.
+    into the next epoch too, so that none is lost. With tar shards an epoch permutes these, and
+    samples only within windows of WINDOW shards: few files are read at a time.
 
-    bucket_ids: for each source the position in `buckets` of each sample, (L,), or one number for a
-    source without end. weights: of the sources, as shares of samples. batch: samples in a batch.
-    shards: for each source the tar shard of each sample, (L,), or None. An epoch then permutes the
-    shards and shuffles samples only within windows of WINDOW shards: few files are read at a time.
+    A source has a `kind` (see Bucket), `sides`: heights and widths of its L samples, (L, 2), or
+    (2,) without end, and `shard`: the tar shard of each sample, (L,), or None. lengths: for each
+    source the tokens of the prompts, (L,) or one number. batch: samples in a batch. length_step:
+    prompts are padded to the next multiple of it, or with 0 to the longest of all sources. Raises
+    ValueError if there are too many buckets.
     """
 
     CHUNK = 2 ** 16  # samples that are drawn at a time
 
-    def __init__(self, bucket_ids, buckets, *, weights, batch, seed, shards=None):
-        self.bucket_ids = [np.asarray(ids) for ids in bucket_ids]
-        self.buckets = buckets
+    def __init__(self, sources, *, lengths, weights, batch, seed, length_step=0):
+        longest = max(np.max(length) for length in lengths)
+        rows = []
+        for source, length in zip(sources, lengths):
+            padded = longest
+            if length_step:
+                padded = (np.asarray(length) + length_step - 1) // length_step * length_step
+            height, width = np.reshape(source.sides, (-1, 2)).T
+            rows.append(np.column_stack(np.broadcast_arrays(source.kind, height, width, padded)))
+        table, ids = np.unique(np.concatenate(rows), axis=0, return_inverse=True)
+        if len(table) > 2 ** 16:  # see fill_buckets
+            raise ValueError(f"{len(table):,} buckets are too many; choose a larger --length-step")
+        ends = np.cumsum([len(row) for row in rows])
+        self.buckets = [Bucket(*map(int, row)) for row in table]
+        self.bucket_ids = np.split(ids.reshape(-1), ends[:-1])  # (L,) each, (1,) without end
+        self.endless = [source.sides.ndim == 1 for source in sources]
         self.shares = np.cumsum(weights) / np.sum(weights)
         self.batch = batch
         self.seed = seed
-        self.shards = shards or [None] * len(bucket_ids)
-        self.epoch_order = functools.lru_cache(2 * len(bucket_ids))(self._epoch_order)
+        self.shards = [source.shard for source in sources]
+        self.epoch_order = functools.lru_cache(2 * len(sources))(self._epoch_order)
 
     def batches(self, start, stop):
         """Return an iterator over the Batch of each step from `start` to `stop`."""
         return itertools.chain.from_iterable(self.chunks(start, stop))
 
     def chunks(self, start, stop):
-        """Yield lists of Batches, for the steps from `start` to `stop`: one list for each chunk.
+        """Yield lists of Batches, one list for each chunk; see `batches`.
 
-        The steps before `start` are planned like all others, because what waits depends on them,
-        but nothing is built for them.
+        The steps before `start` are planned, too, because they decide which samples wait.
         """
         pool = np.empty((3, 0), int)  # samples that wait, as `sample_chunk` returns them
         cursors = [0] * len(self.bucket_ids)
@@ -166,7 +135,13 @@ class Plan:
                 return
             pool = np.concatenate((pool, self.sample_chunk(chunk, cursors)), 1)
             members, left_over = self.fill_buckets(pool)
-            yield self.make_batches(pool, members, start - step, stop - step)
+            batches = []
+            for i in range(max(start - step, 0), min(stop - step, len(members))):
+                source, index, bucket_id = pool[:, members[i]]
+                drawn = int(members[i, -1]) + 1  # of the pool, up to the last one of this batch
+                batches.append(Batch(source, index, self.buckets[bucket_id[0]],
+                                     waiting=drawn - (i + 1) * self.batch))
+            yield batches
             pool = pool[:, left_over]
             step += len(members)
 
@@ -184,20 +159,19 @@ class Plan:
             members = np.flatnonzero(source == k)
             drawn = self.next_samples(k, cursors[k], len(members))
             index[members] = drawn
-            bucket_id[members] = ids[drawn] if ids.ndim else ids
+            bucket_id[members] = ids[0 if self.endless[k] else drawn]
             cursors[k] += len(members)
         return np.stack((source, index, bucket_id))
 
     def next_samples(self, source, cursor, count):
         """Return the indices of `count` samples of a source after the first `cursor` ones."""
-        ids = self.bucket_ids[source]
-        if not ids.ndim:  # without end
+        if self.endless[source]:
             return np.arange(cursor, cursor + count)
-        first_epoch = cursor // len(ids)
-        last_epoch = (cursor + count) // len(ids)
-        orders = [self.epoch_order(source, epoch) for epoch in range(first_epoch, last_epoch + 1)]
-        begin = cursor - first_epoch * len(ids)
-        return np.concatenate(orders)[begin:begin + count]
+        length = len(self.bucket_ids[source])
+        epoch, begin = divmod(cursor, length)
+        epochs = range(epoch, (cursor + count) // length + 1)
+        order = np.concatenate([self.epoch_order(source, epoch) for epoch in epochs])
+        return order[begin:begin + count]
 
     def _epoch_order(self, source, epoch):
         """Return the order of a source's L samples in an epoch, (L,)."""
@@ -210,10 +184,10 @@ class Plan:
         return order[np.argsort(window[order], kind="stable")]
 
     def fill_buckets(self, pool):
-        """Sort a pool of L samples (3, L) into full batches; return positions in the pool.
+        """Sort a pool of L samples (3, L) into batches; return positions in the pool.
 
-        Returns the positions of each batch's samples, (n, B), in the order in which the batches
-        become full, and those of the samples that are left over.
+        Returns those of each batch's samples, (n, B), in the order in which the batches become
+        full, and those of the samples that are left over.
         """
         bucket_id = pool[2]
         counts = np.bincount(bucket_id)
@@ -223,18 +197,6 @@ class Plan:
         members = by_bucket[is_full].reshape(-1, self.batch)
         members = members[np.argsort(members[:, -1])]  # the last sample makes a batch full
         return members, np.sort(by_bucket[~is_full])
-
-    def make_batches(self, pool, members, start, stop):
-        """Return the Batches from `start` to `stop` of those in `members`, see `fill_buckets`."""
-        numbers = range(max(start, 0), min(stop, len(members)))
-        members = members[numbers.start:numbers.stop]
-        sources, indices, bucket_ids = pool[:, members]
-        batches = []
-        for i, number in enumerate(numbers):
-            drawn = int(members[i, -1]) + 1  # of the pool, up to the last one of this batch
-            batches.append(Batch(sources[i], indices[i], self.buckets[bucket_ids[i, 0]],
-                                 waiting=drawn - (number + 1) * self.batch))
-        return batches
 
 
 def permutation(length, seed):

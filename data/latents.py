@@ -1,8 +1,7 @@
 """Latents that are kept, so that a picture is decoded and encoded once: in memory, or in a folder.
 
 A folder holds made.json (what the latents depend on), one shard for each piece of the sources,
-NNNNNN.safetensors with its captions, and index.jsonl, which is written last: the folder is complete
-when it is there.
+NNNNNN.safetensors with its captions, and index.jsonl, which is written last, when all is there.
 """
 
 import hashlib
@@ -30,15 +29,13 @@ def encode(vae, pictures):
     return latents.contiguous()  # the VAE leaves a pixel's channels side by side in memory
 
 
-# ------------------------------------------------------------------------------------------------
-# In memory
+# --- In memory ---
 
 class Memory:
     """All latents of a data set on the device, by resolution, beside the tokens of their captions.
 
-    pieces: every sample once, as (batch, (latents, tokens, ...), captions) like `Loader.batches`
-    yields them. tables: what the samples have besides latents, each (L, ...) in host memory; the
-    first one holds the tokens, which move to the device.
+    pieces: every sample once, as `Loader.batches` yields them. tables: what the samples have
+    besides latents, each (L, ...) in host memory; the first one holds the tokens.
     """
 
     def __init__(self, dataset, pieces, device):
@@ -46,10 +43,12 @@ class Memory:
         self.first = np.cumsum([0, *counts])  # of each source, its first row in the tables
         self.rows = np.zeros(self.first[-1], int)  # of each sample, its row in its latents
         self.device = device
-        latents, self.tables = {}, []
+        self.tables = []
+        latents = {}
         for batch, (z0, *others), _ in pieces:
-            index, parts = self.index(batch), latents.setdefault(batch.bucket[1:3], [])
-            filled = sum(len(part) for part in parts)
+            index = self.index(batch)
+            parts = latents.setdefault(batch.bucket[1:3], [])
+            filled = sum(map(len, parts))
             self.rows[index] = np.arange(filled, filled + len(index))
             parts.append(z0)
             if not self.tables:
@@ -80,8 +79,7 @@ class Memory:
             yield batch, (z0, tokens)
 
 
-# ------------------------------------------------------------------------------------------------
-# In a folder
+# --- In a folder ---
 
 def shard_path(folder, number):
     """Return the file of a shard."""
@@ -90,36 +88,45 @@ def shard_path(folder, number):
 
 @lru_cache(64)
 def open_shard(folder, number):
-    """Open a shard, memory-mapped."""
-    return safe_open(shard_path(folder, number), framework="pt")
+    """Open a shard, memory-mapped. Raises OSError where it is missing or damaged."""
+    path = shard_path(folder, number)
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as e:
+        raise OSError(f"{path} is damaged ({e}); delete it, and index.jsonl beside it if there is "
+                      "one, and start again") from None
 
 
 class Stored:
     """A source whose latents lie in a folder; rows: its lines of index.jsonl."""
 
+    shard, broken = None, {}
+
     def __init__(self, folder, name, rows):
         rows.sort(key=lambda row: row["index"])
-        self.folder, self.name, self.kind = folder, name, rows[0]["kind"]
-        self.total, self.broken = len(rows), {}
+        self.folder = folder
+        self.name = name
+        self.kind = rows[0]["kind"]
+        self.total = len(rows)
         self.captions = StringArray([row["text"] for row in rows])
-        self.sides = np.array([[row["height"], row["width"]] for row in rows])
-        self.places = np.array([[row["file"], row["row"]] for row in rows])
-        self.shard = None if rows[0]["shard"] is None else np.array([r["shard"] for r in rows])
+        self.sides = np.array([(row["height"], row["width"]) for row in rows])
+        self.locations = np.array([(row["file"], row["row"]) for row in rows])
+        if rows[0]["shard"] is not None:
+            self.shard = np.array([row["shard"] for row in rows])
 
     def sample_name(self, index):
         """Return the name of a sample for messages."""
-        file, row = self.places[index]
+        file, row = self.locations[index]
         return f"row {row} of {file:06d}.safetensors"
 
     def load(self, index, height, width):
         """Return the latents (C, h, w) of a sample and its texts. Raises Unreadable."""
-        file, row = map(int, self.places[index])
+        file, row = map(int, self.locations[index])
         try:
-            latents = open_shard(self.folder, file).get_slice("latents")
-            latents = latents[row:row + 1][0]                             # (C, h, w)
-        except (OSError, SafetensorError) as e:
+            shard = open_shard(self.folder, file)
+        except OSError as e:
             raise Unreadable(" ".join(str(e).split())) from None
-        return latents, self.captions[index], None, None
+        return shard.get_slice("latents")[row], self.captions[index], None, None
 
     def to_pixels(self, latents, device):
         """Return the latents (B, C, h, w) in full precision on the device: nothing to decode."""
@@ -127,20 +134,14 @@ class Stored:
 
 
 def made_from(c, data, size, sizes):
-    """Return what stored latents depend on, by name, as far as the settings say it.
-
-    data: the paths of --data, size: of a picture of the small world, sizes: of own pictures.
-    """
+    """Return what stored latents depend on; data: paths, size: shapes', sizes: own pictures'."""
     vae = checksum(Path(c.init) / "vae.safetensors")
     world = [size, c.seed, c.scenes, list(c.tasks), c.grid] if "shapes" in data else []
     return {"vae": vae, "sizes": sizes, "data": list(data), "where": c.where, "shapes": world}
 
 
 def read_stored(folder, made):
-    """Return the Stored sources of a folder, or None if it is not complete.
-
-    Raises ValueError where it was made from something else.
-    """
+    """Return the Stored sources of a folder, or None if it is not complete. Raises ValueError."""
     check_made(folder, made, "latents")
     if not (folder / "index.jsonl").is_file():
         return None
@@ -153,11 +154,15 @@ def read_stored(folder, made):
 def store(folder, dataset, loader, pieces, max_broken, world):
     """Encode the pieces that a folder lacks, each process its part. Returns the Stored sources.
 
-    loader: yields their latents. Raises ValueError for a folder that was made from something else,
-    and where too many samples are broken.
+    Raises ValueError for another data set's folder, and where too many samples are broken.
     """
     begin = time.time()
-    made = {**dataset.made, "samples": digest(dataset)}
+    samples = hashlib.sha256()  # of own pictures; the small world follows from the settings
+    for source in dataset.sources:
+        if source.kind:
+            samples.update(source.paths.data + source.captions.data)
+            samples.update(source.byte_ranges.tobytes())
+    made = {**dataset.made, "samples": samples.hexdigest()}
     check_made(folder, made, "latents")
     world.wait()
     if world.first:
@@ -169,7 +174,9 @@ def store(folder, dataset, loader, pieces, max_broken, world):
     for number, (piece, (z0, _), captions) in zip(missing, contents):
         write_shard(shard_path(folder, number), piece, z0, captions, loader.broken)
     world.wait()
-    dataset.check(broken_samples(folder, pieces), max_broken)
+    broken = {(int(piece.source[0]), int(index)): why for number, piece in enumerate(pieces)
+              for index, why in read_about(folder, number)[1].items()}
+    dataset.check(broken, max_broken)
     if world.first:
         write_index(folder, dataset, pieces)
     world.wait()
@@ -178,55 +185,37 @@ def store(folder, dataset, loader, pieces, max_broken, world):
     return read_stored(folder, dataset.made)
 
 
-def digest(dataset):
-    """Return a checksum of what own pictures there are; the small world's follow from settings."""
-    result = hashlib.sha256()
-    for source in dataset.sources:
-        if source.kind:
-            for data in (source.paths.data, source.captions.data, source.byte_ranges.tobytes()):
-                result.update(data)
-    return result.hexdigest()
-
-
 def write_shard(path, piece, latents, captions, broken):
     """Write the latents (n, C, h, w) of a piece, its captions and {(source, index): why} of broken.
 
     They are stored in bf16, half the size of fp32: it rounds by up to 2^-9 of a value, far below
     the noise that training adds, and on a GPU the tower reads bf16 anyway.
     """
-    samples = set(zip(piece.source.tolist(), piece.index.tolist()))
-    reasons = {key[1]: why for key, why in broken.items() if key in samples}
+    number = piece.source[0]
+    reasons = {index: broken[number, index] for index in piece.index.tolist()
+               if (number, index) in broken}
     with replacing(path) as temporary:
         save_file({"latents": latents.bfloat16().cpu()}, temporary,
                   {"about": json.dumps([captions, reasons])})
 
 
-def about(folder, number):
+def read_about(folder, number):
     """Return the captions of a shard and {index: why} of its broken samples. Raises OSError."""
-    try:
-        return json.loads(open_shard(folder, number).metadata()["about"])
-    except SafetensorError as e:
-        raise OSError(f"{shard_path(folder, number)} is damaged ({e}); delete it and start "
-                      "again") from None
-
-
-def broken_samples(folder, pieces):
-    """Return what was found broken in all shards: {(source, index): why}."""
-    return {(int(piece.source[0]), int(index)): why for number, piece in enumerate(pieces)
-            for index, why in about(folder, number)[1].items()}
+    return json.loads(open_shard(folder, number).metadata()["about"])
 
 
 def write_index(folder, dataset, pieces):
     """Write index.jsonl, a line for each good sample of the pieces: the folder is complete."""
     with replacing(folder / "index.jsonl") as path, open(path, "w") as file:
         for number, piece in enumerate(pieces):
-            source = dataset.sources[piece.source[0]]
-            captions, broken = about(folder, number)
+            k = int(piece.source[0])
+            source = dataset.sources[k]
+            captions, broken = read_about(folder, number)
             for row, (index, text) in enumerate(zip(piece.index.tolist(), captions)):
                 if str(index) in broken:
                     continue
-                line = {"source": int(piece.source[0]), "index": index, "file": number, "row": row,
-                        "text": text, "kind": source.kind, "height": piece.bucket.height,
+                line = {"source": k, "index": index, "file": number, "row": row, "text": text,
+                        "kind": source.kind, "height": piece.bucket.height,
                         "width": piece.bucket.width,
                         "shard": None if source.shard is None else int(source.shard[index]),
                         "fields": json.loads(source.fields[index]) if source.kind else {}}

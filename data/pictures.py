@@ -7,7 +7,7 @@ A data set of own pictures is one of
   neighbours in a shard such as 0001.jpg with 0001.txt, or with 0001.json ("text" or "caption", and
   any further fields), are one sample.
 The index reads every picture's header once. Samples that cannot be used are left out and counted
-by reason; a condition on the fields (`--where`) may leave out more. Pixels are read when needed.
+by reason; a condition on the fields (`--where`) may leave out more.
 """
 
 import ast
@@ -56,54 +56,38 @@ class Unreadable(Exception):
     """Raised for a sample whose header is fine but whose pixels cannot be read."""
 
 
-# ------------------------------------------------------------------------------------------------
-# Where the samples are: folders and tar shards
+# --- Where the samples are: folders and tar shards ---
 
 def list_entries(path):
     """Return the entries of a data set, and the function that yields the samples of an entry.
 
-    An entry is a tar shard, or a picture of a folder. Raises ValueError where there are none, and
-    as `list_pairs` does.
+    An entry is the path of a tar shard, or (path, text, fields) of a picture. Raises ValueError
+    where there are none, for a missing caption and for a malformed line.
     """
     folder = Path(path)
-    if folder.is_dir():
-        tars = sorted(map(str, folder.glob("*.tar")))
-    else:
-        tars = sorted(glob.glob(str(path)))
+    tars = folder.glob("*.tar") if folder.is_dir() else glob.glob(str(path))
+    tars = sorted(map(str, tars))
     if tars and all(name.endswith(".tar") for name in tars):
         return tars, read_tar
     if not folder.is_dir():
         raise ValueError(f"{path} is not a folder of pictures or tar shards, nor a pattern that "
                          "matches *.tar files")
     if (folder / "metadata.jsonl").is_file():
-        pairs = list(read_metadata(folder))
+        entries = list(read_metadata(folder))
     else:
-        pairs = list(list_pairs(folder))
-    if not pairs:
-        raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)}) and no *.tar")
-    return pairs, read_pair
-
-
-def list_pairs(folder):
-    """Yield (path, path of the caption, no fields) of the pictures in a folder.
-
-    Raises ValueError for a missing caption.
-    """
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in SUFFIXES:
-            continue
-        caption = path.with_suffix(".txt")
-        if not caption.is_file():
-            raise ValueError(f"{path} has no caption: expected {caption.name} beside it, "
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        entries = [(file, file.with_suffix(".txt"), {}) for file in files]
+    for picture, text, _ in entries:
+        if isinstance(text, Path) and not text.is_file():
+            raise ValueError(f"{picture} has no caption: expected {text.name} beside it, "
                              "or a metadata.jsonl")
-        yield path, caption, {}
+    if not entries:
+        raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)}) and no *.tar")
+    return entries, read_pair
 
 
 def read_metadata(folder):
-    """Yield (path, text, fields) of the lines of metadata.jsonl.
-
-    Raises ValueError for a malformed line.
-    """
+    """Yield (path, text, fields) of the lines of metadata.jsonl. Raises ValueError."""
     metadata = folder / "metadata.jsonl"
     for number, line in enumerate(metadata.read_text("utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -120,9 +104,9 @@ def read_metadata(folder):
         yield path, text, fields
 
 
-def read_pair(pair):
+def read_pair(entry):
     """Yield the Sample (or Broken) of a picture's path, its text or the text's path, and fields."""
-    path, text, fields = pair
+    path, text, fields = entry
     try:
         if isinstance(text, Path):
             text = text.read_text("utf-8-sig")
@@ -138,10 +122,9 @@ def read_tar(path):
         with tarfile.open(path, "r:") as tar:
             for members in split_by_sample(tar):
                 yield read_members(path, tar, members)
-            with open(path, "rb") as file:  # tarfile does not notice a missing end mark
-                file.seek(tar.offset)
-                if file.read(512) != bytes(512):
-                    raise tarfile.ReadError
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # tarfile does not notice a missing end mark
+                raise tarfile.ReadError
     except (OSError, tarfile.TarError):
         yield Broken(str(path), "breaks off, or is no tar file")
 
@@ -165,9 +148,7 @@ def split_by_sample(tar):
             if member.isfile() and member.offset_data + member.size <= total_size:
                 members["." + suffix.lower()] = member
     except tarfile.ReadError:  # the tar breaks off here, maybe within the last sample
-        has_picture = members.keys() & set(SUFFIXES)
-        has_text = members.keys() & {".txt", ".json"}
-        if not (has_picture and has_text):
+        if not (members.keys() & set(SUFFIXES) and members.keys() & {".txt", ".json"}):
             return
     if members:
         yield members
@@ -180,9 +161,7 @@ def read_members(path, tar, members):
         first = next(iter(members.values()))
         return Broken(f"{path}/{first.name}", "no picture")
     try:
-        fields = {}
-        if ".json" in members:
-            fields = json.load(tar.extractfile(members[".json"]))
+        fields = json.load(tar.extractfile(members[".json"])) if ".json" in members else {}
         caption = fields.pop("caption", None)
         text = fields.pop("text", caption)
         if ".txt" in members:
@@ -226,21 +205,20 @@ def read_size(file):
     return width, height
 
 
-# ------------------------------------------------------------------------------------------------
-# Which samples are used
+# --- Which samples are used ---
 
 class Where:
     """A condition on the fields of a sample, such as 'aesthetic >= 6 and width >= 1024'.
 
-    text: a Python expression whose names are fields, without Python's built-in functions. It is
-    the user's own text, so there is nobody to keep out. Raises ValueError if it does not compile.
+    text: a Python expression whose names are fields, without Python's built-in functions. Raises
+    ValueError if it does not compile.
     """
 
     def __init__(self, text):
         self.text = text
         try:
             tree = ast.parse(text.strip(), mode="eval")
-            self.code = compile(tree, "--where", "eval")
+            self.code = compile(tree, "--where", "eval")  # the user's own text: no harm to fear
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise ValueError(f"where: {text!r} is not a condition such as 'aesthetic >= 6 and "
                              "width >= 1024'") from None
@@ -276,14 +254,12 @@ def count_reasons(reasons):
     return ", ".join(f"{count:,} {reason}" for reason, count in Counter(reasons).most_common())
 
 
-# ------------------------------------------------------------------------------------------------
-# The data set
+# --- The data set ---
 
 class StringArray:
-    """Many strings in one block of memory.
+    """Many strings in one block of memory, which data processes share.
 
-    Data processes share it, while a list would be copied into each of them: reading an element
-    writes its reference count.
+    A list would be copied into each of them: reading an element writes its reference count.
     """
 
     def __init__(self, texts):
@@ -305,20 +281,21 @@ class Pictures:
 
     sizes: see buckets.choose_resolutions. where: the condition (a Where) that a sample must
     fulfil. The processes of `world` share the reading of headers, and all get the same index, of
-    40 bytes and three texts a sample. Raises ValueError for a missing caption file, for a malformed
-    line, if more than the share `max_broken` of samples cannot be used, and if none is left.
+    40 bytes and three texts a sample. Raises ValueError as `list_entries` does, if more than the
+    share `max_broken` of samples cannot be used, and if none is left.
     """
 
-    kind = 1  # see buckets.Bucket
+    kind, shard = 1, None  # see buckets.Plan
 
     def __init__(self, path, sizes, world, where=None, max_broken=0.05):
         self.name = str(path)
         entries, read_entry = list_entries(path)
-        results = self.read_shared(entries, read_entry, world)
+        part = range(world.rank, len(entries), world.size)  # that this process reads
+        results = world.gather({i: list(read_entry(entries[i])) for i in part})
+        results = [result for i in sorted(results) for result in results[i]]
         samples = [result for result in results if isinstance(result, Sample)]
         self.total = len(results)
-        self.broken = {result.name: result.reason for result in results
-                       if isinstance(result, Broken)}
+        self.broken = dict(result for result in results if isinstance(result, Broken))
         check_broken(path, self.broken, self.total, max_broken)
         if self.broken:
             world.print0(f"{path}: left out of {self.total:,}: "
@@ -328,25 +305,14 @@ class Pictures:
         if not samples:
             what = f"fulfils --where {where.text!r}" if where else "can be used"
             raise ValueError(f"{path}: none of its {self.total} samples {what}")
-        self.paths = StringArray([sample.path for sample in samples])
-        self.captions = StringArray([sample.text for sample in samples])
-        self.fields = StringArray([json.dumps(sample.fields) for sample in samples])
-        self.byte_ranges = np.array([(sample.offset, sample.size) for sample in samples])
-        widths = np.array([sample.width for sample in samples])
-        heights = np.array([sample.height for sample in samples])
-        self.sides = choose_resolutions(widths, heights, sizes)
-        self.shard = None  # of each sample the number of its tar shard, (L,)
-        if read_entry is read_tar:
-            _, self.shard = np.unique([sample.path for sample in samples], return_inverse=True)
-
-    def read_shared(self, entries, read_entry, world):
-        """Return every Sample and Broken, in order; each process reads its part of the entries."""
-        part = {i: list(read_entry(entries[i]))
-                for i in range(world.rank, len(entries), world.size)}
-        results = []
-        for _, samples in sorted(world.gather(part).items()):
-            results += samples
-        return results
+        paths, offsets, byte_counts, widths, heights, texts, fields = zip(*samples)
+        self.paths = StringArray(paths)
+        self.captions = StringArray(texts)
+        self.fields = StringArray(map(json.dumps, fields))
+        self.byte_ranges = np.column_stack((offsets, byte_counts))            # (L, 2)
+        self.sides = choose_resolutions(np.array(widths), np.array(heights), sizes)
+        if read_entry is read_tar:  # of each sample the number of its tar shard, (L,)
+            _, self.shard = np.unique(paths, return_inverse=True)
 
     def filter(self, samples, where, world):
         """Return the samples that fulfil a condition, and print how many do not, and why."""
@@ -355,14 +321,9 @@ class Pictures:
         if samples and unknown:
             raise ValueError(f"where: no sample of {self.name} has the field {unknown[0]!r} of "
                              f"{where.text!r}; the fields are: {', '.join(fields)}")
-        kept = []
-        dropped = []
-        for sample in samples:
-            reason = where.reason_to_drop(sample.fields)
-            if reason:
-                dropped.append(reason)
-            else:
-                kept.append(sample)
+        reasons = [where.reason_to_drop(sample.fields) for sample in samples]
+        kept = [sample for sample, reason in zip(samples, reasons) if not reason]
+        dropped = filter(None, reasons)
         world.print0(f"{self.name}: --where keeps {len(kept):,} of {len(samples):,}; of the "
                      f"others {count_reasons(dropped) or 'there are none'}")
         return kept
@@ -387,7 +348,7 @@ class Pictures:
                 file.seek(offset)
                 image = Image.open(io.BytesIO(file.read(size)))
             image = ImageOps.exif_transpose(image).convert("RGB")
-            image, = crop_to_fill([image], height, width)
+            image = crop_to_fill(image, height, width)
         except Exception as e:  # PIL raises nearly anything at broken files
             raise Unreadable(" ".join(str(e).split())) from None
         picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)      # (3, height, width)

@@ -2,8 +2,7 @@
 
 A source loads a sample by index and resolution: (picture, caption, question, answer), or what its
 stage needs instead. A picture is whatever the source's `to_pixels` turns into pixels on the device.
-Sample i is always the same sample. Files are read when their pixels are needed; stored latents take
-their place where there are some.
+Sample i is always the same sample. Stored latents take the place of pictures if there are some.
 """
 
 import itertools
@@ -14,31 +13,30 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.buckets import STRIDE, Batch, Bucket, make_plan
+from data.buckets import STRIDE, Batch, Bucket, Plan
 from data.latents import Stored, made_from, read_stored
 from data.pictures import Pictures, Unreadable, Where, check_broken
 from towers import Tokenizer
 from world.dataset import WORLDS, Shapes
 
-# ------------------------------------------------------------------------------------------------
-# Several sources
+# --- Several sources ---
 
 class Mixture:
     """Sources and their weights: shares of samples, which need not add up to one.
 
-    scenes: the small world where it is the first source: validation then uses it. made: what the
-    latents depend on that a folder is to keep.
+    scenes: the small world if validation uses it. made: what latents in a folder depend on.
     """
 
     def __init__(self, sources, weights=None, scenes=None, made=None):
         self.sources = list(sources)
         self.weights = list(weights or [1] * len(self.sources))
         self.made = made
-        first = self.sources[0]
-        self.scenes = scenes or (first if isinstance(first, Shapes) else None)
+        self.scenes = scenes
+        if isinstance(self.sources[0], Shapes):
+            self.scenes = self.sources[0]
 
     def lengths(self, tokenizer, longest):
-        """Return the tokens of each caption, (L,) for a source, or `longest` for the small world.
+        """Return for each source the tokens of its captions, (L,); `longest` for the small world.
 
         Raises ValueError for an unknown word, and for a caption longer than `longest`.
         """
@@ -46,11 +44,9 @@ class Mixture:
                 count_tokens(tokenizer, source.captions, longest) for source in self.sources]
 
     def plan(self, lengths, step, batch, seed):
-        """Return the Plan of global batches; lengths, step: see buckets.make_plan."""
-        return make_plan(kinds=[source.kind for source in self.sources],
-                         sides=[source.sides for source in self.sources], lengths=lengths,
-                         length_step=step, weights=self.weights, batch=batch, seed=seed,
-                         shards=[source.shard for source in self.sources])
+        """Return the Plan of global batches; lengths, step: see buckets.Plan."""
+        return Plan(self.sources, lengths=lengths, weights=self.weights, batch=batch, seed=seed,
+                    length_step=step)
 
     def pieces(self, length, pixels=2 ** 24):
         """Return batches of at most so many pixels that hold every sample once, in order."""
@@ -65,10 +61,7 @@ class Mixture:
         return result
 
     def check(self, broken, most):
-        """Raise ValueError if more than a share `most` of a source is broken.
-
-        broken: {(source, index): why}.
-        """
+        """Raise ValueError if more than a share `most` of a source is in {(source, index): why}."""
         for k, source in enumerate(self.sources):
             reasons = {source.sample_name(index): reason
                        for (number, index), reason in broken.items() if number == k}
@@ -93,10 +86,9 @@ def parse_mixture(text):
 
 
 def open_sources(c, size, world):
-    """Return the Mixture that a TrainConfig asks for.
+    """Return the Mixture that a TrainConfig asks for, or of stored latents if there are some.
 
-    size: side of a picture where the configuration's `sizes` names none. Stage image reads stored
-    latents instead, where there are some. Raises ValueError as the sources do.
+    size: side of a picture where c.sizes names none. Raises ValueError as the sources do.
     """
     weights = parse_mixture(c.data)
     where = Where(c.where) if c.where else None
@@ -120,8 +112,7 @@ def open_sources(c, size, world):
     return Mixture(sources, weights.values(), made=made)
 
 
-# ------------------------------------------------------------------------------------------------
-# Batches
+# --- Batches ---
 
 def build_tokenizer(dataset, samples=5000):
     """Return a Tokenizer of all own captions, or of the texts of `samples` small-world items."""
@@ -141,56 +132,52 @@ def count_tokens(tokenizer, captions, longest):
     return lengths
 
 
-class Collate:
-    """Turns samples into the tensors of a stage, prompts padded to S = length.
+def collate(stage, tokenizer, samples, length):
+    """Return samples as the tensors of a stage, prompts padded to S = length.
 
     "vae": pictures. "image": pictures and prompts (B, S). "understand": pictures, texts with
     targets, and what is said about the picture with targets: the text where a source says no more.
     "edit": pictures, prompts (B, S), packed scenes to be edited (B, 21), and instructions (B, S).
     """
+    pictures = torch.stack([sample[0] for sample in samples])
+    if stage == "vae":
+        return (pictures,)
+    if stage == "understand":
+        return pictures, *texts_and_targets(tokenizer, samples, length)
+    prompts = tokenizer.batch([sample[1] for sample in samples], length)
+    if stage == "image":
+        return pictures, prompts
+    instructions = tokenizer.batch([sample[2] for sample in samples], length)
+    return pictures, prompts, pictures[:, 0], instructions
 
-    def __init__(self, stage, tokenizer):
-        self.stage, self.tokenizer = stage, tokenizer
 
-    def __call__(self, samples, length):
-        pictures = torch.stack([sample[0] for sample in samples])
-        if self.stage == "vae":
-            return (pictures,)
-        if self.stage == "understand":
-            return pictures, *self.texts(samples, length)
-        prompts = self.tokenizer.batch([sample[1] for sample in samples], length)
-        if self.stage == "image":
-            return pictures, prompts
-        instructions = self.tokenizer.batch([sample[2] for sample in samples], length)
-        return pictures, prompts, pictures[:, 0], instructions
-
-    def texts(self, samples, length):
-        """Return the tower's texts, their targets, what it says about pictures, and the targets."""
-        texts, about = [], []
-        for _, text, question, answer, *answer_to_text in samples:
-            texts.append(self.tokenizer.ids_and_targets(text, *answer_to_text, length=length))
-            about.append(self.tokenizer.ids_and_targets(question, answer, length=length)
-                         if question else texts[-1])
-        columns = (*zip(*texts), *zip(*about))
-        return [torch.tensor(column) for column in columns]                   # (B, S) each
+def texts_and_targets(tokenizer, samples, length):
+    """Return the tower's texts, their targets, what it says about pictures, and the targets."""
+    texts = []
+    about = []
+    for _, text, question, answer, *answer_to_text in samples:
+        texts.append(tokenizer.ids_and_targets(text, *answer_to_text, length=length))
+        about.append(tokenizer.ids_and_targets(question, answer, length=length)
+                     if question else texts[-1])
+    return [torch.tensor(column) for column in (*zip(*texts), *zip(*about))]   # (B, S) each
 
 
 class Reader(Dataset):
-    """Reads a process's share of global batches, and collates it; it works in data processes.
+    """Reads a process's share of global batches, and collates it, maybe in data processes.
 
     A sample that cannot be read is replaced by the next good one of the global batch, so that the
     number of processes changes nothing.
     """
 
     def __init__(self, sources, collate, share=slice(None)):
-        self.sources, self.collate, self.share = sources, collate, share
+        self.sources = sources
+        self.collate = collate
+        self.share = share
 
     def __getitem__(self, batch):
-        """Return the tensors, captions and {(source, index): why} of broken samples of a batch.
-
-        The tensors are None if no sample can be read.
-        """
-        positions, broken = np.arange(len(batch.index)), {}
+        """Return a batch's tensors (None: no sample is good), captions and broken samples."""
+        broken = {}
+        positions = np.arange(len(batch.index))
         samples = [self.first_good(batch, np.roll(positions, -position), broken)
                    for position in positions[self.share]]
         if None in samples:
@@ -212,17 +199,19 @@ class Reader(Dataset):
 class Loader:
     """Loads planned batches of a Mixture onto the device.
 
-    share: which samples of a batch this process needs, a slice. workers: data processes.
-    broken: a dict that takes {(source, index): why} of samples that cannot be read. encode: turns
-    pictures (B, 3, H, W) into latents, where latents are wanted.
+    share: which samples of a batch this process needs, a slice. workers: data processes. broken:
+    a dict that takes {(source, index): why} of samples that cannot be read. encode: turns pictures
+    (B, 3, H, W) into latents, or None.
     """
 
-    def __init__(self, dataset, collate, device, share=slice(None), workers=0, broken=None,
-                 encode=None):
-        self.sources, self.device, self.workers = dataset.sources, device, workers
-        self.reader = Reader(dataset.sources, collate, share)
-        self.broken = {} if broken is None else broken
+    def __init__(self, dataset, collate, device, *, share, workers, broken, encode):
+        self.sources = dataset.sources
+        self.device = device
+        self.broken = broken
         self.encode = None if isinstance(self.sources[0], Stored) else encode
+        self.options = dict(dataset=Reader(dataset.sources, collate, share), batch_size=None,
+                            num_workers=workers, prefetch_factor=4 if workers else None,
+                            worker_init_fn=ignore_ctrl_c)
 
     def batches(self, planned):
         """Yield each planned batch with its tensors on the device, and its captions.
@@ -231,9 +220,7 @@ class Loader:
         can be read.
         """
         planned, ahead = itertools.tee(planned)
-        contents = DataLoader(self.reader, None, sampler=ahead, collate_fn=_as_it_is,
-                              num_workers=self.workers, worker_init_fn=_ignore_ctrl_c,
-                              prefetch_factor=4 if self.workers else None)
+        contents = DataLoader(sampler=ahead, **self.options)
         for batch, (tensors, captions, broken) in zip(planned, contents):
             self.broken |= broken
             if tensors is None:
@@ -248,11 +235,6 @@ class Loader:
             yield batch, (pictures, *others), captions
 
 
-def _as_it_is(batch):
-    """Stand for the DataLoader's collation: a Reader has collated already."""
-    return batch
-
-
-def _ignore_ctrl_c(worker):
-    """Ctrl-C reaches every process of a terminal; only the training process may answer it."""
+def ignore_ctrl_c(worker):
+    """Let the training process alone answer Ctrl-C, which reaches every process of a terminal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,9 +1,8 @@
 """States of prompts that are made outside of the training step.
 
 The understanding tower is frozen, so its states of a prompt never change: a second process can run
-it ahead of training (a producer, MoS App. B.4), or every prompt goes through it once and its states
-stay on disk (a cache). Both answer with the tower's input embeddings (B, S, Du) and states
-(B, S, M, Du), as `MoS.understand` makes them in the step.
+it ahead of training (Producer, MoS App. B.4), or every prompt goes through it once and its states
+stay on disk (Cache). Both return input embeddings (B, S, Du) and states (B, S, M, Du).
 """
 
 import hashlib
@@ -11,16 +10,15 @@ import json
 import queue
 import signal
 from collections import deque
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as multiprocessing
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoint import load_part
 from common import check_made, checksum, replacing, write_made
+from data.latents import open_shard, shard_path
 from kernels import autocast
 from mos import MoS
 from towers import Tokenizer
@@ -47,7 +45,7 @@ def open_tower(config, tokenizer, folder, device):
 
 
 def fingerprint(config, init):
-    """Return what identifies a tower: a checksum, or names and sizes of a published folder's."""
+    """Return a tower's checksum, or the names and sizes of a published tower's files."""
     if not config.und_folder:
         return checksum(init / "understanding.safetensors")
     from pretrained.folders import weight_files
@@ -84,7 +82,7 @@ class Producer:
         self.questions.put(tokens.cpu())
 
     def answer(self, device):
-        """Return the next answer, in the order of the questions. Raises OSError if none can come."""
+        """Return the next answer, in the questions' order. Raises OSError if none can come."""
         while True:
             try:
                 answer = self.answers.get(timeout=WAIT)
@@ -115,7 +113,8 @@ class Cache:
                 "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
         check_made(self.folder, made, "states")
         shards = [texts[i:i + SHARD] for i in range(0, len(texts), SHARD)]
-        missing = [number for number in range(len(shards)) if not self.path(number).is_file()]
+        missing = [number for number in range(len(shards))
+                   if not shard_path(self.folder, number).is_file()]
         world.wait()
         if world.first:
             write_made(self.folder, made)
@@ -125,20 +124,11 @@ class Cache:
             read = open_tower(model.config, model.tokenizer, init, world.device)
         for number in share:
             inputs, states = read(model.tokenizer.batch(shards[number]))
-            with replacing(self.path(number)) as path:
+            with replacing(shard_path(self.folder, number)) as path:
                 save_file({"inputs": inputs, "states": states}, path)
         world.wait()
         world.print0(f"{folder}: states of {len(texts):,} prompts, {len(missing)} of "
                      f"{len(shards)} shards made now")
-
-    def path(self, number):
-        """Return the file of a shard."""
-        return self.folder / f"{number:06d}.safetensors"
-
-    @lru_cache(64)
-    def shard(self, number):
-        """Open a shard, memory-mapped."""
-        return safe_open(self.path(number), "pt")
 
     def ask(self, tokens):
         """Ask for the states of prompts (B, S)."""
@@ -150,17 +140,10 @@ class Cache:
         lengths = (tokens != Tokenizer.PAD).sum(1).tolist()
         answer = None
         for b, (row, length) in enumerate(zip(tokens.tolist(), lengths)):
-            parts = self.load(self.rows[tuple(row[:length])], length)
+            number, position = divmod(self.rows[tuple(row[:length])], SHARD)
+            shard = open_shard(self.folder, number)
+            parts = [shard.get_slice(name)[position, :length] for name in ("inputs", "states")]
             answer = answer or [part.new_zeros(*tokens.shape, *part.shape[1:]) for part in parts]
             for padded, part in zip(answer, parts):
                 padded[b, :length] = part
         return [padded.to(device, non_blocking=True) for padded in answer]
-
-    def load(self, row, length):
-        """Return embeddings (S, Du) and states (S, M, Du) of a prompt. Raises OSError."""
-        number = row // SHARD
-        try:
-            shard = self.shard(number)
-            return [shard.get_slice(name)[row % SHARD, :length] for name in ("inputs", "states")]
-        except SafetensorError as e:
-            raise OSError(f"{self.path(number)} is damaged ({e}); delete it") from None

@@ -18,7 +18,7 @@ from common import run, to_tensor
 from config import MoSConfig
 from conftest import ROOT, make_model, run_script
 from mos import MoS
-from tools import curves, drill, estimate, evaluate, routing
+from tools import curves, estimate, evaluate, routing
 from world import scores
 
 
@@ -196,13 +196,6 @@ def test_estimate_refuses(flags, message, refuse):
 def test_routing_refuses(flags, message, refuse, small):
     """A model or a prompt that cannot be read, a picture that cannot be written."""
     refuse(message, routing, "--checkpoint", small, "--out", "a.png", *flags)
-
-
-@pytest.mark.parametrize("flags, message", cases("--kills 0 | --processes 0 | --parallel zebra"))
-def test_drill_refuses(flags, message, refuse, monkeypatch):
-    """What drill.py cannot do."""
-    monkeypatch.setattr(drill, "start", lambda *_: pytest.fail("went on to train"))
-    refuse(message, drill, *flags)
 
 
 @pytest.mark.parametrize("script, flags", (("sample.py", []), ("tools.evaluate", ["missing"]),

@@ -185,7 +185,9 @@ def commands():
 
 def parsed_command(words):
     """Return (module, flags) of one command's words, or None where it is none of ours."""
-    if words[:2] == ["python", "-m"] and words[2] != "pytest":
+    if words[:3] == ["python", "-m", "pytest"]:
+        return None
+    if words[:2] == ["python", "-m"]:
         return words[2], words[3:]
     scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
     if words[:1] in (["python"], ["torchrun"]) and scripts:

@@ -15,14 +15,32 @@ import torch
 from scenes import ALL, AREAS, COLOUR, FEW, SHAPE, SIZE, facts, shows_held, thing
 
 from conftest import ROOT, make_config
-from data.sources import Collate, Mixture, build_tokenizer
+from data.sources import Mixture, build_tokenizer, collate
 from world import shapes
 from world.dataset import Shapes
 from world.judge import COLOUR_TOLERANCE, judge, same_scene
 from world.scores import score_judge
-from world.shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS, HELD_TRIPLES,
-                          INVERSE, NUMBERS, RELATIONS, SHAPES, SIZES, TASKS, Prompt, Scene,
-                          benchmark, pack, related, render, satisfies)
+from world.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_COLOURS,
+    HELD_COUNTS,
+    HELD_PAIRS,
+    HELD_TRIPLES,
+    INVERSE,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TASKS,
+    Prompt,
+    Scene,
+    benchmark,
+    pack,
+    related,
+    render,
+    satisfies,
+)
 
 OTHER = ((96, 96), (160, 160), (256, 256), (128, 256))
 HOW_MANY = {word: n for n, word in NUMBERS.items()} | {"one": 1}
@@ -383,7 +401,7 @@ def test_sequences_have_the_right_targets(tokenizer):
     """The target is the next token, of the answer alone where there is one; the rest is -100."""
     items = [Shapes(64, 0)[i] for i in range(8)]
     words = lambda ids: " ".join(tokenizer.words[i] for i in ids if i > 0)
-    pictures, captions, targets, about, answers = Collate("understand", tokenizer)(items, 48)
+    pictures, captions, targets, about, answers = collate("understand", tokenizer, items, 48)
     for i, (_, caption, question, answer) in enumerate(items):
         whole, start = (f"{question} {answer}", len(question.split())) if i % 2 else (caption, 0)
         assert words(captions[i]) == f"<bos> {caption} <eos>"
@@ -394,9 +412,9 @@ def test_sequences_have_the_right_targets(tokenizer):
         assert words(answers[i]) == f"{answer if i % 2 else caption} <eos>"
         assert torch.equal(answers[i][start:stop], about[i][start + 1:stop + 1])
         assert {*answers[i][:start].tolist(), *answers[i][stop:].tolist()} == {-100}
-    assert torch.equal(pictures, Collate("vae", tokenizer)(items, 0)[0])
+    assert torch.equal(pictures, collate("vae", tokenizer, items, 0)[0])
     prompts = captions.masked_fill(captions == tokenizer.EOS, tokenizer.PAD)
-    assert torch.equal(Collate("image", tokenizer)(items, 48)[1], prompts)
+    assert torch.equal(collate("image", tokenizer, items, 48)[1], prompts)
     fits, _ = tokenizer.ids_and_targets("is there a red", "yes", length=7)
     assert words(fits) == "<bos> is there a red yes <eos>"
     with pytest.raises(ValueError, match="7 tokens, more than the 6"):

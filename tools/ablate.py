@@ -4,15 +4,13 @@
     python -m tools.ablate data-weights  # how much of which data? MoS App. A, data reweighting
     python -m tools.ablate sampling      # steps, guidance, rescale, schedule: MoS App. B.6, Fig. 13
 
-The arms of the first two share data, noise, seed and schedule, and differ in the named respect
-alone; the third changes the settings of one model that can edit.
+The arms of the first two share data, noise, seed and schedule; the third changes the settings of
+one model that can edit.
 """
 
 import contextlib
-import io
 import json
 import math
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -51,9 +49,8 @@ def prepare(world, **flags):
 def train_arm(bias, rescaled, shared, world, **flags):
     """Train one arm; return its validation loss and the router's gradient norm, first and last.
 
-    bias: factor on the first values of Proj's bias. rescaled: let the states grow from 1 to 100
-    times by layer, as those of large models do. shared: a dict of latents and prompts, which the
-    first arm fills for the others.
+    bias: factor on the first values of Proj's bias. rescaled: whether states grow from 1 to 100
+    times by layer, as in large models. shared: a dict that the first arm fills for the others.
     """
     trainer = prepare(world, **flags)
     stage, model = trainer.stage, trainer.model
@@ -73,9 +70,8 @@ def train_arm(bias, rescaled, shared, world, **flags):
         trainer.step(step)
     norms = [torch.stack(values).sum().sqrt().item() for values in squares]
     tenth = math.ceil(len(norms) / 10)
-    early = sum(norms[:tenth]) / tenth
-    late = sum(norms[-tenth:]) / tenth
-    return scores.losses_by_time(model, *stage.val).mean().item(), early, late
+    loss = scores.losses_by_time(model, *stage.val).mean().item()
+    return loss, sum(norms[:tenth]) / tenth, sum(norms[-tenth:]) / tenth
 
 
 def scale_trap(args, world):
@@ -95,40 +91,35 @@ def scale_trap(args, world):
                       flush=True)
 
 
-def pack(path, scenes, count):
-    """Write pictures and captions of the small world as a tar shard in WebDataset's layout."""
-    with tarfile.open(path, "w") as tar:
-        for i in range(count):
-            packed, text, *_ = scenes[i]
-            picture = io.BytesIO()
-            to_image(scenes.to_pixels(packed[None], "cpu")[0]).save(picture, "PNG")
-            for suffix, content in ((".png", picture.getvalue()),
-                                    (".json", json.dumps({"text": text}).encode())):
-                member = tarfile.TarInfo(f"{i:06d}{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+def pack(folder, scenes, count):
+    """Write pictures of the small world into a folder, each with its caption beside it."""
+    folder.mkdir()
+    for i in range(count):
+        packed, text, *_ = scenes[i]
+        picture, = scenes.to_pixels(packed[None], "cpu")
+        to_image(picture).save(folder / f"{i:06d}.png")
+        (folder / f"{i:06d}.txt").write_text(text)
 
 
 def task_loss(stage, task):
     """Return the validation loss on unseen scenes of a task."""
-    c, config = stage.c, stage.model.config
-    unseen = Mixture([Shapes(config.size, c.seed, "val", (task,), c.grid, 128)])
-    pieces = unseen.pieces(config.max_tokens)
-    (_, tensors, _), = stage.loader(unseen).batches(pieces)
+    config = stage.model.config
+    unseen = Mixture([Shapes(config.size, stage.c.seed, "val", (task,), stage.c.grid, 128)])
+    (_, tensors, _), = stage.loader(unseen).batches(unseen.pieces(config.max_tokens))
     return scores.losses_by_time(stage.model, *tensors).mean().item()
 
 
 def data_weights(args, world, count=1000):
-    """Print the table `data-weights`: two sets of tar shards, mixed by a grid of weights."""
+    """Print the table `data-weights`: two sets of pictures, mixed by a grid of weights."""
     first, second = WEIGHED
     print(f"share of {first:12}" + "".join(f"{name:>14}" for name in (*WEIGHED, "mean")))
     with tempfile.TemporaryDirectory() as folder:
-        size = read_recipe("laptop")["model"]["size"]
+        size = {**read_recipe("laptop")["model"], **OVERRIDES}["size"]
         for task in WEIGHED:
-            scenes = Shapes(OVERRIDES.get("size", size), args.seed, tasks=(task,), grid=4)
-            pack(Path(folder, f"{task}.tar"), scenes, count)
+            scenes = Shapes(size, args.seed, tasks=(task,), grid=4)
+            pack(Path(folder, task), scenes, count)
         for share in SHARES:
-            data = f"{folder}/{first}.tar={share},{folder}/{second}.tar={1 - share:.1f}"
+            data = f"{folder}/{first}={share},{folder}/{second}={1 - share:.1f}"
             with contextlib.redirect_stdout(None):
                 trainer = prepare(world, data=data, out=f"{folder}/{share}", init=args.init,
                                   latents=f"{folder}/latents", seed=args.seed, steps=args.steps)
@@ -152,12 +143,12 @@ def sampling(args, world, prompts=20, wanted=6):
     for names, rows in SAMPLING:
         for values in rows:
             options = dict(zip(names, values)) | dict(seed=args.seed, splits=("seen",))
-            tasks = scores.score_tasks(model, prompts, 1, **options)
-            edits = scores.score_edits(model, wanted, **options)
+            tasks = scores.averages(scores.score_tasks(model, prompts, 1, **options))
+            edits = scores.averages(scores.score_edits(model, wanted, **options))
             text = ", ".join(f"{name} {value}" for name, value in zip(names, values))
-            for table, row in ((tasks, "seen"), (edits, "seen, both")):
-                mean, error, *_ = scores.figures(scores.averages(table)[row])
-                text = f"{text:37}" if table is tasks else text
+            text = f"{text:37}"
+            for average in (tasks["seen"], edits["seen, both"]):
+                mean, error, *_ = scores.figures(average)
                 text += f"{mean:8.3f} ± {error:.3f}"
             print(text, flush=True)
 
@@ -166,7 +157,7 @@ TABLES = {"scale-trap": scale_trap, "data-weights": data_weights, "sampling": sa
 
 
 def main():
-    """The command."""
+    """Run the command."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("table", choices=tuple(TABLES), help="which ablation")
     parser.add_argument("--init", default=str(ROOT / "weights"),

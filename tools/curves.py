@@ -10,6 +10,8 @@ The most important columns are compared with the kept runs, in a table and in a 
 import csv
 from pathlib import Path
 
+import numpy as np
+
 from common import ROOT, CommandLine, replacing, run
 from config import STAGES
 
@@ -21,22 +23,17 @@ GROUPS = {"loss_t": "loss by t", "val_t": "val_loss by t", "edit_t": "val_edit b
 
 
 def read(path):
-    """Read a CSV: {run: {column: {step: value}}}; without a column "run" it holds one run.
-
-    Raises OSError, or ValueError if the file is not such a log.
-    """
+    """Return {run: {column: {step: value}}} of a CSV; without a column "run" it holds one run."""
+    if not path.is_file():
+        raise ValueError(f"no {path.name} in {path.parent}: expected what train.py or --save wrote")
     runs = {}
     try:
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                curves = runs.setdefault(row.pop("run", str(path.parent)), {})
-                step = int(row.pop("step"))
-                for name, text in row.items():
-                    if text:
-                        curves.setdefault(name, {})[step] = float(text)
-    except FileNotFoundError:
-        raise ValueError(f"no {path.name} in {path.parent}: expected what train.py or --save wrote"
-                         ) from None
+        for row in csv.DictReader(path.read_text().splitlines()):
+            curves = runs.setdefault(row.pop("run", str(path.parent)), {})
+            step = int(row.pop("step"))
+            for name, text in row.items():
+                if text:
+                    curves.setdefault(name, {})[step] = float(text)
     except (KeyError, TypeError, ValueError, csv.Error):
         runs = {}
     if not any(runs.values()):
@@ -72,27 +69,27 @@ def group(curves):
 
     The table {(block, layer): share} holds the last value of each column usage_BLOCK_LAYER.
     """
-    panels, usage = {}, {}
+    panels = {}
+    usage = {}
     for name, curve in curves.items():
         if name.startswith("usage_"):
             block, layer = map(int, name.split("_")[1:])
             usage[block, layer] = list(curve.values())[-1]
             continue
-        start = next((start for start in GROUPS if name.startswith(start)), name)
-        panels.setdefault(GROUPS.get(start, name), {})[name.removeprefix(start)] = curve
+        prefix = next((prefix for prefix in GROUPS if name.startswith(prefix)), name)
+        panels.setdefault(GROUPS.get(prefix, name), {})[name.removeprefix(prefix)] = curve
     return panels, usage
 
 
 def draw(path, panels, across, grey=(), usage=None):
-    """Draw panels {title: {label: {step: value}}} into a PNG, so many in a row; print its path.
+    """Draw panels {title: {label: {step: value}}} into a PNG, `across` of them in a row.
 
-    grey: labels of the curves to compare with. usage: see `group`. Without matplotlib there is no
-    picture, and the numbers must do.
+    grey: labels of the curves to compare with. usage: see `group`.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"{path} is not drawn: matplotlib is missing")
+        print(f"{path} is not drawn: matplotlib is missing")  # the numbers must do
         return
     rows = -(-(len(panels) + bool(usage)) // across)
     figure = Figure(figsize=(3.75 * across, 3 * rows), layout="constrained")
@@ -101,14 +98,14 @@ def draw(path, panels, across, grey=(), usage=None):
         axis = axes.pop(0)
         for label, curve in curves.items():
             style = dict(color="0.6", lw=1, zorder=1) if label in grey else dict(lw=1.5)
-            axis.plot(list(curve), list(curve.values()), ".-" if len(curve) < 30 else "-",
-                      label=label, **style)
+            marks = ".-" if len(curve) < 30 else "-"
+            axis.plot(list(curve), list(curve.values()), marks, label=label, **style)
         axis.set(title=title, xlabel="step", yscale="log" if "loss" in title else "linear")
         if len(curves) > 1:
             axis.legend(fontsize=6, ncols=1 + (len(curves) > 4))
     if usage:
-        blocks, layers = (1 + max(numbers) for numbers in zip(*usage))
-        shares = [[usage[j, m] for m in range(layers)] for j in range(blocks)]
+        blocks, layers = 1 + np.max(list(usage), 0)
+        shares = np.reshape([usage[key] for key in sorted(usage)], (blocks, layers))
         axis = axes.pop(0)
         axis.imshow(shares, vmin=0, extent=(0.5, layers + 0.5, blocks + 0.5, 0.5))
         axis.set(title="layers chosen", xlabel="layer", ylabel="block")
@@ -134,8 +131,8 @@ def parse():
     for path, suffix in ((args.save, ".csv"), (args.out, ".png")):
         if path and (path.suffix != suffix or path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"cannot write {path}: expected a {suffix} file in an existing folder")
-    logs = [(folder / f"{args.stage}.csv").resolve() for folder in args.runs]
-    if args.save and args.save.resolve() in logs:
+    args.logs = [folder / f"{args.stage}.csv" for folder in args.runs]
+    if args.save and args.save.resolve() in [log.resolve() for log in args.logs]:
         raise ValueError(f"--save {args.save} is the log of a run; choose another name")
     return args
 
@@ -143,15 +140,13 @@ def parse():
 def main():
     """Run the command."""
     args = parse()
-    runs = {}
-    for folder in args.runs:
-        for curves in read(folder / f"{args.stage}.csv").values():
-            runs[str(folder)] = curves
+    runs = {str(log.parent): list(read(log).values())[-1] for log in args.logs}
     if args.save:
         save(runs, args.save)
         return
-    beside = args.beside or (SEEDS if args.stage == "image" else None)
-    others = read(beside) if beside else {}
+    others = {}
+    if args.beside or args.stage == "image":
+        others = read(args.beside or SEEDS)
     mark = " (yours)" if runs.keys() & others.keys() else ""
     both = {name + mark: curves for name, curves in runs.items()} | others
     steps = {step for curves in both.values() for curve in curves.values() for step in curve}

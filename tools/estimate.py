@@ -10,7 +10,6 @@ setting of train.py is a flag here, too; the recipe gives the others.
 
 import contextlib
 import math
-from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,20 +41,20 @@ def gpu_kernels():
 
 
 def replace_parameters(module, dtype):
-    """Replace the parameters by ones of this type, which under FakeTensorMode take no memory."""
+    """Replace the parameters by new ones of a type; under FakeTensorMode they take no memory."""
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
                 part._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=dtype))
 
 
-def kept_bytes(model, batch, tokens, size, dtype, recompute):
+def kept_bytes(model, batch, tokens, dtype, recompute):
     """Return the bytes that autograd keeps in a forward pass of router and generation tower.
 
-    model: on the meta device, tokens: of each prompt, size: (height, width) of the latents, dtype:
-    of the parameters, recompute: whether the tower's blocks recompute their activations.
+    model: on the meta device, tokens: of each prompt, dtype: of the parameters.
     """
     c = model.config
+    side = c.size // model.vae.factor  # of the latents
     storages = {}  # tensors that share memory count once
 
     def keep(x):
@@ -65,40 +64,27 @@ def kept_bytes(model, batch, tokens, size, dtype, recompute):
 
     for block in model.generation.blocks:
         block.recompute = recompute
-    with FakeTensorMode(), torch.device("cpu"):
+    with FakeTensorMode(), torch.device("cpu"), gpu_kernels():
         replace_parameters(model.router, dtype)
         replace_parameters(model.generation, dtype)
         states = torch.empty(batch, tokens, c.und_depth, c.und_width, dtype=torch.bfloat16)
         context = Context(states[:, :, 0], states, kernels.Keys(None, [(batch, tokens)]))
-        z = torch.empty(batch, c.vae_channels, *size)
-        t = torch.empty(batch)
+        z = torch.empty(batch, c.vae_channels, side, side)
         uniform = torch.empty(batch, tokens, c.und_depth + 1, c.gen_depth)
         with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-            model(z, t, context, uniform)
+            model(z, torch.empty(batch), context, uniform)
         for p in model.parameters():
             storages.pop(p.untyped_storage()._cdata, None)  # counted as weights
         return sum(storage.nbytes() for storage in storages.values())
-
-
-def activation_bytes(model, batch, tokens, dtype, recompute):
-    """Return the bytes of activations while they are largest, where the backward pass begins."""
-    side = model.config.size // model.vae.factor
-    kept = partial(kept_bytes, model, batch, tokens, (side, side))
-    with gpu_kernels():
-        if not recompute:
-            return kept(dtype, recompute=False)
-        # Of each block its inputs, and of one block at a time all that it computes again.
-        blocks = len(model.generation.blocks)
-        return kept(dtype, recompute=True) + kept(torch.bfloat16, recompute=False) // blocks
 
 
 def estimate(config, parallel="none", processes=1, shards=0, micro_batch=1, tokens=128, ema=True,
              recompute=False):
     """Return {name: bytes} of one process's memory in a step, "peak" their sum, and its "flops".
 
-    Where the backward pass begins, activations are all there and gradients are not; where it ends
-    it is the other way round: the larger of the two counts. Latents kept in memory are not counted.
-    Raises ValueError where shards do not divide the processes.
+    All activations are there where the backward pass begins, all gradients where it ends: the
+    larger of the two counts. Latents kept in memory are not counted. Raises ValueError where shards
+    do not divide the processes.
     """
     model = unfilled(config)
     parts = torch.nn.ModuleList([model.router, model.generation])
@@ -107,19 +93,21 @@ def estimate(config, parallel="none", processes=1, shards=0, micro_batch=1, toke
     n = {"fsdp": processes, "hsdp": shards or min(8, processes)}.get(parallel, 1)
     if processes % n:
         raise ValueError(f"shards must divide the {processes} processes, got {n}")
+    half = torch.bfloat16
     weights = parameter_bytes(parts)
-    tower = parameter_bytes(model.understanding, torch.bfloat16)
     # FSDP keeps what is in no block gathered, and at most two blocks at a time.
-    gathered = parameter_bytes(parts, torch.bfloat16) + 2 * parameter_bytes(blocks[0],
-                                                                            torch.bfloat16)
-    gathered -= sum(parameter_bytes(block, torch.bfloat16) for block in blocks)
-    activations = activation_bytes(model, micro_batch, tokens,
-                                   torch.bfloat16 if sharded else torch.float32, recompute)
+    gathered = parameter_bytes(parts, half) + 2 * parameter_bytes(blocks[0], half)
+    gathered -= sum(parameter_bytes(block, half) for block in blocks)
+    activations = kept_bytes(model, micro_batch, tokens, half if sharded else torch.float32,
+                             recompute)
+    if recompute:  # kept: the inputs of all blocks; and all that one block at a time computes again
+        everything = kept_bytes(model, micro_batch, tokens, half, recompute=False)
+        activations += everything // len(model.generation.blocks)
     memory = {
         "weights": weights // n,
         "optimizer": 2 * weights // n,
         "average": ema * weights // n,
-        "understanding tower": tower // n,
+        "understanding tower": parameter_bytes(model.understanding, half) // n,
         "VAE": parameter_bytes(model.vae),
         "gathered": gathered if sharded else 0,
         "DDP's buckets": weights if parallel == "ddp" else 0,  # a second copy of the gradients
@@ -129,8 +117,19 @@ def estimate(config, parallel="none", processes=1, shards=0, micro_batch=1, toke
     return memory | {"peak": sum(memory.values()), "flops": flops}
 
 
-def show(config, c, processes):
-    """Print the estimate for a model and a training configuration (config.TrainConfig)."""
+def main():
+    """Run the command."""
+    parser = CommandLine(__doc__.split("\n\n")[0])
+    parser.add_argument("recipe", help="a name in recipes/, or the path of a .toml file; behind it "
+                        "any setting of train.py: --phase, --parallel, --batch, --size, ...")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs, one process on each")
+    args, flags = parser.parse_known_args()
+    processes = args.processes
+    if processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {processes}")
+    given, recipe, *_ = train.parse(["--recipe", args.recipe, *flags, "--stage", "image"])
+    (c, model), = plan(given, recipe)
+    config = MoSConfig(**model | {name: given[name] for name in given if name in model})
     parallel = c.parallel or ("none" if processes == 1 else "ddp")
     accumulate = math.ceil(c.batch / (processes * c.micro_batch))
     micro_batch = math.ceil(c.batch / (processes * accumulate))
@@ -143,26 +142,6 @@ def show(config, c, processes):
         print(f"{name:28}{size / 2**30:9.2f}")
     print(f"a step of {c.batch}: {flops / 1e12:.1f} TFLOP in each, {flops / RATE:.3f} s "
           f"at {RATE / 1e12:.0f} TFLOP/s, without communication")
-
-
-def settings(recipe, flags=()):
-    """Return the MoSConfig and the TrainConfig of stage image of a recipe, changed by flags."""
-    given, recipe, _, _ = train.parse(["--recipe", recipe, *flags, "--stage", "image"])
-    (c, model), = plan(given, recipe)
-    return MoSConfig(**model | {name: given[name] for name in given if name in model}), c
-
-
-def main():
-    """Run the command."""
-    parser = CommandLine(__doc__.split("\n\n")[0])
-    parser.add_argument("recipe", help="a name in recipes/, or the path of a .toml file; behind it "
-                        "any setting of train.py: --phase, --parallel, --batch, --size, ...")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs, one process on each")
-    args, flags = parser.parse_known_args()
-    if args.processes < 1:
-        raise ValueError(f"--processes must be at least 1, got {args.processes}")
-    config, c = settings(args.recipe, flags)
-    show(config, c, args.processes)
 
 
 if __name__ == "__main__":

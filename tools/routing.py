@@ -26,8 +26,7 @@ def routes(model, prompt, times, seed=0):
 
     The latents z_t = (1 - t) z0 + t z1 are those of a picture that the model draws of the prompt,
     mixed with noise; the seed decides both. Index and weight: (times, S, K, N) each, the layer with
-    the largest weight first; latents: (times, C, h, w). Raises ValueError for a prompt that cannot
-    be read.
+    the largest weight first; latents: (times, C, h, w). Raises ValueError for a bad prompt.
     """
     device = model.generation.registers.device
     (image,) = model.generate([prompt], seed=seed)
@@ -47,11 +46,9 @@ def draw(words, index, layers, pictures):
     """Return a matplotlib figure: for each time the noisy picture, below it a table of layers.
 
     words: one label for each of S tokens, index: (times, S, K, N) from `routes`, layers: M,
-    pictures: a PIL image for each time. Layers and blocks are counted from 1. Raises ValueError
-    where matplotlib is missing.
+    pictures: PIL images. Layers and blocks are counted from 1. Raises ValueError.
     """
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("drawing needs the package matplotlib: pip install matplotlib") from None
@@ -62,22 +59,19 @@ def draw(words, index, layers, pictures):
         axis.set_title(f"t = {time}: {noise}", fontsize=11)
         axis.set(xticks=(), yticks=())
     for chosen, axis in zip(index, axes[1]):
-        draw_table(axis, chosen, layers, colormaps["YlGnBu"])
-    for axis in axes[1, 1:]:
-        axis.set_yticks(())
-    axes[1, 0].set_yticks(range(len(words)), words)
-    axes[1, 0].set_ylabel("prompt word")
+        draw_table(axis, chosen, layers)
+    axes[1, 0].set(ylabel="prompt word", yticks=range(len(words)), yticklabels=words)
     figure.suptitle("Which layer of the text encoder each block reads, for each word")
     figure.supxlabel(f"number and colour: the layer with the largest weight, 1 is the first and "
                      f"{layers} the last; small: what is mixed with it", fontsize=9, color="0.35")
     return figure
 
 
-def draw_table(axis, chosen, layers, colours):
+def draw_table(axis, chosen, layers):
     """Draw one table: a row for each word, a column for each block; chosen: (S, K, N)."""
     S, _, N = chosen.shape
     shade = 0.9 * chosen[:, 0] / max(1, layers - 1)                            # (S, N)
-    axis.imshow(shade.numpy(), colours, vmin=0, vmax=1, aspect="auto",
+    axis.imshow(shade.numpy(), "YlGnBu", vmin=0, vmax=1, aspect="auto",
                 extent=(0.5, N + 0.5, S - 0.5, -0.5))
     for s in range(S):
         for j in range(N):
@@ -87,7 +81,7 @@ def draw_table(axis, chosen, layers, colours):
             axis.text(j + 1.15, s + 0.2, ",".join(map(str, others)), fontsize=6, **ink)
     axis.vlines([j + 0.5 for j in range(1, N)], -0.5, S - 0.5, "white", lw=2)
     axis.hlines([s + 0.5 for s in range(S - 1)], 0.5, N + 0.5, "white", lw=2)
-    axis.set(xlabel="generation block", xticks=range(1, N + 1))
+    axis.set(xlabel="generation block", xticks=range(1, N + 1), yticks=())
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
 

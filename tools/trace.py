@@ -21,32 +21,29 @@ from common import ROOT, CommandLine, World, run
 from config import plan, read_recipe
 from mos import MoS
 
-INNER = r"(\.<locals>)?\.<(lambda|genexpr|listcomp|dictcomp|setcomp)>"  # inside a function
+INNER = r"(\.<locals>)?\.<(lambda|\w+comp|genexpr)>"
 
 
 def trace(call):
     """Return {file: {function: lines}} of what a call runs, in the order of the first calls.
 
-    File: a path in the repository; function: its qualified name, to which its lambdas and
-    comprehensions count; lines: the set of the line numbers that were executed.
+    file: a path in the repository, function: its qualified name, lines: the set of the numbers of
+    the lines that were executed. Lambdas and comprehensions count to the function around them.
     """
     files = {}
 
-    def enter(frame, event, _):
+    def record(frame, event, _):
         path = Path(frame.f_code.co_filename)
         if not path.is_relative_to(ROOT):
             return None
         function = re.sub(INNER, "", frame.f_code.co_qualname)
         lines = files.setdefault(str(path.relative_to(ROOT)), {}).setdefault(function, set())
-
-        def step(frame, event, _):
-            if event == "line":
-                lines.add(frame.f_lineno)
-            return step
-        return step
+        if event == "line":
+            lines.add(frame.f_lineno)
+        return record
 
     before = sys.gettrace()
-    sys.settrace(enter)
+    sys.settrace(record)
     try:
         call()
     finally:
@@ -61,20 +58,21 @@ def totals(files):
 
 
 def training_step():
-    """Return {file: {function: lines}} of the second step of a small run of stage image."""
+    """Trace the second step of a small run of stage image."""
     with tempfile.TemporaryDirectory() as folder:
         flags = dict(stage="image", init=str(ROOT / "weights"), out=folder, tasks=("colours",),
                      scenes=16, batch=4, steps=2)
         (c, values), = plan(flags, read_recipe("laptop"))
         trainer = train.prepare(c, values, flags, World(0, 1, torch.device("cpu")))
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        silence = io.StringIO()
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
             trainer.begin()
         trainer.step(0)
         return trace(partial(trainer.step, 1))
 
 
 def picture():
-    """Return {file: {function: lines}} of a picture of two denoising steps."""
+    """Trace the drawing of a picture in two denoising steps."""
     model = MoS.from_pretrained(ROOT / "weights")
     return trace(partial(model.generate, ["a red circle above a blue square"], steps=2))
 
@@ -82,8 +80,9 @@ def picture():
 def main():
     """Run the command."""
     CommandLine(__doc__.split("\n\n")[0]).parse_args()
-    for title, files in (("one training step of stage image", training_step()),
-                         ("from prompt to picture", picture())):
+    for title, call in (("one training step of stage image", training_step),
+                        ("from prompt to picture", picture)):
+        files = call()
         print("{}: {} files, {} functions, {} lines".format(title, *totals(files)))
         for file, functions in files.items():
             print(f"  {file}")
