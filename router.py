@@ -26,7 +26,8 @@ def select(weights, k, epsilon=0.0, explore=None, renormalize=False):
     weights: (B, S, M, N). With probability epsilon the k layers are random instead: the first row
     of explore, (B, S, M + 1, N) in [0, 1), decides whether, and the others rank the layers.
     Whatever the choice, the weights are those of eq. (3), so that for k < M their sum is below 1
-    unless `renormalize`. Returns index and weight, both (B, S, K, N). Raises ValueError where k exceeds M.
+    unless `renormalize`. Returns index and weight, both (B, S, K, N). Raises ValueError where k
+    exceeds M.
     """
     if not 1 <= k <= weights.shape[2]:
         raise ValueError(f"k={k} states cannot be chosen from M={weights.shape[2]} layers; "

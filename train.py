@@ -398,7 +398,7 @@ def parse(arguments=None):
     chosen, _ = first.parse_known_args(arguments)
     recipe = read_recipe(chosen.recipe, chosen.phase)
     parser = CommandLine(__doc__.split("\n\n")[0], formatter_class=argparse.HelpFormatter,
-                         usage="train.py [--recipe NAME] [--resume | --export] [--SETTING VALUE]...")
+                         usage="train.py [--recipe NAME] [--resume | --export] [--SETTING ...]")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in "
                         "--out, with the settings that are kept there")
     parser.add_argument("--export", action="store_true", help="validate and write the "

@@ -301,7 +301,7 @@ def test_damaged_state(harm, told, light, tmp_path, capsys):
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     for path in saved(tmp_path):
         harm(next(path.glob("*.safetensors")))
-    with pytest.raises(ValueError, match="no checkpoint in .* can be read .*train into another --out"):
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read .*another --out"):
         go("vae", tmp_path, resume=True)
 
 

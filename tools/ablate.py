@@ -133,7 +133,7 @@ def data_weights(args, world, count=1000):
 
 
 def sampling(args, world, prompts=20, wanted=6):
-    """Print the table `sampling`: the share of unseen prompts, and of edits, that come out right."""
+    """Print the table `sampling`: shares of unseen prompts, and of edits, that come out right."""
     model = MoS.from_pretrained(args.init, world.device)
     why = evaluate.obstacle("edits", args.init, model)
     if why:
