@@ -20,27 +20,9 @@ from world import shapes
 from world.dataset import Shapes
 from world.judge import COLOUR_TOLERANCE, judge, same_scene
 from world.scores import score_judge
-from world.shapes import (
-    BACKGROUNDS,
-    COLOURS,
-    HELD_COLOURS,
-    HELD_COUNTS,
-    HELD_PAIRS,
-    HELD_TRIPLES,
-    INVERSE,
-    NUMBERS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    TASKS,
-    Prompt,
-    Scene,
-    benchmark,
-    pack,
-    related,
-    render,
-    satisfies,
-)
+from world.shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS, HELD_TRIPLES,
+                          INVERSE, NUMBERS, RELATIONS, SHAPES, SIZES, TASKS, Prompt, Scene,
+                          benchmark, pack, related, render, satisfies)
 
 OTHER = ((96, 96), (160, 160), (256, 256), (128, 256))
 HOW_MANY = {word: n for n, word in NUMBERS.items()} | {"one": 1}

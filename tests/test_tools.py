@@ -96,6 +96,7 @@ def test_routing_without_matplotlib(command, tmp_path, monkeypatch, capsys):
     """Without matplotlib one line says what to install."""
     make_model().save_pretrained(tmp_path / "model")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match="^2$"):
         command(routing, "--checkpoint", "model", "--prompt", PROMPT, "--out", "a.png")
     assert capsys.readouterr().err == (
