@@ -137,13 +137,13 @@ class Cache:
     def answer(self, device):
         """Return the next answer, in the order of the questions. Raises OSError for damage."""
         tokens = self.questions.popleft()
-        lengths = (tokens != Tokenizer.PAD).sum(1).tolist()
         answer = None
-        for b, (row, length) in enumerate(zip(tokens.tolist(), lengths)):
-            number, position = divmod(self.rows[tuple(row[:length])], SHARD)
+        for b, row in enumerate(tokens.tolist()):
+            ids = tuple(i for i in row if i != Tokenizer.PAD)
+            number, position = divmod(self.rows[ids], SHARD)
             shard = open_shard(self.folder, number)
-            parts = [shard.get_slice(name)[position, :length] for name in ("inputs", "states")]
+            parts = [shard.get_slice(name)[position, :len(ids)] for name in ("inputs", "states")]
             answer = answer or [part.new_zeros(*tokens.shape, *part.shape[1:]) for part in parts]
             for padded, part in zip(answer, parts):
-                padded[b, :length] = part
+                padded[b, :len(ids)] = part
         return [padded.to(device, non_blocking=True) for padded in answer]
