@@ -309,7 +309,7 @@ class Pictures:
         self.paths = StringArray(paths)
         self.captions = StringArray(texts)
         self.fields = StringArray(map(json.dumps, fields))
-        self.byte_ranges = np.column_stack((offsets, byte_counts))            # (L, 2)
+        self.byte_ranges = np.column_stack((offsets, byte_counts))
         self.sides = choose_resolutions(np.array(widths), np.array(heights), sizes)
         if read_entry is read_tar:  # of each sample the number of its tar shard, (L,)
             _, self.shard = np.unique(paths, return_inverse=True)
