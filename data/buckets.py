@@ -110,7 +110,7 @@ class Plan:
             raise ValueError(f"{len(table):,} buckets are too many; choose a larger --length-step")
         ends = np.cumsum([len(row) for row in rows])
         self.buckets = [Bucket(*map(int, row)) for row in table]
-        self.bucket_ids = np.split(ids.reshape(-1), ends[:-1])  # of L samples, or of one without end
+        self.bucket_ids = np.split(ids.reshape(-1), ends[:-1])  # (without end: of one sample)
         self.endless = [source.sides.ndim == 1 for source in sources]
         self.shares = np.cumsum(weights) / np.sum(weights)
         self.batch = batch
