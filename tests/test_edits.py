@@ -43,7 +43,7 @@ def drawn():
     return draw(2700)
 
 
-# --- An interpreter of the words alone ---
+# --- An interpreter of the words alone ------------------------------------------------------------
 
 def only(scene, noun):
     """The one object of the scene that a noun phrase fits."""
@@ -101,7 +101,7 @@ def test_texts_mean_the_target(drawn, grid):
         assert (" and " in edit.text) == (edit.type == "hybrid")
 
 
-# --- What is drawn ---
+# --- What is drawn --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("width, height, grid", ((1, 1, 256), (2, 1, 256), (1, 1.5, 64), (1, 1, 4)))
 def test_scenes_are_valid(drawn, width, height, grid):
@@ -170,7 +170,7 @@ def test_edits_vary(drawn):
         assert 0.25 < share(type, true) < 0.75, type
 
 
-# --- The score ---
+# --- The score ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("height, width, number", (
     (128, 128, 108), *(pytest.param(*row, marks=pytest.mark.slow) for row in (
@@ -319,7 +319,7 @@ def test_outside_is_what_stays(drawn, height, width):
                for type, share in left.items() if type != "hybrid"), left
 
 
-# --- Outlines ---
+# --- Outlines -------------------------------------------------------------------------------------
 
 def outlined(number, seed=0, width=1.0, height=1.0):
     """Scenes of all tasks as outlines."""

@@ -93,7 +93,7 @@ def at_chance(groups):
     return abs(right - expected) < 3 * math.sqrt(spread) + 1e-9
 
 
-# --- The benchmarks, fed with the truth and with the truth about others ---
+# --- The benchmarks, fed with the truth and with the truth about others ---------------------------
 
 def test_truth_passes_the_six_tasks():
     """Each task, seen and held out, at 100 %, drawn once for each prompt and seed."""
@@ -221,7 +221,7 @@ def test_a_caption_that_is_none_is_not_true(monkeypatch):
     assert failures[0].note == "written: a photo of a" and len(failures) == 4
 
 
-# --- Captions ---
+# --- Captions -------------------------------------------------------------------------------------
 
 def test_reading_inverts_describing():
     """Every caption that the world writes means its Prompt, and each word of it matters."""
@@ -331,7 +331,7 @@ def test_in_words():
     assert in_words(Scene((), "teal", None)) == "nothing; on teal, filled and outlined"
 
 
-# --- Tables and sheets ---
+# --- Tables and sheets ----------------------------------------------------------------------------
 
 def test_tabulate_counts_and_keeps_some_failures():
     """Sums, numbers and different texts of each kind; three failures of each that have pictures."""
@@ -391,7 +391,7 @@ def test_sheet():
     assert evaluate.draw_sheet({}).getextrema() == ((255, 255),) * 3
 
 
-# --- GenEval's folders ---
+# --- GenEval's folders ----------------------------------------------------------------------------
 
 LINES = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}],
           "prompt": "a photo of a bench"},
@@ -476,7 +476,7 @@ def test_export_refuses_other_pictures(prompts, tmp_path):
             check_made(path, made, "--export")
 
 
-# --- The command ---
+# --- The command ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):

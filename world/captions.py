@@ -14,7 +14,7 @@ from world.shapes import BACKGROUNDS, COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES
 
 CATEGORIES = ("global", "entity", "attribute", "relation", "other")  # DPG's
 
-# --- From words to a Prompt ---
+# --- From words to a Prompt -----------------------------------------------------------------------
 
 def _either(words):
     return f"({'|'.join(words)})"
@@ -86,7 +86,7 @@ def in_words(scene):
     return f"{'; '.join(objects) or 'nothing'}; on {scene.background or '?'}{style}"
 
 
-# --- Dense prompts, in DPG's five categories ---
+# --- Dense prompts, in DPG's five categories ------------------------------------------------------
 
 def dense_benchmark(number, seed=0, held=False):
     """Return `number` new dense prompts, each with its scene; held: they say what is held out."""

@@ -103,7 +103,7 @@ class Room(NamedTuple):
                    for (x, y, radius), (u, v, other) in combinations(discs, 2))
 
 
-# --- Instructions ---
+# --- Instructions ---------------------------------------------------------------------------------
 
 @lru_cache(1)  # several edits are tried on a scene
 def _names(scene):
@@ -263,7 +263,7 @@ def words():
     return {word for text in texts for word in text.split() if word[0] != "{"}
 
 
-# --- The score of a result ---
+# --- The score of a result ------------------------------------------------------------------------
 
 def _fulfils(o, new):
     """Return whether an object is the New one that an edit asks for, in a place that is allowed."""

@@ -68,7 +68,7 @@ class Prompt(NamedTuple):
     background: str | None = None
 
 
-# --- The split: combinations that training never shows, which evaluation scores separately ---
+# --- The split: combinations that training never shows, which evaluation scores separately --------
 
 HELD_COLOURS = {(colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)}
 HELD_PAIRS = {frozenset(pair) for pair in (("circle", "star"), ("square", "cross"),
@@ -118,7 +118,7 @@ def is_validation(scene):
     return zlib.crc32(content.encode()) % 16 == 0
 
 
-# --- Scenes ---
+# --- Scenes ---------------------------------------------------------------------------------------
 
 def draw_centres(rng, sizes, width, height, grid):
     """Draw centres of objects of these sizes, apart from each other and from the edge, or None."""
@@ -185,7 +185,7 @@ def draw_task(rng, tasks=MIXTURE):
     return rng.choices(tuple(tasks), weights=[MIXTURE[task] for task in tasks])[0]
 
 
-# --- Words ---
+# --- Words ----------------------------------------------------------------------------------------
 
 def plural(shape):
     """Return the plural of a shape's name."""
@@ -343,7 +343,7 @@ def satisfies(prompt, scene):
                for order in permutations(scene.objects))
 
 
-# --- Pictures ---
+# --- Pictures -------------------------------------------------------------------------------------
 
 def pack(scenes):
     """Return scenes as a tensor (B, 1 + 4*5): background, and shape, colour, size, x, y of each.
