@@ -473,10 +473,7 @@ def empty_swiglu(gate_up, dh, hidden):
 
 @operator(empty_swiglu)
 def swiglu(gate_up: Tensor, dh: Tensor | None, hidden: bool) -> tuple[Tensor, Tensor]:
-    """Return the gradient of gate_up (empty without dh, that of h) and h (empty unless hidden).
-
-    h: of `swiglu_twin`. gate_up: contiguous.
-    """
+    """Return the gradient of gate_up (empty without dh, that of h) and h (empty unless hidden)."""
     dgate_up, h = empty_swiglu(gate_up, dh, hidden)
     width = gate_up.shape[-1] // 2
     swiglu_kernel[(gate_up.numel() // (2 * width), triton.cdiv(width, 4096))](

@@ -55,8 +55,8 @@ class Case(NamedTuple):
     make: Callable  # () -> a fresh set of inputs; the backward pass is for those that require grad
     twin: Callable  # inputs -> outputs in plain PyTorch: the rivals "eager" and "torch.compile"
     rivals: dict    # {name: the same by other means}; Liger last: it writes into its gradients
-    passes: dict    # {pass: (values that must move, our operator, a function that makes its
-    #                         arguments from the inputs and the gradients of the twin's outputs)}
+    passes: dict    # {pass: (values that must move, our operator, (*inputs, *gradients of the
+    #                         twin's outputs) -> its arguments)}
 
 
 def leaf(*shape):
@@ -150,7 +150,7 @@ def liger_swiglu(gate_up):
 
 
 def swiglu_case(T, F):
-    """Return the case h = silu(gate) * up: read 2F, write F; backward read 3F, write 2F, 3F with h."""
+    """Return the case h = silu(gate) * up: read 2F, write F; backward: read 3F, write 2F (with h 3F)."""
     n = T * F
     return Case(
         f"SwiGLU {T}x{F}", make=lambda: (leaf(T, 2 * F),), twin=kernels.swiglu_twin,
@@ -162,9 +162,9 @@ def swiglu_case(T, F):
 
 
 def mixing_case(B, S, M, K, Du):
-    """Return the case of the mixture that one block reads, K of M states a token. MoS eq. (4).
+    """Return the case of a block's mixture of K of M states a token, MoS eq. (4): read K, write one.
 
-    Read K rows, write one; backward, to the weights alone: read K states and one gradient.
+    Backward, to the weights alone: read K states and one gradient.
     """
     def make():
         index = torch.rand(B, S, M, device=DEVICE).topk(K).indices
@@ -213,7 +213,7 @@ CASES = (norm_case(36864, 2560), norm_case(98304, 3072), add_norm_case(36864, 25
 
 # --- Measuring -----------------------------------------------------------------------------------
 def rival_call(function, which, inputs, gradients):
-    """Return a pass of a differentiable function, ready to run: "backward" is already forward."""
+    """Return a pass, ready to run; before "backward" the forward pass has run when this returns."""
     wanted = [x for x in inputs if x.requires_grad]
     if which == "forward":
         return partial(function, *inputs)
@@ -507,8 +507,8 @@ def plot(rows, path):
     for i, name in enumerate(("ours", *RIVALS)):
         heights = [row["fractions"].get(name, 0) for row in rows]
         axis.barh([y + 0.16 * i for y in range(len(rows))], heights, 0.15, label=name)
-    axis.set_yticks([y + 0.32 for y in range(len(rows))],
-                    [f"{row['name']}, {row['which']}" for row in rows])
+    labels = [f"{row['name']}, {row['which']}" for row in rows]
+    axis.set_yticks([y + 0.32 for y in range(len(rows))], labels)
     axis.set(xlabel="of the copy ceiling (feed-forward network: of the GEMM ceiling)")
     axis.invert_yaxis()
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5)
