@@ -34,7 +34,8 @@ except ImportError:  # Triton does not exist for this platform: the twins do all
 PLAIN = os.environ.get("MOS_PLAIN", "0") == "1" or not hasattr(tl, "load")
 # A compiled model uses our kernels from this width on. In narrower ones the compiler gains more by
 # fusing the twins with what is around them. Images/s of training (H100, torch 2.11, `tools.bench
-# train`), kernels and twins: width 512: 6,319, 11,326; 1024: 3,237, 5,423; 2048: 2,160, 2,063.
+# train`) with kernels and with twins: 6,319 and 11,326 at width 512, 3,237 and 5,423 at 1024, 2,160
+# and 2,063 at 2048.
 NARROW = 2048
 
 
@@ -186,7 +187,7 @@ def queries_keys_twin(qkv, rope, heads, weights=(None, None, None), context=None
 
 
 def queries_keys(qkv, rope, heads, weights=(None, None, None), context=None, eps=1e-6):
-    """Compute `queries_keys_twin`. Raises ValueError for a wrong table or a missing norm."""
+    """Compute `queries_keys_twin`. Raises ValueError for a wrong table or incomplete norms."""
     _, L, _, head_width = qkv.shape
     if any(table.shape != (L, head_width // 2) for table in rope):
         raise ValueError(f"{L} tokens with heads of width {head_width} need tables of shape "
@@ -244,7 +245,7 @@ def mix_project(states, index, weight, proj, bias):
 def channel_norm_twin(x, gamma):
     """Return silu(x / |x| * sqrt(C) * gamma), |x| over the channels, in fp32; 0 stays 0.
 
-    x: (B, C, H, W) of any float type, which is returned; gamma: (C, 1, 1).
+    x: (B, C, H, W) of any float type, gamma: (C, 1, 1). Returns x's shape and type.
     """
     y = F.normalize(at_least_fp32(x), dim=1).type_as(x) * (gamma * gamma.shape[0] ** 0.5)
     return F.silu(y).type_as(x)
@@ -266,8 +267,8 @@ def channel_norm(x, gamma):
 class Keys(NamedTuple):
     """Which keys of a padded batch are real, in one of two forms.
 
-    mask: (B, L') True at real keys. runs: a pair (samples, keys) for each run of neighbours with as
-    many real keys, which all come first; this form allows the fastest attention kernels.
+    mask: (B, L') True at real keys. runs: pairs (samples, keys), for neighbouring samples with the
+    same number of real keys, all in front; without a mask the fastest attention kernels can run.
     """
     mask: Tensor | None
     runs: list | None = None
@@ -306,9 +307,9 @@ def attention(q, k, v, keys=None, causal=False):
 
 
 # ==================================== second half: the kernels ====================================
-# Memory traffic limits them: each reads its inputs once and writes its outputs once, and backward
-# passes compute again what they need. Where many programs add to one sum, each writes a row of its
-# own, without atomic additions: the same input gives the same bits.
+# Memory traffic is their limit: each reads its inputs once, writes its outputs once, and backward
+# passes compute again what they need. Where many programs add to one sum, each writes its own row
+# of partial sums instead of atomic additions, so that the same input gives the same bits.
 
 def operator(empty):
     """Make a function the operator `mos::name`, which torch.compile calls instead of tracing it.

@@ -35,7 +35,7 @@ from mos import Context
 from tools.estimate import estimate
 from tools.latency import TOKENS, bench_latency, bench_loading
 from tools.timing import (DEVICE, DTYPE, GIB, SETS, attempt, ceilings, clock_time, device_time,
-                          euler_step, free_memory, host_time, normal, print_header, random_model,
+                          euler_step, free_memory, normal, print_header, random_model,
                           record_kernels, replay_time)
 from train import prepare
 
@@ -150,7 +150,10 @@ def liger_swiglu(gate_up):
 
 
 def swiglu_case(T, F):
-    """Return the case h = silu(gate) * up: read 2F, write F; backward: read 3F, write 2F (with h 3F)."""
+    """Return the case h = silu(gate) * up: read 2F, write F; backward: read 3F, write 2F, or 3F.
+
+    "back + h" writes h again, too.
+    """
     n = T * F
     return Case(
         f"SwiGLU {T}x{F}", make=lambda: (leaf(T, 2 * F),), twin=kernels.swiglu_twin,
@@ -162,7 +165,7 @@ def swiglu_case(T, F):
 
 
 def mixing_case(B, S, M, K, Du):
-    """Return the case of a block's mixture of K of M states a token, MoS eq. (4): read K, write one.
+    """Return the case of MoS eq. (4) in one block, K of M states a token: read K rows, write one.
 
     Backward, to the weights alone: read K states and one gradient.
     """
@@ -280,7 +283,7 @@ def measure(case, copy, gemm):
                 if not agree(expected, results):
                     row["differ"].append(name)
                 if ours:
-                    row["host"] = host_time(prepare(0))
+                    row["host"] = 1e3 * clock_time(prepare(0), 50, warmup=0, wait=False)
                 if which == "both":
                     row["kept"][name] = kept_bytes(function, sets[0][0])
                 return device_time(prepare)
@@ -447,7 +450,7 @@ def bench_small(recipe, steps=100, warmup=20):
     """Time the image stage of a small recipe as train.py runs it, on the parts in weights/."""
     print(f"{recipe}, stage image\n{'':20}{'images/s':>9}{'waits':>7}{'loss':>8}")
     values = read_recipe(recipe)
-    kernels.NARROW = 0  # compiled too, the kernels run: which is faster is the question
+    kernels.NARROW = 0  # the kernels run in compiled models, too: which is faster is the question
     for name in ("plain, eager", "kernels, eager", "plain, compiled", "kernels, compiled"):
         kernels.PLAIN = "plain" in name
         torch._dynamo.reset()
@@ -529,7 +532,8 @@ def bench_kernels(args):
           + "".join(f" {name:>14}" for name in RIVALS))
     for case in CASES:
         for row in measure(case, copy, gemm):
-            (print_network if row["which"] == "both" else print_row)(row)
+            print_result = print_network if row["which"] == "both" else print_row
+            print_result(row)
             rows.append(row)
         torch._dynamo.reset()  # the next case has the memory for itself
         free_memory()

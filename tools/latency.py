@@ -278,10 +278,9 @@ def bench_loading(args):
             begin = time.time()
             done = subprocess.run(command, capture_output=True, text=True)
             seconds = time.time() - begin
-            outcome = f"exit code {done.returncode}: {(done.stdout + done.stderr).strip()}"[-200:]
-            if done.returncode == 0:
-                outcome = outcome.splitlines()[-1]
-            print(f"sample.py --size 1024 {flags}: {outcome}, {seconds:.0f} s", flush=True)
+            outcome = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+            print(f"sample.py --size 1024 {flags}: exit code {done.returncode}, {outcome}, "
+                  f"{seconds:.0f} s", flush=True)
 
 
 def main():

@@ -91,26 +91,21 @@ def device_time(prepare, calls=10):
     return median(sum(times[i * count:(i + 1) * count]) for i in range(calls))
 
 
-def host_time(call, calls=50):
-    """Return the microseconds until a call returns to the host, with its kernels still running."""
-    times = []
-    for _ in range(calls):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    torch.cuda.synchronize()
-    return median(times) * 1e6
+def clock_time(call, calls=10, warmup=3, wait=True):
+    """Return the milliseconds of a call by the clock, a median: launches and kernels.
 
-
-def clock_time(call, calls=10, warmup=3):
-    """Return the milliseconds of a call by the clock, launches and kernels: a median."""
+    wait: for the kernels to end; without it only until the call returns to the host.
+    """
     times = []
     for _ in range(warmup + calls):
-        torch.cuda.synchronize()
+        if wait:
+            torch.cuda.synchronize()
         begin = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        if wait:
+            torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
     return median(times[warmup:])
 
 
