@@ -239,7 +239,7 @@ def tensors(results):
 
 
 def agree(ours, theirs):
-    """Return whether results are the same up to the rounding of bf16. theirs may end in a view."""
+    """Return whether results are the same up to the rounding of bf16. theirs may be more: a view."""
     norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
     return all((norm(a - b) <= 0.02 * norm(a)).item() for a, b in zip(ours, theirs))
 

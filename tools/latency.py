@@ -286,7 +286,7 @@ def bench_loading(args):
 def main():
     """Run the command `draw`: noise by a model of random weights, at the cost of a real one."""
     parser = CommandLine(__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("draw",), help="the tables are printed by tools.bench")
+    parser.add_argument("what", choices=("draw",), help="draw noise, at the cost of a real model")
     parser.add_argument("--recipe", default="mos_s", help="a name in recipes/, or a path")
     parser.add_argument("--prompt", nargs="+", default=["a text"], help="one text or several, "
                         "drawn in one batch; the first picture is written")
