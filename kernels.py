@@ -10,13 +10,11 @@
     channel_norm   silu(x / |x| * sqrt(C) * gamma)                               vae.py
     attention      softmax(q k^T / sqrt(Dh)) v over the real keys                all but the VAE
 
-The first half of this file is all that a reader of the model needs. `NAME_twin` computes an
-operation in plain PyTorch and defines its result. `NAME` has the same signature and takes the
-Triton kernels of the second half where `fused` says so. attention uses PyTorch's own kernels.
+A reader of the model needs the first half only. `NAME_twin` defines an operation in plain PyTorch;
+`NAME` has the same signature and takes the Triton kernels of the second half where `fused` says so.
 """
 
 import os
-from functools import wraps
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -25,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -35,18 +32,17 @@ except ImportError:  # Triton does not exist for this platform: the twins do all
     tl = SimpleNamespace(constexpr=None)
 
 PLAIN = os.environ.get("MOS_PLAIN", "0") == "1" or not hasattr(tl, "load")
-# The width in channels below which a compiled model does without our kernels: the compiler fuses
-# the twins with the operations around them, which is worth more while tensors are small. Images a
-# second of compiled training (H100, torch 2.11, `tools.bench train`) with kernels and with twins:
-# width 512: 6,319 and 11,326; 1024: 3,237 and 5,423; 2048: 2,160 and 2,063.
+# A compiled model uses our kernels from this width on. In narrower ones the compiler gains more by
+# fusing the twins with what is around them. Images/s of training (H100, torch 2.11, `tools.bench
+# train`) with kernels and with twins: 6,319 and 11,326 at width 512, 3,237 and 5,423 at 1024, 2,160
+# and 2,063 at 2048.
 NARROW = 2048
 
 
 def fused(x, width=None):
     """Return whether the Triton kernels compute x: on a GPU, unless MOS_PLAIN=1.
 
-    Inside torch.compile the model must also be at least NARROW channels wide. width: the model's;
-    None: that of x's last axis.
+    Inside torch.compile the model's width (None: x's last axis) must also be at least NARROW.
     """
     if not x.is_cuda or PLAIN:
         return False
@@ -77,9 +73,8 @@ def cast(*tensors):
 def rms_norm_twin(x, weight, residual=None, eps=1e-6):
     """Return y = s / sqrt(mean(s^2) + eps) * weight with s = x + residual (Zhang & Sennrich).
 
-    x, residual: (..., D) of any float type, weight: (D,). Without a residual y alone is returned,
-    in x's type; with one the pair s, y, where s has the wider type of x and residual. Computed in
-    fp32.
+    x, residual: (..., D) of any float type, weight: (D,). Computed in fp32. Returns y in x's type;
+    with a residual s, y, where s has the wider type of x and residual.
     """
     s = x if residual is None else x + residual
     n = at_least_fp32(s)
@@ -120,27 +115,20 @@ def swiglu_twin(gate_up):
     return F.silu(gate) * up
 
 
-def feed_forward_twin(x, gate_up, down, recompute=False):
-    """Return down(swiglu(gate_up(x))): (..., D). x: (..., D), gate_up: (2F, D), down: (D, F).
-
-    recompute: keep only the inputs for the backward pass, which then computes the rest again.
-    """
-    if recompute:
-        return checkpoint(feed_forward_twin, x, gate_up, down, use_reentrant=False)
+def feed_forward_twin(x, gate_up, down):
+    """Return down(swiglu(gate_up(x))): (..., D). x: (..., D), gate_up: (2F, D), down: (D, F)."""
     return F.linear(swiglu_twin(F.linear(x, gate_up)), down)
 
 
-def feed_forward(x, gate_up, down, recompute=False):
+def feed_forward(x, gate_up, down):
     """Compute `feed_forward_twin`."""
     if fused(x):
-        return FusedFeedForward.apply(x.contiguous(), gate_up, down, recompute)
-    return feed_forward_twin(x, gate_up, down, recompute)
+        return FusedFeedForward.apply(x.contiguous(), gate_up, down)
+    return feed_forward_twin(x, gate_up, down)
 
 
 class SwiGLU(nn.Module):
     """`feed_forward` with its learned weights, without biases."""
-
-    recompute = False  # True: less memory for one more matrix product, see `feed_forward_twin`
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -148,16 +136,15 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
-        return feed_forward(*cast(x, self.gate_up.weight, self.down.weight), self.recompute)
+        return feed_forward(*cast(x, self.gate_up.weight, self.down.weight))
 
 
 # --- Queries and keys: a norm for each head, then the rotary embedding ---------------------------
 def rope_table(positions, axes, theta=1e4, scale_rates=None):
     """Return cos and sin of an axial rotary embedding (Su et al.), each (L, Dh/2) in fp32.
 
-    positions: (L, A). axes: for each of the A coordinates the even number of channels that it
-    rotates; they sum to the head width. scale_rates: a function that changes the frequencies, which
-    are radians for each step in position.
+    positions: (L, A). axes: how many channels each of the A coordinates rotates, even numbers whose
+    sum is Dh. scale_rates: a function of the frequencies, in radians for each step in position.
     """
     angles = []
     for axis, channels in enumerate(axes):
@@ -180,9 +167,9 @@ def apply_rope(x, rope):
 def queries_keys_twin(qkv, rope, heads, weights=(None, None, None), context=None, eps=1e-6):
     """Return queries, keys and values of a packed projection, normalised by head and rotated.
 
-    qkv: (B, L, H+2Hk, Dh), H queries, Hk keys, Hk values. rope: `rope_table` of the L positions.
-    weights: (Dh,) each, of the norms of q, k and the context's k; None: no norm.
-    context: (B, S, 2Hk, Dh), keys and values of tokens that are not rotated and come last.
+    qkv: (B, L, H+2Hk, Dh), H=heads queries, Hk keys, Hk values. rope: `rope_table` of L positions.
+    weights: (Dh,) each, of the norms of q, k and the context's k; None: no norm. context: keys and
+    values (B, S, 2Hk, Dh) of tokens that are not rotated and come last.
     Returns q (B, L, H, Dh), k and v (B, L+S, Hk, Dh) in qkv's type.
     """
     def norm(x, weight):
@@ -200,30 +187,25 @@ def queries_keys_twin(qkv, rope, heads, weights=(None, None, None), context=None
 
 
 def queries_keys(qkv, rope, heads, weights=(None, None, None), context=None, eps=1e-6):
-    """Compute `queries_keys_twin`.
-
-    Raises ValueError where the table is not for L positions, or some have a norm and others none.
-    """
-    L, head_width = qkv.shape[1], qkv.shape[3]
+    """Compute `queries_keys_twin`. Raises ValueError for a wrong table or incomplete norms."""
+    _, L, _, head_width = qkv.shape
     if any(table.shape != (L, head_width // 2) for table in rope):
         raise ValueError(f"{L} tokens with heads of width {head_width} need tables of shape "
                          f"{(L, head_width // 2)}, got {tuple(rope[0].shape)}")
     weights = weights[:2] if context is None else weights
-    without_norm = [weight is None for weight in weights]
-    if any(without_norm) and not all(without_norm):
+    if 0 < sum(weight is None for weight in weights) < len(weights):
         raise ValueError("queries and keys must all have a norm, or none of them")
     if fused(qkv, heads * head_width):
         context_weight = None if context is None else weights[2]
-        return FusedQueriesKeys.apply(qkv, context, *rope, *weights[:2], context_weight, heads, eps)
+        return FusedQueriesKeys.apply(heads, eps, qkv, context, *rope, *weights[:2], context_weight)
     return queries_keys_twin(qkv, rope, heads, weights, context, eps)
 
 
 # --- Mixing the chosen states of the understanding tower -----------------------------------------
 def mix_states_twin(states, index, weight, bias=None):
-    """Return the weighted sum of each token's chosen states. MoS eq. (4), for one block.
+    """Return the weighted sum of each token's chosen states, plus bias. MoS eq. (4), for one block.
 
-    states: (B, S, M, D), index and weight: (B, S, K), bias: (D,), is added.
-    Returns (B, S, D) in the states' type.
+    states: (B, S, M, D), index and weight: (B, S, K), bias: (D,). Returns (B, S, D), states' type.
     """
     rows = index[..., None].expand(-1, -1, -1, states.shape[-1])                  # (B, S, K, D)
     chosen = at_least_fp32(states.gather(2, rows))                                # (B, S, K, D)
@@ -270,16 +252,13 @@ def channel_norm_twin(x, gamma):
 
 
 def channel_norm(x, gamma):
-    """Compute `channel_norm_twin`. The kernel is for sampling: channels last, without gradients.
-
-    Raises ValueError where gamma is not one value for each channel.
-    """
+    """Compute `channel_norm_twin`. Raises ValueError unless gamma has a value for each channel."""
     if gamma.shape != (x.shape[1], 1, 1):
         raise ValueError(f"x {tuple(x.shape)} needs a gamma of shape {(x.shape[1], 1, 1)}, "
                          f"got {tuple(gamma.shape)}")
     trained = torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    if fused(x, x.shape[1]) and channels_last and not trained:
+    if fused(x, x.shape[1]) and channels_last and not trained:  # the kernel is for sampling
         return channel_norm_forward(x, gamma)
     return channel_norm_twin(x, gamma)
 
@@ -288,11 +267,10 @@ def channel_norm(x, gamma):
 class Keys(NamedTuple):
     """Which keys of a padded batch are real, in one of two forms.
 
-    mask: (B, L') True at real keys. runs: where every sample's real keys come first, a pair
-    (samples, keys) for each run of neighbouring samples that have the same number of real keys. It
-    saves the mask, which rules out the fastest attention kernels.
+    mask: (B, L') True at real keys. runs: pairs (samples, keys), for neighbouring samples with the
+    same number of real keys, all in front; without a mask the fastest attention kernels can run.
     """
-    mask: torch.Tensor | None
+    mask: Tensor | None
     runs: list | None = None
 
 
@@ -316,10 +294,9 @@ def attention(q, k, v, keys=None, causal=False):
     q = q.transpose(1, 2)                                                         # (B, H, L, Dh)
     k = k.transpose(1, 2)                                                         # (B, Hk, L', Dh)
     v = v.transpose(1, 2)                                                         # (B, Hk, L', Dh)
-    if keys is None:
-        return attend(q, k, v)                                                    # (B, L, H*Dh)
-    if not keys.runs:
-        return attend(q, k, v, keys.mask[:, None, None])                          # (B, L, H*Dh)
+    if keys is None or not keys.runs:
+        mask = None if keys is None else keys.mask[:, None, None]
+        return attend(q, k, v, mask)                                              # (B, L, H*Dh)
     parts = []
     first = 0
     for samples, count in keys.runs:
@@ -330,24 +307,20 @@ def attention(q, k, v, keys=None, causal=False):
 
 
 # ==================================== second half: the kernels ====================================
-#
-# A kernel takes at least the time in which the memory moves its inputs and outputs; `python -m
-# tools.bench kernels` prints the fraction reached. So each reads its inputs once, keeps the rest in
-# registers and writes its outputs once. Backward passes compute again what they need. Where many
-# programs add to one sum, each writes its own row of partial sums instead of atomic additions, so
-# that the same input gives the same bits.
+# Memory traffic is their limit: each reads its inputs once, writes its outputs once, and backward
+# passes compute again what they need. Where many programs add to one sum, each writes its own row
+# of partial sums instead of atomic additions, so that the same input gives the same bits.
 
 def operator(empty):
     """Make a function the operator `mos::name`, which torch.compile calls instead of tracing it.
 
-    Called eagerly on a GPU it stays a function, because PyTorch's dispatcher would cost the host
-    more time than the launch. empty: takes the same arguments, returns the outputs uninitialised.
+    Called eagerly on a GPU it stays a function: PyTorch's dispatcher would cost the host more than
+    the launch. empty: takes the same arguments, returns the outputs uninitialised.
     """
     def wrap(function):
         op = torch.library.custom_op(f"mos::{function.__name__}", function, mutates_args=())
         op.register_fake(empty)
 
-        @wraps(function)
         def call(*arguments):
             eager = arguments[0].is_cuda and not torch.compiler.is_compiling()
             return (function if eager else op)(*arguments)
@@ -361,11 +334,13 @@ def sm_count(x):
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
-def rows_and_tile(x):
-    """Return rows and width of x, and the constants of a tile: full rows, about 4096 values."""
+def tiling(x):
+    """Return x's rows, width, number of tiles (full rows, about 4096 values) and launch options."""
     width = x.shape[-1]
+    rows = x.numel() // width
     block = triton.next_power_of_2(width)
-    return x.numel() // width, width, dict(BLOCK=block, ROWS=max(1, 4096 // block))
+    rows_each = max(1, 4096 // block)
+    return rows, width, triton.cdiv(rows, rows_each), dict(BLOCK=block, ROWS=rows_each, num_warps=4)
 
 
 # --- rms_norm ------------------------------------------------------------------------------------
@@ -394,8 +369,8 @@ def rms_norm_backward_kernel(s_ptr, w_ptr, ds_ptr, dy_ptr, dx_ptr, dw_ptr, rows,
                              BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """With n = s * scale, g = dy * w:  dx = scale * (g - n * mean(g * n)) + ds, dw = sum(dy * n).
 
-    A few programs for each SM loop over all rows: dw stays in registers, and the next rows are
-    loaded (STAGES) while these are reduced. dw_ptr: a row of partial sums for each program.
+    A few programs for each SM loop over all rows, STAGES of which are loaded ahead, with dw in
+    registers. dw_ptr: a row of partial sums for each program.
     """
     col = tl.arange(0, BLOCK)[None]
     w = tl.load(w_ptr + col, col < D, 0).to(tl.float32)
@@ -418,7 +393,6 @@ def rms_norm_backward_kernel(s_ptr, w_ptr, ds_ptr, dy_ptr, dx_ptr, dw_ptr, rows,
 
 
 def empty_norm(x, weight, residual, eps):
-    """Return s and y uninitialised; s is empty without a residual."""
     if residual is None:
         return x.new_empty(0), torch.empty_like(x)
     kind = torch.promote_types(x.dtype, residual.dtype)
@@ -429,11 +403,10 @@ def empty_norm(x, weight, residual, eps):
 def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
                      eps: float) -> tuple[Tensor, Tensor]:
     """Return s (empty without a residual) and y of `rms_norm_twin`. x, residual: contiguous."""
-    rows, D, tile = rows_and_tile(x)
+    rows, D, tiles, options = tiling(x)
     s, y = empty_norm(x, weight, residual, eps)
-    rms_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        x, residual, weight.contiguous(), s, y, rows, D, eps, ADD=residual is not None, **tile,
-        num_warps=4)
+    rms_norm_kernel[(tiles,)](x, residual, weight.contiguous(), s, y, rows, D, eps,
+                              ADD=residual is not None, **options)
     return s, y
 
 
@@ -441,13 +414,12 @@ def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
 def rms_norm_backward(s: Tensor, weight: Tensor, ds: Tensor | None, dy: Tensor,
                       eps: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of x (which the residual shares) and weight; s: x if no residual."""
-    rows, D, tile = rows_and_tile(s)
-    programs = min(triton.cdiv(rows, tile["ROWS"]), 2 * sm_count(s))
+    rows, D, tiles, options = tiling(s)
+    programs = min(tiles, 2 * sm_count(s))
     dx = torch.empty_like(s)
     dw = s.new_empty(programs, D, dtype=torch.float32)
-    rms_norm_backward_kernel[(programs,)](
-        s, weight.contiguous(), ds, dy, dx, dw, rows, D, eps, ADD=ds is not None, **tile, STAGES=3,
-        num_warps=4)
+    rms_norm_backward_kernel[(programs,)](s, weight.contiguous(), ds, dy, dx, dw, rows, D, eps,
+                                          ADD=ds is not None, STAGES=3, **options)
     return dx, dw.sum(0).to(weight.dtype)
 
 
@@ -478,8 +450,6 @@ def swiglu_kernel(gu_ptr, dh_ptr, dgu_ptr, h_ptr, width, BACK: tl.constexpr, HID
                   BLOCK: tl.constexpr):
     """HIDDEN: write h = gate * s * up with s = sigmoid(gate). BACK: also write the gradients
     dgate = dh * up * s * (1 + gate * (1 - s)), dup = dh * gate * s.
-
-    A program takes BLOCK columns of one row, of the gate and of what it gates.
     """
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -497,7 +467,6 @@ def swiglu_kernel(gu_ptr, dh_ptr, dgu_ptr, h_ptr, width, BACK: tl.constexpr, HID
 
 
 def empty_swiglu(gate_up, dh, hidden):
-    """Return the outputs of `swiglu` uninitialised."""
     half = *gate_up.shape[:-1], gate_up.shape[-1] // 2
     dgate_up = gate_up.new_empty(0) if dh is None else torch.empty_like(gate_up)
     return dgate_up, gate_up.new_empty(half if hidden else 0)
@@ -505,10 +474,7 @@ def empty_swiglu(gate_up, dh, hidden):
 
 @operator(empty_swiglu)
 def swiglu(gate_up: Tensor, dh: Tensor | None, hidden: bool) -> tuple[Tensor, Tensor]:
-    """Return the gradient of gate_up, if there is one of h (dh), and h of `swiglu_twin`, if wanted.
-
-    What is not asked for is empty. gate_up: contiguous.
-    """
+    """Return the gradient of gate_up (empty without dh, that of h) and h (empty unless hidden)."""
     dgate_up, h = empty_swiglu(gate_up, dh, hidden)
     width = gate_up.shape[-1] // 2
     swiglu_kernel[(gate_up.numel() // (2 * width), triton.cdiv(width, 4096))](
@@ -518,26 +484,21 @@ def swiglu(gate_up: Tensor, dh: Tensor | None, hidden: bool) -> tuple[Tensor, Te
 
 
 class FusedFeedForward(Function):
-    """`feed_forward_twin` that keeps 2F values a token for its backward pass, or none.
-
-    The matrix products are PyTorch's. Ours is the activation between them, computed again in the
-    backward pass.
-    """
+    """`feed_forward_twin` whose activation is computed again in the backward pass, not kept."""
 
     @staticmethod
-    def forward(ctx, x, gate_up, down, recompute):
+    def forward(ctx, x, gate_up, down):
         hidden = x @ gate_up.mT                                                   # (B, S, 2F)
-        ctx.save_for_backward(x, gate_up, down, None if recompute else hidden)
+        ctx.save_for_backward(x, gate_up, down, hidden)
         return swiglu(hidden, None, True)[1] @ down.mT                                # (B, S, D)
 
     @staticmethod
     def backward(ctx, dy):
         x, gate_up, down, hidden = ctx.saved_tensors
-        hidden = x @ gate_up.mT if hidden is None else hidden                     # (B, S, 2F)
         dhidden, h = swiglu(hidden, dy @ down, True)                        # (B, S, 2F), (B, S, F)
         dx = dhidden @ gate_up                                                    # (B, S, D)
         dhidden, h, dy, x = (a.flatten(0, -2) for a in (dhidden, h, dy, x))
-        return dx, dhidden.mT @ x, dy.mT @ h, None
+        return dx, dhidden.mT @ x, dy.mT @ h
 
 
 # --- queries_keys --------------------------------------------------------------------------------
@@ -546,8 +507,8 @@ def head_tile(q_ptr, k_ptr, v_ptr, token, kv_row, first, H, Hk, HALF: tl.constex
               GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """Find GROUP heads of a token, from `first` on, among its H queries, Hk keys and Hk values.
 
-    Returns whether each is a query, whether it is a value, its offset in the packed tensor, and its
-    address in q, k or v: those of the first half of the head, HALF before the second half.
+    Returns whether each is a query, whether it is a value, and of its first half the offset in the
+    packed tensor and the address in q, k or v; the second half follows HALF later.
     """
     head = first + tl.arange(0, GROUP)[:, None]
     col = tl.arange(0, BLOCK)[None]
@@ -601,8 +562,8 @@ def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr
                                  HALF: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """Rotate the gradients back, take them through the norm, and write them packed.
 
-    As in rms_norm_backward_kernel, the programs loop over all tokens with dw in registers. dw_ptr:
-    for each program two rows of partial sums, of the queries' norm and of the keys'.
+    Programs loop over the tokens as in rms_norm_backward_kernel. dw_ptr: for each program two rows
+    of partial sums, of the queries' norm and of the keys'.
     """
     lane = tl.arange(0, GROUP)[:, None]
     col = tl.broadcast_to(tl.arange(0, BLOCK)[None], (GROUP, BLOCK))
@@ -648,7 +609,6 @@ def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr
 
 
 def empty_heads(qkv, context, cos, sin, q_weight, k_weight, context_weight, heads, eps):
-    """Return q, k, v uninitialised; without a context v is empty, because it stays in qkv."""
     B, L, packed_heads, Dh = qkv.shape
     kv_heads = (packed_heads - heads) // 2
     keys = L if context is None else L + context.shape[1]
@@ -682,7 +642,6 @@ def queries_keys_forward(
 
 
 def empty_qkv_gradients(qkv, context, cos, sin, q_weight, *_):
-    """Return the outputs of `queries_keys_backward` before the kernels write them."""
     dcontext = qkv.new_empty(0) if context is None else torch.empty_like(context)
     rows = 0 if q_weight is None else 4
     return torch.empty_like(qkv), dcontext, qkv.new_zeros(rows, qkv.shape[3], dtype=torch.float32)
@@ -701,7 +660,6 @@ def queries_keys_backward(
     _, keys, Hk, Dh = dk.shape
 
     def launch(x, dx, qw, kw, dw, first, H, rotate):
-        """Write dx and the two rows of dw for the heads of x; first: see the forward pass."""
         if x.numel():
             B, L = x.shape[:2]
             programs = min(B * L, 16 * sm_count(x))
@@ -724,13 +682,12 @@ class FusedQueriesKeys(Function):
     """`queries_keys_twin`, read in place from the packed projection."""
 
     @staticmethod
-    def forward(ctx, qkv, context, cos, sin, q_weight, k_weight, context_weight, heads, eps):
-        inputs = [x if x is None else x.contiguous()
-                  for x in (qkv, context, cos, sin, q_weight, k_weight, context_weight)]
+    def forward(ctx, heads, eps, *inputs):
+        inputs = [x if x is None else x.contiguous() for x in inputs]
         ctx.save_for_backward(*inputs)
         ctx.eps = eps
         q, k, v = queries_keys_forward(*inputs, heads, eps)
-        return q, k, inputs[0][:, :, heads + k.shape[2]:] if context is None else v
+        return q, k, inputs[0][:, :, heads + k.shape[2]:] if inputs[1] is None else v
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -740,17 +697,14 @@ class FusedQueriesKeys(Function):
         dweights = [None if weight is None else dw[row].to(weight.dtype)
                     for row, weight in zip((0, 1, 3), inputs[4:])]
         dcontext = None if inputs[1] is None else dcontext
-        return dqkv, dcontext, None, None, *dweights, None, None
+        return None, None, dqkv, dcontext, None, None, *dweights
 
 
 # --- mix_states and mix_project ------------------------------------------------------------------
 @triton.jit
 def mix_kernel(states_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, M, D, i_token, i_k, w_token,
                w_k, K: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Mix BLOCK columns of a token's K states in each program.
-
-    i_token, i_k, w_token, w_k: strides of index and weight.
-    """
+    """Mix BLOCK columns of a token's K states. i_* and w_*: strides of index and weight."""
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mixture = tl.zeros((BLOCK,), tl.float32)
@@ -802,10 +756,9 @@ def mix_backward(states: Tensor, index: Tensor, d: Tensor) -> Tensor:
 
 
 class FusedMixProject(Function):
-    """`mix_project_twin` without the mixture of every block in memory, which autograd would keep.
+    """`mix_project_twin` whose mixture is computed again in the backward pass, not kept.
 
-    Indices and weights are kept; the backward pass mixes again. Gradients reach the weights and
-    Proj, never the states: the understanding tower is frozen.
+    Gradients reach the weights and Proj, never the states: the understanding tower is frozen.
     """
 
     @staticmethod
@@ -839,8 +792,7 @@ def channel_norm_kernel(x_ptr, g_ptr, y_ptr, rows, C, ROWS: tl.constexpr, BLOCK:
 @operator(lambda x, gamma: torch.empty_like(x))
 def channel_norm_forward(x: Tensor, gamma: Tensor) -> Tensor:
     """Compute `channel_norm_twin` of a tensor with channels last in memory."""
-    rows, C, tile = rows_and_tile(x.movedim(1, 3))
+    rows, C, tiles, options = tiling(x.movedim(1, 3))
     y = torch.empty_like(x)
-    channel_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        x, gamma.contiguous(), y, rows, C, **tile, num_warps=4)
+    channel_norm_kernel[(tiles,)](x, gamma.contiguous(), y, rows, C, **options)
     return y

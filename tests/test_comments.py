@@ -217,7 +217,7 @@ def run_everything(watch, folder):
     letters = {"kernels.py": dict(B=2, S=10, D=48, F=64, K=3, Du=48, Dg=32)}
     x, matrices = torch.randn(2, 10, 48), [torch.randn(s) for s in ((128, 48), (48, 64), (32, 48))]
     chosen = torch.zeros(2, 10, 3, dtype=torch.int64), torch.rand(2, 10, 3), matrices[2]
-    for function, inputs in ((kernels.FusedFeedForward, (x, *matrices[:2], True)),
+    for function, inputs in ((kernels.FusedFeedForward, (x, *matrices[:2])),
                              (kernels.FusedMixProject, (x[:, :, None], *chosen, torch.ones(32)))):
         inputs = [a.requires_grad_() if getattr(a, "is_leaf", False) and a.is_floating_point()
                   else a for a in inputs]

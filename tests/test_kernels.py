@@ -135,7 +135,7 @@ def heads_case(draw, B, L, H, Hk, Dh, S=None, norm=True, only=slice(None)):
                 lambda x, c, *w: queries_keys64(x, rope, H, w, c)[only])
 
 
-def ffn_case(draw, *shape, hidden, recompute=False, twice=False):
+def ffn_case(draw, *shape, hidden, twice=False):
     """Return a case of feed_forward; twice: the output becomes an input of the same network."""
     D = shape[-1]
     gate_up, down = (draw(*size).detach().mul(size[1] ** -0.5).requires_grad_()
@@ -146,7 +146,7 @@ def ffn_case(draw, *shape, hidden, recompute=False, twice=False):
         return x + y + f(y, *weights) if twice else y
 
     return Case([draw(*shape), gate_up, down],
-                lambda *a: run(lambda *b: kernels.feed_forward(*b, recompute), *a),
+                lambda *a: run(kernels.feed_forward, *a),
                 lambda *a: run(feed_forward64, *a))
 
 
@@ -208,7 +208,6 @@ SMALL = {
     "heads, only v": (heads_case, 1, 5, 4, 2, 32, None, True, slice(2, 3)),
     "ffn": (ffn_case, 5, 24, dict(hidden=41)),
     "ffn, 3-d": (ffn_case, 3, 2, 24, dict(hidden=1030)),
-    "ffn, recompute": (ffn_case, 3, 2, 24, dict(hidden=40, recompute=True)),
     "ffn, twice": (ffn_case, 3, 16, dict(hidden=40, twice=True)),
     "ffn, no row": (ffn_case, 2, 0, 24, dict(hidden=40)),
     "mix": (mix_case, 2, 5, 6, 2, 123),
@@ -239,7 +238,6 @@ LARGE = {  # on a GPU, and compiled without one
     "heads 128, one kv head": (heads_case, 2, 1028, 20, 1, 128),
     "heads 128, no norm": (heads_case, 2, 1028, 24, 8, 128, 77, False),
     "ffn 2048": (ffn_case, 2, 300, 1024, dict(hidden=2048)),
-    "ffn 2048, recompute": (ffn_case, 2, 300, 1024, dict(hidden=2048, recompute=True)),
     "mix 4096": (mix_case, 2, 300, 32, 2, 4096),
     "mix 3072, no bias": (mix_case, 2, 300, 28, 2, 3072, False),
     "project 4096": (project_case, 2, 300, 32, 2, 4096, 2560),
@@ -256,7 +254,7 @@ HUGE = {  # more than 2^31 values, on a GPU
     "project": (project_case, 8_200, 8, 32, 2, 1024, 16),
     "channels": (channel_case, 210_000, 4, 4, 640)}
 EACH = ("norm", "add", "chain", "heads", "heads, context", "heads, no norm", "ffn, 3-d",
-        "ffn, recompute", "mix", "project", "channels")
+        "mix", "project", "channels")
 
 
 def make(case, draw):

@@ -6,22 +6,15 @@
     python -m tools.bench latency    # from prompt to picture, stage by stage, and other models
     python -m tools.bench loading    # reading a tower of 16 GB from its folder
 
-Everything is bf16 on random data (zeros are faster than data); `train` has fp32 weights under
-autocast. `kernels` prints device time: the sum over a call's kernels as the profiler sees them, the
-median of CALLS calls, which go through SETS sets of inputs in turn so that no cache serves them.
-(Compiled backward passes do not always survive capture in a CUDA graph, so nothing is captured.)
-What a call costs the host is another column. `tower` and `latency` time a graph's replay by
-device events, `train` whole steps by the clock.
-
-"-": does not apply or is not installed; "failed": stderr says why, the run goes on; "?": the
-rival's results differ from ours by more than 2 %.
+All is bf16 on random data (zeros are faster); `train` has fp32 weights under autocast. `kernels`
+prints device time: the sum over a call's kernels as the profiler sees them, the median of 10 calls
+that take turns with SETS sets of inputs, so that no cache serves them. "-": does not apply or is
+not installed; "failed": stderr says why; "?": the results differ from ours by more than 2 %.
 
 Letters as in `mos.py`, and for the feed-forward network T tokens, D its width, F its hidden width.
 """
 
-import gc
 import math
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -33,7 +26,6 @@ import torch
 import torch.nn.functional as nnf
 from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from common import ROOT, CommandLine, World, randomise, replacing, run
@@ -41,9 +33,10 @@ from config import MoSConfig, TrainConfig, read_recipe
 from kernels import Keys, autocast
 from mos import Context
 from tools.estimate import estimate
-from tools.latency import bench_latency, bench_loading
-from tools.timing import (DEVICE, DTYPE, SETS, ceilings, clock_time, device_time, euler_step,
-                          header, host_time, normal, print_profile, random_model, replay_time, save)
+from tools.latency import TOKENS, bench_latency, bench_loading
+from tools.timing import (DEVICE, DTYPE, GIB, SETS, attempt, ceilings, clock_time, device_time,
+                          euler_step, free_memory, normal, print_header, random_model,
+                          record_kernels, replay_time)
 from train import prepare
 
 try:
@@ -55,17 +48,15 @@ EPS = 1e-6
 RIVALS = ("torch.compile", "eager", "Liger", "built-in")
 
 
-# ------------------------------------------------------------------------------------------------
-# The cases
-
+# --- The cases -----------------------------------------------------------------------------------
 class Case(NamedTuple):
     """An operation, its rivals, and what it costs at least."""
     name: str
     make: Callable  # () -> a fresh set of inputs; the backward pass is for those that require grad
     twin: Callable  # inputs -> outputs in plain PyTorch: the rivals "eager" and "torch.compile"
     rivals: dict    # {name: the same by other means}; Liger last: it writes into its gradients
-    passes: dict    # {pass: (values that must move, our operator, a function that makes its
-    #                         arguments from the inputs and the gradients of the twin's outputs)}
+    passes: dict    # {pass: (values that must move, our operator, (*inputs, *gradients of the
+    #                         twin's outputs) -> its arguments)}
 
 
 def leaf(*shape):
@@ -94,8 +85,7 @@ def norm_case(rows, width):
 def add_norm_case(rows, width):
     """Return the case s = x + r, then RMSNorm: read x, r, write s, y.
 
-    Backward: read s, ds, dy, write dx. The gradient of r is that of x, the same tensor: only x
-    requires it here.
+    Backward: read s, ds, dy, write dx, which is the gradient of r, too: only x requires it here.
     """
     def built_in(x, r, w):
         s = x + r
@@ -144,15 +134,11 @@ def queries_keys_case(which, B, L, H, Dh):
         dqkv, _, dw = kernels.queries_keys_backward(*inputs)
         return dqkv, dw[0], dw[1]  # of qkv and of the norms of q and k
 
-    def forward_arguments(qkv, cos, sin, wq, wk, *_):
-        return qkv, None, cos, sin, wq, wk, None, H, EPS
-
-    def backward_arguments(qkv, cos, sin, wq, wk, *gradients):
-        return qkv, None, cos, sin, wq, wk, None, *gradients, EPS
-
     n = B * L * H * Dh
-    passes = {"forward": (4 * n, kernels.queries_keys_forward, forward_arguments),
-              "backward": (8 * n, backward, backward_arguments)}
+    passes = {"forward": (4 * n, kernels.queries_keys_forward, lambda qkv, cos, sin, wq, wk, *_:
+                          (qkv, None, cos, sin, wq, wk, None, H, EPS)),
+              "backward": (8 * n, backward, lambda qkv, cos, sin, wq, wk, *gradients:
+                           (qkv, None, cos, sin, wq, wk, None, *gradients, EPS))}
     return Case(f"QK-norm + RoPE {B}x{L}x{H}x{Dh}", make, twin,
                 rivals={"built-in": built_in, "Liger": liger_queries_keys},
                 passes={which: passes[which]})
@@ -164,15 +150,13 @@ def liger_swiglu(gate_up):
 
 
 def swiglu_case(T, F):
-    """Return the case h = silu(gate) * up: read 2F, write F values a token.
+    """Return the case h = silu(gate) * up: read 2F, write F; backward: read 3F, write 2F, or 3F.
 
-    Backward: read 3F, write 2F, or 3F with h.
+    "back + h" writes h again, too.
     """
     n = T * F
     return Case(
-        f"SwiGLU {T}x{F}",
-        make=lambda: (leaf(T, 2 * F),),
-        twin=kernels.swiglu_twin,
+        f"SwiGLU {T}x{F}", make=lambda: (leaf(T, 2 * F),), twin=kernels.swiglu_twin,
         rivals={"Liger": liger_swiglu},
         passes={
             "forward": (3 * n, kernels.swiglu, lambda gate_up, dh: (gate_up, None, True)),
@@ -181,9 +165,9 @@ def swiglu_case(T, F):
 
 
 def mixing_case(B, S, M, K, Du):
-    """Return the case of the mixture that one block reads, K of M states a token. MoS eq. (4).
+    """Return the case of MoS eq. (4) in one block, K of M states a token: read K rows, write one.
 
-    Read K rows, write one; backward, to the weights alone: read K states and one gradient.
+    Backward, to the weights alone: read K states and one gradient.
     """
     def make():
         index = torch.rand(B, S, M, device=DEVICE).topk(K).indices
@@ -195,8 +179,7 @@ def mixing_case(B, S, M, K, Du):
 
     n = (K + 1) * B * S * Du
     return Case(
-        f"mixing {K} of {M} states {B}x{S}x{Du}", make,
-        twin=kernels.mix_states_twin,
+        f"mixing {K} of {M} states {B}x{S}x{Du}", make, twin=kernels.mix_states_twin,
         rivals={"built-in": dense},
         passes={
             "forward": (n, kernels.mix_forward, lambda x, index, weight, dy:
@@ -205,45 +188,35 @@ def mixing_case(B, S, M, K, Du):
 
 
 def network_case(T, D, F):
-    """Return the case of a feed-forward network: 6 T D F FLOP forward, twice as many backward.
-
-    Both are timed in one pass.
-    """
+    """Return the case of a feed-forward network, both passes in one: 18 T D F FLOP."""
     def separate(x, gate_up, down):
         gate, up = gate_up.chunk(2)  # joining their gradients again is 0.2 % of the time
         return nnf.linear(nnf.silu(nnf.linear(x, gate)) * nnf.linear(x, up), down)
 
+    def by_liger(x, gate_up, down):
+        return nnf.linear(liger_swiglu(nnf.linear(x, gate_up)), down)
+
+    def make():
+        gate_up = normal(2 * F, D) * D ** -0.5
+        down = normal(D, F) * F ** -0.5
+        return leaf(T, D), gate_up.requires_grad_(), down.requires_grad_()
+
     return Case(
-        f"feed-forward network T={T} D={D} F={F}",
-        make=lambda: (leaf(T, D), *((normal(*size) * size[1] ** -0.5).requires_grad_()
-                                    for size in ((2 * F, D), (D, F)))),
-        twin=kernels.feed_forward_twin,
-        rivals={"ours": kernels.feed_forward,
-                "ours, recompute": partial(kernels.feed_forward, recompute=True),
-                "eager": separate,
-                "eager, checkpoint": partial(checkpoint, separate, use_reentrant=False),
-                "Liger": lambda x, gate_up, down:
-                    nnf.linear(liger_swiglu(nnf.linear(x, gate_up)), down)},
+        f"feed-forward network T={T} D={D} F={F}", make, twin=kernels.feed_forward_twin,
+        rivals={"ours": kernels.feed_forward, "eager": separate, "Liger": by_liger},
         passes={"both": (18 * T * D * F, None, None)})
 
 
-CASES = (partial(norm_case, 36864, 2560), partial(norm_case, 98304, 3072),
-         partial(add_norm_case, 36864, 2560),
-         partial(queries_keys_case, "forward", B=8, L=4608, H=20, Dh=128),
-         partial(queries_keys_case, "backward", B=8, L=4608, H=20, Dh=128),
-         partial(swiglu_case, T=36864, F=8192),
-         partial(mixing_case, B=16, S=512, M=32, K=2, Du=4096),
-         partial(network_case, T=36864, D=3072, F=8192))
+CASES = (norm_case(36864, 2560), norm_case(98304, 3072), add_norm_case(36864, 2560),
+         queries_keys_case("forward", B=8, L=4608, H=20, Dh=128),
+         queries_keys_case("backward", B=8, L=4608, H=20, Dh=128),
+         swiglu_case(T=36864, F=8192), mixing_case(B=16, S=512, M=32, K=2, Du=4096),
+         network_case(T=36864, D=3072, F=8192))
 
 
-# ------------------------------------------------------------------------------------------------
-# Measuring
-
+# --- Measuring -----------------------------------------------------------------------------------
 def rival_call(function, which, inputs, gradients):
-    """Return a pass of a differentiable function, ready to run.
-
-    For "backward" the forward pass runs here already.
-    """
+    """Return a pass, ready to run; before "backward" the forward pass has run when this returns."""
     wanted = [x for x in inputs if x.requires_grad]
     if which == "forward":
         return partial(function, *inputs)
@@ -266,37 +239,33 @@ def tensors(results):
 
 
 def agree(ours, theirs):
-    """Return whether results are the same up to the rounding of bf16.
-
-    theirs may be more: v, which is a view.
-    """
+    """Return whether results are the same up to the rounding of bf16. theirs may be more: a view."""
     norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
     return all((norm(a - b) <= 0.02 * norm(a)).item() for a, b in zip(ours, theirs))
 
 
-def measure(make_case, copy, gemm):
+def measure(case, copy, gemm):
     """Yield a row for each pass of a case; copy and gemm: the ceilings in bytes/s and FLOP/s.
 
-    A row has cost: bytes, or for "both" FLOP; host: microseconds to launch ours; differ: names
-    whose results are not ours; and by name times: microseconds on the device, None if it failed,
-    fractions: the share of the ceiling that it reaches, kept: bytes kept between the passes of
-    "both".
+    A row has megabytes: what must move; host: microseconds to launch ours; differ: the names whose
+    results are not ours; and by name times: microseconds on the device, None if it failed;
+    fractions: of the ceiling; kept: bytes kept between the passes of "both".
     """
-    case = make_case()
-    sets = []
-    contestants = {"ours": None, "torch.compile": torch.compile(case.twin, dynamic=False),
-                   "eager": case.twin, **case.rivals}
+    functions = {"ours": None, "torch.compile": torch.compile(case.twin, dynamic=False),
+                 "eager": case.twin, **case.rivals}
     if not liger:
-        contestants.pop("Liger", None)
+        functions.pop("Liger", None)
+    sets = []
     for _ in range(SETS):
         inputs = case.make()
         sets.append((inputs, [torch.randn_like(y) for y in tensors(case.twin(*inputs))]))
     for which, (cost, operator, arguments) in case.passes.items():
-        cost *= 1 if which == "both" else DTYPE.itemsize
-        floor = 1e6 * cost / (gemm if which == "both" else copy)
-        row = dict(name=case.name, which=which, cost=cost, host=0, times={}, kept={}, differ=[])
+        size = cost * DTYPE.itemsize
+        floor = 1e6 * (cost / gemm if which == "both" else size / copy)  # microseconds
+        row = dict(name=case.name, which=which, megabytes=size / 1e6, host=0, differ=[], times={},
+                   fractions={}, kept={})
         expected = []
-        for name, function in contestants.items():
+        for name, function in functions.items():
             ours = name == "ours" and operator
             if which == "back + h" and not ours:
                 continue
@@ -307,33 +276,27 @@ def measure(make_case, copy, gemm):
                     return partial(operator, *arguments(*inputs, *gradients))
                 return rival_call(function, which, inputs, gradients)
 
-            try:
-                with torch.set_grad_enabled(not ours):
-                    results = tensors(prepare(0)())
-                    if name == "ours":
-                        expected = results
-                    if not agree(expected, results):
-                        row["differ"].append(name)
-                    if ours:
-                        row["host"] = host_time(prepare(0))
-                    if which == "both":
-                        row["kept"][name] = kept_bytes(function, sets[0][0])
-                    row["times"][name] = device_time(prepare)
-            except Exception as e:  # the others may still work
-                row["times"][name] = None
-                print(f"{case.name}, {which}, {name}: {type(e).__name__}: "
-                      f"{f'{e} '.splitlines()[0]}", file=sys.stderr, flush=True)
+            def compare():
+                results = tensors(prepare(0)())
+                if name == "ours":
+                    expected.extend(results)
+                if not agree(expected, results):
+                    row["differ"].append(name)
+                if ours:
+                    row["host"] = 1e3 * clock_time(prepare(0), 50, warmup=0, wait=False)
+                if which == "both":
+                    row["kept"][name] = kept_bytes(function, sets[0][0])
+                return device_time(prepare)
+
+            with torch.set_grad_enabled(not ours):
+                row["times"][name] = attempt(f"{case.name}, {which}, {name}", compare)
         row["fractions"] = {name: floor / t for name, t in row["times"].items() if t}
         yield row
 
 
-# ------------------------------------------------------------------------------------------------
-# Whole towers, with random weights
-
+# --- Whole towers, with random weights -----------------------------------------------------------
 class Products(TorchDispatchMode):
-    """Collects the matrix products and attention calls that run inside."""
-
-    KEPT = 3  # calls of one kind that are kept to run again, each with different tensors
+    """Collects the matrix products and attention calls that run inside, SETS of each kind."""
 
     def __init__(self):
         super().__init__()
@@ -345,7 +308,7 @@ class Products(TorchDispatchMode):
             shapes = [(a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args]
             entry = self.calls.setdefault((str(op), str(shapes)), [0, []])
             entry[0] += 1
-            if len(entry[1]) < self.KEPT:
+            if len(entry[1]) < SETS:
                 entry[1].append(partial(op, *args, **kwargs))
         return op(*args, **kwargs)
 
@@ -362,45 +325,39 @@ class Products(TorchDispatchMode):
 
 
 @torch.no_grad()
-def bench_tower(folder):
-    """Run the command `tower`: one prompt of 512 tokens with guidance, 32 x 32 visual tokens.
-
-    The negative prompt is empty.
-    """
-    result = header()
+def bench_tower(args):
+    """Run the command `tower`: one prompt of 512 tokens with guidance, 32 x 32 visual tokens."""
     gemm = ceilings()[1]
     c = MoSConfig(**read_recipe("mos_s")["model"])
     model = random_model(c, ("router", "generation"))
     S = 512
     context = Context(normal(2, S, c.und_width), normal(2, S, c.und_depth, c.gen_width),
-                      Keys(None, [(1, S), (1, 1)]), projected=True)
+                      Keys(None, [(1, S), (1, 1)]), projected=True)  # the negative prompt is empty
     z = torch.randn(1, c.vae_channels, 64, 64, device=DEVICE)
     inputs = z, *torch.tensor([0.6, 0.5], device=DEVICE)
     step = euler_step(model, context, guidance=5.0)
+    times = {}
     with autocast(torch.device(DEVICE)):
-        result["iteration"] = replay_time(step, *inputs)
-        print_profile(partial(step, *inputs))
+        times["iteration"] = replay_time(step, *inputs)
+        print(record_kernels(partial(step, *inputs)).key_averages().table(
+            sort_by="self_device_time_total", row_limit=16, max_name_column_width=80))
         with Products() as products:
             step(*inputs)
-        result["products alone"] = products.separate_time()
-        result["products in one graph"] = replay_time(products.run_all, *inputs)
+        times["products alone"] = products.separate_time() / 1e3
+        times["products in one graph"] = replay_time(products.run_all, *inputs)
         logits = torch.randn(2, S, c.und_depth, c.gen_depth, device=DEVICE)
         model.router.forward = lambda *_: logits
-        result["without router"] = replay_time(step, *inputs)
+        times["without router"] = replay_time(step, *inputs)
         kernels.PLAIN = True
-        result["plain, without router"] = replay_time(step, *inputs)
+        times["plain, without router"] = replay_time(step, *inputs)
         for block in model.generation.blocks:
             block.forward = torch.compile(block.forward)
-        result["plain, blocks compiled, without router"] = replay_time(step, *inputs)
+        times["plain, blocks compiled, without router"] = replay_time(step, *inputs)
     print(f"MoS-S, 1024x1024, {S} tokens, guidance, one iteration; GEMM {gemm / 1e12:.0f} TFLOP/s")
-    for name in list(result)[-6:]:
-        print(f"{name:40} {result[name] / 1e3:7.2f} ms")
-    for name in ("products alone", "products in one graph"):
-        result[f"iteration / {name}"] = result["iteration"] / result[name]
-        print(f"iteration / {name} {result['iteration'] / result[name]:.3f}")
-    result["router share"] = 1 - result["without router"] / result["iteration"]
-    print(f"router {result['router share']:.1%}")
-    save(result, folder / "tower.json")
+    for name, milliseconds in times.items():
+        ratio = times["iteration"] / milliseconds
+        print(f"{name:40} {milliseconds:7.2f} ms, the iteration takes {ratio:.3f} times as long")
+    print(f"router {1 - times['without router'] / times['iteration']:.1%}")
 
 
 class TrainCase(NamedTuple):
@@ -409,7 +366,6 @@ class TrainCase(NamedTuple):
     size: int = 512          # pixels a side; above 512 with activation checkpointing
     encode: bool = False     # states and latents are computed in the step instead of given
     plain: bool = False      # plain PyTorch instead of the kernels
-    tokens: int = 128        # S
 
     def seconds(self, model, optimizer, B):
         """Return the median time of a step with batch B."""
@@ -420,13 +376,13 @@ class TrainCase(NamedTuple):
         side = self.size // model.vae.factor
         context = None  # MoS.loss lets the tower read the tokens
         if not self.encode:
-            states = normal(B, self.tokens, c.und_depth, c.und_width)
-            context = Context(states[:, :, 0], states, Keys(None, [(B, self.tokens)]))
-        tokens = torch.ones(B, self.tokens, dtype=torch.long, device=device)
+            states = normal(B, TOKENS, c.und_depth, c.und_width)
+            context = Context(states[:, :, 0], states, Keys(None, [(B, TOKENS)]))
+        tokens = torch.ones(B, TOKENS, dtype=torch.long, device=device)
         pictures = torch.rand(B if self.encode else 0, 3, self.size, self.size, device=device)
         z0, z1 = torch.randn(2, B, c.vae_channels, side, side, device=device)
         t = torch.rand(B, device=device)
-        uniform = torch.rand(B, self.tokens, c.und_depth + 1, c.gen_depth, device=device)
+        uniform = torch.rand(B, TOKENS, c.und_depth + 1, c.gen_depth, device=device)
 
         def step(z0=z0):
             if self.encode:
@@ -436,35 +392,28 @@ class TrainCase(NamedTuple):
                 loss = model.loss(z0, tokens, t, z1, uniform, context).mean()
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
         torch.cuda.reset_peak_memory_stats()
         return clock_time(step, calls=3, warmup=2) / 1e3
 
-    def measure(self, model, optimizer, gemm):
-        """Return images/s, MFU, peak memory and its estimate for the largest batch that fits."""
-        kernels.PLAIN = self.plain
+    def largest(self, model, optimizer):
+        """Return the largest batch that fits into the GPU's memory, and the seconds of its step."""
         for B in (96, 64, 48, 40, 32, 24, 16, 12, 8, 4):
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_memory()
             try:
-                seconds = self.seconds(model, optimizer, B)
-                break
+                return B, self.seconds(model, optimizer, B)
             except torch.OutOfMemoryError:
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 optimizer.state.clear()
-        else:
-            raise ValueError(f"{self.name}: not even {B} pictures fit into this GPU's memory")
-        side = self.size // model.vae.factor
-        flops = 3 * B * model.flops(self.tokens, (side, side))
-        memory = estimate(replace(model.config, size=self.size), micro_batch=B, tokens=self.tokens,
-                          ema=False, recompute=self.size > 512)
-        estimated = memory["peak"]
-        if not self.encode:
-            estimated -= memory["understanding tower"] + memory["VAE"]
-        return dict(batch=B, seconds=seconds, images=B / seconds, mfu=flops / seconds / gemm,
-                    peak=torch.cuda.max_memory_allocated() / 2**30,
-                    estimated=math.nan if self.plain else estimated / 2**30)
+        raise ValueError(f"{self.name}: not even {B} pictures fit into this GPU's memory")
+
+    def estimated(self, config, B):
+        """Return the GiB that tools/estimate.py computes, without the parts that do not run."""
+        memory = estimate(replace(config, size=self.size), micro_batch=B, tokens=TOKENS, ema=False,
+                          recompute=self.size > 512)
+        unused = 0 if self.encode else memory["understanding tower"] + memory["VAE"]
+        return math.nan if self.plain else (memory["peak"] - unused) / GIB
 
 
 TRAIN_CASES = (TrainCase("states and latents given"), TrainCase("the same, plain", plain=True),
@@ -472,40 +421,42 @@ TRAIN_CASES = (TrainCase("states and latents given"), TrainCase("the same, plain
                TrainCase("encodings in the step", encode=True))
 
 
-def bench_large(recipe, result):
+def bench_large(recipe):
     """Time training steps of a recipe's router and generation tower, with AdamW."""
     gemm = ceilings()[1]
     config = MoSConfig(**read_recipe(recipe)["model"])
     model = random_model(config, ("router", "generation"), dtype=torch.float32)
     parameters = [*model.router.parameters(), *model.generation.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
-    print(f"{recipe}, 128 tokens a picture; GEMM {gemm / 1e12:.0f} TFLOP/s. MFU: three times the "
-          "forward pass of\nrouter and generation tower over the time, recomputation not counted")
-    print(f"{'':26}{'side':>5}{'batch':>6}{'s':>8}{'images/s':>9}{'MFU':>7}{'peak GiB':>9}"
-          f"{'estimate':>9}")
+    print(f"{recipe}, {TOKENS} tokens a picture; GEMM {gemm / 1e12:.0f} TFLOP/s. MFU: three times "
+          "the forward pass of\nrouter and generation tower over the time, recomputation not "
+          f"counted\n{'':26}{'side':>5}{'batch':>6}{'s':>8}{'images/s':>9}{'MFU':>7}"
+          f"{'peak GiB':>9}{'estimate':>9}")
     for case in TRAIN_CASES:
         if case.encode:
             randomise(DEVICE, model.understanding.bfloat16(), model.vae)
-            model.vae.set_statistics(torch.zeros(model.config.vae_channels),
-                                     torch.ones(model.config.vae_channels))
-        row = result[case.name] = case.measure(model, optimizer, gemm)
-        print(f"{case.name:26}{case.size:5}{row['batch']:6}{row['seconds']:8.4f}"
-              f"{row['images']:9.1f}{row['mfu']:7.1%}{row['peak']:9.1f}{row['estimated']:9.1f}",
-              flush=True)
+            model.vae.set_statistics(torch.zeros(config.vae_channels),
+                                     torch.ones(config.vae_channels))
+        kernels.PLAIN = case.plain
+        B, seconds = case.largest(model, optimizer)
+        peak = torch.cuda.max_memory_allocated()
+        side = case.size // model.vae.factor
+        mfu = 3 * B * model.flops(TOKENS, (side, side)) / seconds / gemm
+        print(f"{case.name:26}{case.size:5}{B:6}{seconds:8.4f}{B / seconds:9.1f}{mfu:7.1%}"
+              f"{peak / GIB:9.1f}{case.estimated(config, B):9.1f}", flush=True)
 
 
-def bench_small(recipe, result, steps=100, warmup=20):
+def bench_small(recipe, steps=100, warmup=20):
     """Time the image stage of a small recipe as train.py runs it, on the parts in weights/."""
     print(f"{recipe}, stage image\n{'':20}{'images/s':>9}{'waits':>7}{'loss':>8}")
     values = read_recipe(recipe)
-    kernels.NARROW = 0  # compiled too, the kernels run: which is faster is the question
-    for name, plain, compiled in (("plain, eager", True, False), ("kernels, eager", False, False),
-                                  ("plain, compiled", True, True),
-                                  ("kernels, compiled", False, True)):
-        kernels.PLAIN = plain
+    kernels.NARROW = 0  # the kernels run in compiled models, too: which is faster is the question
+    for name in ("plain, eager", "kernels, eager", "plain, compiled", "kernels, compiled"):
+        kernels.PLAIN = "plain" in name
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as out:
-            changes = dict(out=out, init=str(ROOT / "weights"), compile=compiled, scenes=20_000)
+            changes = dict(out=out, init=str(ROOT / "weights"), compile="compiled" in name,
+                           scenes=20_000)
             c = TrainConfig(**values["image"] | changes)
             trainer = prepare(c, values["model"], {}, World.join(600))
             trainer.begin()
@@ -516,75 +467,62 @@ def bench_small(recipe, result, steps=100, warmup=20):
                 trainer.step(i)
             torch.cuda.synchronize()
             elapsed = time.time() - trainer.clock
-        row = result[name] = dict(images=steps * c.batch / elapsed,
-                                  waits=trainer.waited / elapsed,
-                                  loss=trainer.sums["loss"].item() / steps)
-        print(f"{name:20}{row['images']:9.0f}{row['waits']:7.1%}{row['loss']:8.4f}", flush=True)
+        print(f"{name:20}{steps * c.batch / elapsed:9.0f}{trainer.waited / elapsed:7.1%}"
+              f"{trainer.sums['loss'].item() / steps:8.4f}", flush=True)
 
 
-def bench_train(folder, recipe):
+def bench_train(args):
     """Run the command `train`: a few steps of a recipe."""
-    result = header()
-    width = read_recipe(recipe)["model"]["gen_width"]
-    (bench_large if width >= kernels.NARROW else bench_small)(recipe, result)
-    save(result, folder / f"train_{Path(recipe).stem}.json")
+    width = read_recipe(args.recipe)["model"]["gen_width"]
+    (bench_large if width >= kernels.NARROW else bench_small)(args.recipe)
 
 
-# ------------------------------------------------------------------------------------------------
-# Tables and pictures
-
-def cell(row, name):
-    """Return the time of a rival and how many times ours it takes, as text."""
-    t, ours = row["times"].get(name), row["times"]["ours"]
-    if t is None:
-        return "failed" if name in row["times"] else "-"
-    return f"{t:.1f}{'?' if name in row['differ'] else ''} {t / ours if ours else math.nan:.2f}x"
-
-
+# --- Tables and pictures -------------------------------------------------------------------------
 def print_row(row):
-    """Print a line of the table of operations, or a table of feed-forward networks."""
-    fraction = row["fractions"]
-    cost = row["cost"] / 1e6
-    if row["which"] != "both":
-        print(f"{row['name']:31} {row['which']:9}{cost:5.0f}{row['host']:5.0f} "
-              f"{row['times']['ours'] or math.nan:7.1f}{fraction.get('ours', 0):5.0%}"
-              + "".join(f" {cell(row, name):>14}" for name in RIVALS), flush=True)
-        return
+    """Print a line of the table: of rivals the time, and how many times ours they take."""
+    times = row["times"]
+    ours = times["ours"] or math.nan
+    cells = []
+    for name in RIVALS:
+        t = times.get(name, 0)
+        mark = "?" if name in row["differ"] else ""
+        cells.append(f"{t:.1f}{mark} {t / ours:.2f}x" if t else "-" if t == 0 else "failed")
+    print(f"{row['name']:31} {row['which']:9}{row['megabytes']:5.0f}{row['host']:5.0f} {ours:7.1f}"
+          f"{row['fractions'].get('ours', 0):5.0%}" + "".join(f" {text:>14}" for text in cells),
+          flush=True)
+
+
+def print_network(row):
+    """Print the table of a feed-forward network."""
     print(f"\n{row['name']:40} {'ms':>7} {'of GEMM':>8} {'MB kept':>8}")
     for name, t in row["times"].items():
-        print(f"{name:40} " + (
-            f"{t / 1e3:7.2f} {fraction[name]:8.1%} {row['kept'][name] / 1e6:8.0f}"
-            f"{' ?' if name in row['differ'] else ''}" if t else " failed"))
+        values = "failed"
+        if t:
+            values = f"{t / 1e3:7.2f} {row['fractions'][name]:8.1%} {row['kept'][name] / 1e6:8.0f}"
+        print(f"{name:40} {values}{' ?' if name in row['differ'] else ''}")
 
 
 def plot(rows, path):
-    """Draw the share of its ceiling that each row reaches; does nothing without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(10, 10))
+    """Draw the share of its ceiling that each row reaches."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 10), layout="tight")
+    axis = figure.subplots()
     for i, name in enumerate(("ours", *RIVALS)):
         heights = [row["fractions"].get(name, 0) for row in rows]
         axis.barh([y + 0.16 * i for y in range(len(rows))], heights, 0.15, label=name)
-    axis.set_yticks([y + 0.32 for y in range(len(rows))],
-                    [f"{row['name']}, {row['which']}" for row in rows])
+    labels = [f"{row['name']}, {row['which']}" for row in rows]
+    axis.set_yticks([y + 0.32 for y in range(len(rows))], labels)
     axis.set(xlabel="of the copy ceiling (feed-forward network: of the GEMM ceiling)")
     axis.invert_yaxis()
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5)
-    figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-    plt.close(figure)
 
 
-def bench_kernels(folder):
-    """Run the command `kernels`: print tables, write kernels.json and kernels.png."""
-    begin = time.time()
+def bench_kernels(args):
+    """Run the command `kernels`: print tables, draw kernels.png."""
     copy, gemm = ceilings()
-    result = header() | dict(copy=copy, gemm=gemm, rows=[])
+    rows = []
     print(f"ceilings: copy {copy / 1e9:.0f} GB/s, read plus written; product of two 8192x8192 "
           f"matrices {gemm / 1e12:.0f} TFLOP/s\n")
     print("MB: must move; host: microseconds to launch ours; then device microseconds: ours, its "
@@ -592,27 +530,25 @@ def bench_kernels(folder):
           "F.rms_norm; for mixing a dense sum over all states")
     print(f"{'':31} {'':9}{'MB':>5}{'host':>5} {'ours':>7}{'':5}"
           + "".join(f" {name:>14}" for name in RIVALS))
-    for make_case in CASES:
-        for row in measure(make_case, copy, gemm):
-            print_row(row)
-            result["rows"].append(row)
-            save(result, folder / "kernels.json")
+    for case in CASES:
+        for row in measure(case, copy, gemm):
+            print_result = print_network if row["which"] == "both" else print_row
+            print_result(row)
+            rows.append(row)
         torch._dynamo.reset()  # the next case has the memory for itself
-        gc.collect()
-        torch.cuda.empty_cache()
-    plot(result["rows"], folder / "kernels.png")
-    print(f"\n{time.time() - begin:.0f} s; kernels.json and kernels.png are in {folder}")
+        free_memory()
+    attempt("kernels.png", plot, rows, args.out / "kernels.png")
 
 
-COMMANDS = {"kernels": bench_kernels, "tower": bench_tower, "latency": bench_latency,
-            "loading": bench_loading}
+COMMANDS = {"kernels": bench_kernels, "tower": bench_tower, "train": bench_train,
+            "latency": bench_latency, "loading": bench_loading}
 
 
 def main():
     """Run the command."""
     parser = CommandLine(__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("train", *COMMANDS), help="what to measure")
-    parser.add_argument("--out", default="runs/bench", help="folder for the results")
+    parser.add_argument("what", choices=tuple(COMMANDS), help="what to measure")
+    parser.add_argument("--out", default="runs/bench", type=Path, help="folder for the pictures")
     parser.add_argument("--recipe", default="mos_s", help="for `train`: a name in recipes/, or the "
                         "path of a .toml file")
     args = parser.parse_args()
@@ -620,13 +556,10 @@ def main():
         raise ValueError("tools.bench needs an NVIDIA GPU")
     if kernels.PLAIN:
         raise ValueError("tools.bench needs Triton, and MOS_PLAIN=1 turns the kernels off")
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    if args.what == "train":
-        bench_train(folder, args.recipe)
-    else:
-        COMMANDS[args.what](folder)
+    print_header()
+    COMMANDS[args.what](args)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
     python -m tools.bench latency    # the table of stages, other models, other towers and VAEs
     python -m tools.bench loading    # reading a tower of 16 GB from its folder
-    python -m tools.latency draw --recipe mos_s --size 1024    # one picture, random weights
+    python -m tools.latency draw --recipe mos_s --size 1024    # one picture, on any device
 
 Random weights, bf16, a prompt of 128 tokens. A denoising step is the replay of a CUDA graph, as
 `MoS.generate` runs it, with guidance and without; the rest is timed by the clock, launches
-included. The other models are those of diffusers and transformers, eager, with random weights of
-the published sizes. `draw` runs on any device.
+included. The other models are those of diffusers and transformers, eager, in the published sizes.
 """
 
-import gc
+import itertools
+import json
 import subprocess
 import sys
 import tempfile
@@ -27,15 +27,11 @@ from config import MoSConfig, read_recipe
 from kernels import autocast
 from pretrained.folders import load_tower
 from sample import check_writable, parse_size, progress
-from tools.timing import (ALL_PARTS, DEVICE, DTYPE, clock_time, euler_step, header, normal,
-                          random_model, replay_time, save)
+from tools.timing import (DEVICE, DTYPE, GIB, attempt, clock_time, euler_step, free_memory, normal,
+                          random_model, replay_time)
 from vae import VAE
 
 TOKENS, STEPS, SIZES = 128, 50, (512, 1024, 2048)
-GIB = 2**30
-# Milliseconds on an A100, MoS Fig. 7 (MoS-S, 1024x1024): the labels of the bars.
-PAPER = "paper, MoS-S 1024, A100: encode 94, router 7-8, tower 121 a step, decode 16"
-
 LLAMA = dict(model_type="llama", vocab_size=128_256, hidden_size=4096, num_hidden_layers=32,
              num_attention_heads=32, num_key_value_heads=8, intermediate_size=14_336,
              rms_norm_eps=1e-5, rope_theta=5e5)
@@ -44,72 +40,52 @@ WAN = dict(z_dim=48, base_dim=160, decoder_base_dim=256, dim_mult=[1, 2, 4, 4], 
            latents_mean=[0.0] * 48, latents_std=[1.0] * 48)
 
 
-class Peak:
-    """Measures the GiB that a block of code needs, without what was on the GPU before."""
+# --- MoS -----------------------------------------------------------------------------------------
+def with_memory(modules, measure, *arguments):
+    """Return measure(*arguments), and the GiB of modules' weights and of what it needs on top."""
+    free_memory()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    value = measure(*arguments)
+    needed = torch.cuda.max_memory_allocated() - before
+    weights = sum(p.nbytes for module in modules for p in module.parameters())
+    return value, (needed + weights) / GIB
 
-    def __enter__(self):
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-        return self
-
-    def __exit__(self, *_):
-        self.gib = (torch.cuda.max_memory_allocated() - self.before) / GIB
-
-
-def weights(*modules):
-    """Return the GiB of modules' parameters."""
-    return sum(p.nbytes for module in modules for p in module.parameters()) / GIB
-
-
-def attempt(measure, *arguments):
-    """Return what `measure` returns; where it fails print the reason to stderr, return None."""
-    try:
-        return measure(*arguments)
-    except Exception as e:  # the others may still work
-        print(f"{arguments}: {type(e).__name__}: {f'{e} '.splitlines()[0]}", file=sys.stderr,
-              flush=True)
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-# ------------------------------------------------------------------------------------------------
-# MoS
 
 @torch.no_grad()
-def stages(model, size, guidance, out):
-    """Return the milliseconds and GiB of each stage, and the seconds from prompt to PNG."""
+def denoising_times(model, text, z, guidance):
+    """Return the milliseconds of a denoising step, and how many of them the router takes."""
     c = model.config
-    text = "x" * (TOKENS - 1)
-    row = dict(size=size, guidance=guidance)
-    z = torch.randn(1, c.vae_channels, size // 16, size // 16, device=DEVICE)
-    with Peak() as peak:
-        row["encode"] = clock_time(lambda: model.read([text]))
-    row["encode GiB"] = weights(model.understanding) + peak.gib
-    with Peak() as peak, autocast(torch.device(DEVICE)):
+    with autocast(torch.device(DEVICE)):
         context = model.project(model.read([text], "" if guidance != 1 else None))
         step = euler_step(model, context, guidance)
         inputs = z, *torch.tensor([0.6, 0.5], device=DEVICE)
-        row["step"] = replay_time(step, *inputs) / 1e3
+        total = replay_time(step, *inputs)
         logits = torch.randn(len(context.states), TOKENS, c.und_depth, c.gen_depth, device=DEVICE)
         model.router.forward = lambda *_: logits
         try:
-            row["router"] = row["step"] - replay_time(step, *inputs) / 1e3
+            return total, total - replay_time(step, *inputs)
         finally:
             del model.router.forward
-    row["step GiB"] = weights(model.router, model.generation) + peak.gib
-    with Peak() as peak:
-        row["decode"] = clock_time(lambda: model.vae.decode(z))
-    row["decode GiB"] = weights(model.vae) + peak.gib
 
-    def draw_one():
+
+@torch.no_grad()
+def stages(model, size, guidance, out):
+    """Return the cells of a row of the table: milliseconds and GiB, total in seconds."""
+    text = "x" * (TOKENS - 1)
+    z = torch.randn(1, model.config.vae_channels, size // 16, size // 16, device=DEVICE)
+    encode, encode_gib = with_memory([model.understanding], clock_time, lambda: model.read([text]))
+    (step, router), step_gib = with_memory([model.router, model.generation],
+                                           denoising_times, model, text, z, guidance)
+    decode, decode_gib = with_memory([model.vae], clock_time, lambda: model.vae.decode(z))
+
+    def draw():
         (image,) = model.generate([text], STEPS, guidance, size=size)
         image.save(out, compress_level=1)
 
-    row["total"] = clock_time(draw_one, calls=2, warmup=1) / 1e3
-    return row
+    return dict(encode=encode, router=router, tower=step - router, share=router / step,
+                decode=decode, total=clock_time(draw, calls=2, warmup=1) / 1e3,
+                encode_gib=encode_gib, step_gib=step_gib, decode_gib=decode_gib)
 
 
 @torch.no_grad()
@@ -117,34 +93,33 @@ def replayed_encode(model):
     """Return the milliseconds of the tower when a CUDA graph replays it: no wait for the host."""
     tokens = torch.ones(1, TOKENS, dtype=torch.long, device=DEVICE)
     with autocast(torch.device(DEVICE)):
-        return replay_time(lambda tokens: model.understand(tokens).states, tokens) / 1e3
+        return replay_time(lambda tokens: model.understand(tokens).states, tokens)
 
 
-def print_row(row):
-    """Print a line of the table of stages."""
-    print(f"{row['recipe']:8}{row['size']:6}{row['guidance']:6.1f}{row['encode']:9.1f}"
-          f"{row['router']:8.2f}{row['step'] - row['router']:8.2f}"
-          f"{row['router'] / row['step']:7.1%}{row['decode']:9.1f}{row['total']:8.2f}"
-          f"{row['encode GiB']:8.1f}{row['step GiB']:7.1f}{row['decode GiB']:7.1f}", flush=True)
+# --- Other towers and VAEs -----------------------------------------------------------------------
+def random_rival(make, dtype=DTYPE):
+    """Return the model that `make` makes, on the GPU and with random weights of this type."""
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            return make().eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
-
-# ------------------------------------------------------------------------------------------------
-# Other towers and VAEs
 
 def transformers_encode():
     """Return the milliseconds of transformers' Llama-3.1-8B to all states of 128 tokens."""
     from transformers import LlamaConfig, LlamaModel
-    with torch.device("meta"):
-        model = LlamaModel(LlamaConfig(**LLAMA)).to(DTYPE)
-        rotary = type(model.rotary_emb)
-    randomise(DEVICE, model.eval())
-    model.rotary_emb = rotary(model.config).to(DEVICE)
+    model = random_rival(lambda: LlamaModel(LlamaConfig(**LLAMA)))
     tokens = torch.ones(1, TOKENS, dtype=torch.long, device=DEVICE)
     return clock_time(lambda: model(tokens, output_hidden_states=True, use_cache=False))
 
 
-VAES = (("fp32 with TF32", torch.float32, True), ("fp32, IEEE", torch.float32, False),
-        ("bf16", DTYPE, True))
+def diffusers_vae():
+    """Return diffusers' AutoencoderKLWan in the size of Wan 2.2, with random weights."""
+    from diffusers import AutoencoderKLWan
+    return random_rival(lambda: AutoencoderKLWan(**WAN, in_channels=12, out_channels=12,
+                                                 scale_factor_spatial=16), torch.float32)
 
 
 def vae_times():
@@ -154,189 +129,122 @@ def vae_times():
     """
     ours = VAE()
     randomise(DEVICE, ours)
-    for name, p in ours.named_parameters():  # pictures with some contrast
+    for p in ours.parameters():  # pictures with some contrast
         p.data.mul_(2.0 if p.ndim > 3 else 1.0)
     ours.set_statistics(torch.zeros(48), torch.ones(48))
     ours.to(memory_format=torch.channels_last)
     x = 2 * torch.rand(1, 3, 1024, 1024, device=DEVICE) - 1
     z = torch.randn(1, 48, 64, 64, device=DEVICE)
-    theirs = attempt(diffusers_vae)
+    theirs = attempt("diffusers' VAE", diffusers_vae)
     rows = {}
     pictures = {}
-    for name, dtype, tf32 in VAES:
+    for name, dtype, tf32 in (("fp32 with TF32", torch.float32, True),
+                              ("fp32, IEEE", torch.float32, False), ("bf16", DTYPE, True)):
         torch.backends.cudnn.allow_tf32 = tf32
         ours.to(dtype)
         rows[name] = [clock_time(lambda: ours.encode(x)), clock_time(lambda: ours.decode(z))]
         pictures[name] = ours.decode(z).double()
         if theirs:
             theirs.to(dtype)
-            clip, latents = x[:, :, None].to(dtype), z[:, :, None].to(dtype)
+            clip = x[:, :, None].to(dtype)
+            latents = z[:, :, None].to(dtype)
             rows[name] += [clock_time(lambda: theirs.encode(clip)),
                            clock_time(lambda: theirs.decode(latents))]
-    torch.backends.cudnn.allow_tf32 = True
     for name, picture in pictures.items():
         error = (picture - pictures["fp32, IEEE"]).square().mean()
         rows[name].append((10 * torch.log10(4 / error)).item())
     return rows
 
 
-def diffusers_vae():
-    """Return diffusers' AutoencoderKLWan in the size of Wan 2.2, with random weights."""
-    from diffusers import AutoencoderKLWan
-    with torch.device("meta"):
-        vae = AutoencoderKLWan(**WAN, in_channels=12, out_channels=12, scale_factor_spatial=16)
-    randomise(DEVICE, vae.eval())
-    return vae
-
-
-# ------------------------------------------------------------------------------------------------
-# Other generation towers, at 1024x1024. make: `random_rival`
-
-def qwen_image(make):
-    """Return Qwen-Image, 20 B, and its step: two forward passes with guidance."""
-    from diffusers import QwenImageTransformer2DModel
-    model = make(QwenImageTransformer2DModel)
-    x, text, t = normal(1, 4096, 64), normal(1, TOKENS, 3584), normal(1)
-    mask = torch.ones(1, TOKENS, dtype=torch.bool, device=DEVICE)
-
-    def step():
-        for _ in range(2):
-            model(hidden_states=x, encoder_hidden_states=text, timestep=t,
-                  encoder_hidden_states_mask=mask, img_shapes=[[(1, 64, 64)]])
-    return model, step
-
-
-def flux(make):
-    """Return FLUX.1-dev, 12 B, and its step: one forward pass, since its guidance is distilled."""
-    from diffusers import FluxTransformer2DModel
-    model = make(FluxTransformer2DModel, guidance_embeds=True)
-    x, text, pooled, t = normal(1, 4096, 64), normal(1, 512, 4096), normal(1, 768), normal(1)
-    image_ids = torch.zeros(4096, 3, device=DEVICE)
-    text_ids = torch.zeros(512, 3, device=DEVICE)
-    return model, lambda: model(hidden_states=x, encoder_hidden_states=text, timestep=t, guidance=t,
-                                pooled_projections=pooled, img_ids=image_ids, txt_ids=text_ids)
-
-
-def sd3(make):
-    """Return Stable Diffusion 3.5 large, 8 B, and its step: a batch of two."""
-    from diffusers import SD3Transformer2DModel
-    model = make(SD3Transformer2DModel, num_layers=38, num_attention_heads=38,
-                 caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192,
-                 qk_norm="rms_norm")
-    x, text, pooled, t = (normal(2, 16, 128, 128), normal(2, 333, 4096), normal(2, 2048), normal(2))
-    return model, lambda: model(hidden_states=x, encoder_hidden_states=text,
-                                pooled_projections=pooled, timestep=t)
-
-
-def sana(make):
-    """Return SANA-1.5, 4.8 B, linear attention at 32x, and its step: a batch of two."""
-    from diffusers import SanaTransformer2DModel
-    model = make(SanaTransformer2DModel, num_attention_heads=70, num_layers=60,
-                 num_cross_attention_heads=20, cross_attention_dim=2240,
-                 qk_norm="rms_norm_across_heads")
-    x, text, t = normal(2, 32, 32, 32), normal(2, 300, 2304), normal(2)
-    return model, lambda: model(hidden_states=x, encoder_hidden_states=text, timestep=t)
-
-
-def lumina(make):
-    """Return Lumina-Image-2.0, 2.6 B, and its step: a batch of two."""
-    from diffusers import Lumina2Transformer2DModel
-    model = make(Lumina2Transformer2DModel, hidden_size=2304, num_layers=26, num_attention_heads=24,
-                 num_kv_heads=8, axes_dim_rope=(32, 32, 32), axes_lens=(300, 512, 512),
-                 cap_feat_dim=2304)
-    x, text, t = normal(2, 16, 128, 128), normal(2, 256, 2304), torch.rand(2, device=DEVICE)
-    mask = torch.ones(2, 256, dtype=torch.bool, device=DEVICE)
-    return model, lambda: model(hidden_states=x, timestep=t, encoder_hidden_states=text,
-                                encoder_attention_mask=mask)
-
-
-RIVALS = {"Qwen-Image": qwen_image, "FLUX.1-dev": flux, "SD3.5-large": sd3, "SANA-1.5": sana,
-          "Lumina-Image-2.0": lumina}
-
-
-def random_rival(kind, **settings):
-    """Return a model of diffusers with random weights, made on the GPU."""
-    with torch.device(DEVICE):
-        torch.set_default_dtype(DTYPE)
-        try:
-            model = kind(**settings)
-        finally:
-            torch.set_default_dtype(torch.float32)
-    return model.eval()
+# --- Other generation towers, at 1024x1024 -------------------------------------------------------
+# {name: (diffusers' class, its settings, a function that returns the inputs of a forward pass)}
+RIVALS = {
+    "Qwen-Image": ("QwenImageTransformer2DModel", {}, lambda: dict(
+        hidden_states=normal(1, 4096, 64), encoder_hidden_states=normal(1, TOKENS, 3584),
+        encoder_hidden_states_mask=torch.ones(1, TOKENS, dtype=torch.bool, device=DEVICE),
+        timestep=normal(1), img_shapes=[[(1, 64, 64)]])),
+    "FLUX.1-dev": ("FluxTransformer2DModel", dict(guidance_embeds=True), lambda: dict(
+        hidden_states=normal(1, 4096, 64), encoder_hidden_states=normal(1, 512, 4096),
+        pooled_projections=normal(1, 768), timestep=normal(1), guidance=normal(1),
+        img_ids=torch.zeros(4096, 3, device=DEVICE), txt_ids=torch.zeros(512, 3, device=DEVICE))),
+    "SD3.5-large": ("SD3Transformer2DModel", dict(
+        num_layers=38, num_attention_heads=38, caption_projection_dim=2432,
+        pooled_projection_dim=2048, pos_embed_max_size=192, qk_norm="rms_norm"), lambda: dict(
+        hidden_states=normal(2, 16, 128, 128), encoder_hidden_states=normal(2, 333, 4096),
+        pooled_projections=normal(2, 2048), timestep=normal(2))),
+    "SANA-1.5": ("SanaTransformer2DModel", dict(
+        num_attention_heads=70, num_layers=60, num_cross_attention_heads=20,
+        cross_attention_dim=2240, qk_norm="rms_norm_across_heads"), lambda: dict(
+        hidden_states=normal(2, 32, 32, 32), encoder_hidden_states=normal(2, 300, 2304),
+        timestep=normal(2))),
+    "Lumina-Image-2.0": ("Lumina2Transformer2DModel", dict(
+        hidden_size=2304, num_layers=26, num_attention_heads=24, num_kv_heads=8,
+        axes_dim_rope=(32, 32, 32), axes_lens=(300, 512, 512), cap_feat_dim=2304), lambda: dict(
+        hidden_states=normal(2, 16, 128, 128), encoder_hidden_states=normal(2, 256, 2304),
+        encoder_attention_mask=torch.ones(2, 256, dtype=torch.bool, device=DEVICE),
+        timestep=torch.rand(2, device=DEVICE)))}
 
 
 @torch.no_grad()
 def rival_step(name):
-    """Return billions of parameters, milliseconds of a step at 1024x1024, and GiB of both."""
-    with Peak() as peak:
-        model, step = RIVALS[name](random_rival)
-        count = sum(p.numel() for p in model.parameters()) / 1e9
-        milliseconds = clock_time(step, 5)
-        gib = (torch.cuda.max_memory_allocated() - peak.before) / GIB
-        return dict(parameters=count, step=milliseconds, gib=gib)
+    """Return billions of parameters, all random, and milliseconds of a step with guidance.
+
+    Guidance is a batch of two, in Qwen-Image a second forward pass, in FLUX.1-dev an input.
+    """
+    import diffusers
+    kind, settings, make_inputs = RIVALS[name]
+    model = random_rival(lambda: getattr(diffusers, kind)(**settings))
+    inputs = make_inputs()
+
+    def step():
+        for _ in range(2 if name == "Qwen-Image" else 1):
+            model(**inputs)
+
+    return sum(p.numel() for p in model.parameters()) / 1e9, clock_time(step, 5)
 
 
-# ------------------------------------------------------------------------------------------------
-# The commands
-
-def bench_latency(folder):
+# --- The commands --------------------------------------------------------------------------------
+def bench_latency(args):
     """Run the command `latency`: a table of stages, then other models, towers and VAEs."""
-    result = header() | dict(rows=[], rivals={})
     print(f"{TOKENS} tokens, {STEPS} steps, VAE fp32 with TF32; ms, total in s from prompt to PNG; "
-          f"GiB: weights of the stage's parts and what it needs besides\n{PAPER}\n"
+          "GiB: weights of the stage's parts and what it needs besides\n"
           f"{'recipe':8}{'size':>6}{'guid.':>6}{'encode':>9}{'router':>8}{'tower':>8}{'share':>7}"
           f"{'decode':>9}{'total s':>8}{'encode':>8}{'step':>7}{'decode':>7}")
+    line = ("{encode:9.1f}{router:8.2f}{tower:8.2f}{share:7.1%}{decode:9.1f}{total:8.2f}"
+            "{encode_gib:8.1f}{step_gib:7.1f}{decode_gib:7.1f}")
     for recipe in ("mos_s", "mos_l"):
         model = random_model(MoSConfig(**read_recipe(recipe)["model"]))
-        result[f"{recipe} encode, replayed"] = replayed_encode(model)
-        for size in SIZES:
-            for guidance in (5.0, 1.0):
-                row = attempt(stages, model, size, guidance, folder / "latency.png")
-                if row:
-                    row["recipe"] = recipe
-                    result["rows"].append(row)
-                    print_row(row)
-        print(f"{recipe:8}encode, replayed as a CUDA graph: "
-              f"{result[f'{recipe} encode, replayed']:.1f} ms", flush=True)
+        for size, guidance in itertools.product(SIZES, (5.0, 1.0)):
+            name = f"{recipe:8}{size:6}{guidance:6.1f}"
+            row = attempt(name, stages, model, size, guidance, args.out / "latency.png")
+            if row:
+                print(name + line.format(**row), flush=True)
+        print(f"{recipe:8}encode, replayed as a CUDA graph: {replayed_encode(model):.1f} ms",
+              flush=True)
         del model
-        save(result, folder / "latency.json")
     print("\na step at 1024x1024, guidance included, eager")
     for name in RIVALS:
-        row = result["rivals"][name] = attempt(rival_step, name)
+        row = attempt(name, rival_step, name)
         if row:
-            print(f"{name:18}{row['parameters']:6.1f} B {row['step']:8.1f} ms "
-                  f"{row['gib']:6.1f} GiB", flush=True)
+            print(f"{name:18}{row[0]:6.1f} B {row[1]:8.1f} ms", flush=True)
     with torch.no_grad():
-        result["transformers"] = attempt(transformers_encode)
-        print(f"\nLlama-3.1-8B, {TOKENS} tokens, by transformers: {result['transformers']} ms")
-        result["vae"] = attempt(vae_times) or {}
+        encode = attempt("transformers", transformers_encode)
+        print(f"\nLlama-3.1-8B, {TOKENS} tokens, by transformers: {encode} ms")
+        rows = attempt("VAE", vae_times) or {}
     print(f"\nVAE at 1024x1024, ms{'encode':>11}{'decode':>11}{'diffusers':>11}{'decode':>11}  "
           "to IEEE")
-    for name, (*times, decibel) in result["vae"].items():
+    for name, (*times, decibel) in rows.items():
         print(f"{name:20}" + "".join(f"{t:11.1f}" for t in times) + f"{decibel:9.1f} dB")
-    save(result, folder / "latency.json")
 
 
 def write_tower(folder):
-    """Write a folder like that of Llama-3.1-8B, in which all weights are the same."""
-    folder.mkdir(parents=True)
-    width, hidden = LLAMA["hidden_size"], LLAMA["intermediate_size"]
-    sizes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (1024, width),
-             "self_attn.v_proj": (1024, width), "self_attn.o_proj": (width, width),
-             "mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width),
-             "mlp.down_proj": (width, hidden), "input_layernorm": (width,),
-             "post_attention_layernorm": (width,)}
-    values = {name: torch.full(size, 0.01, dtype=DTYPE) for name, size in sizes.items()}
-    for i in range(LLAMA["num_hidden_layers"]):
-        save_file({f"model.layers.{i}.{name}.weight": v for name, v in values.items()},
-                  folder / f"model-{i:05}.safetensors")
-    words = torch.full((LLAMA["vocab_size"], width), 0.01, dtype=DTYPE)
-    save_file({"model.embed_tokens.weight": words, "lm_head.weight": words.clone(),
-               "model.norm.weight": words[0].clone()}, folder / "model-words.safetensors")
-    save(LLAMA | dict(eos_token_id=2), folder / "config.json")
-    save(dict(added_tokens=[], pre_tokenizer=dict(type="Whitespace"), model=dict(
-        type="WordLevel", vocab={"a": 0, "fox": 1, "?": 2}, unk_token="?")),
-        folder / "tokenizer.json")
+    """Write a folder like that of Llama-3.1-8B, with random weights and three words."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = random_rival(lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, eos_token_id=2)))
+    model.save_pretrained(folder)
+    words = dict(type="WordLevel", vocab={"a": 0, "fox": 1, "?": 2}, unk_token="?")
+    tokenizer = dict(added_tokens=[], pre_tokenizer=dict(type="Whitespace"), model=words)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def write_checkpoint(folder):
@@ -347,65 +255,38 @@ def write_checkpoint(folder):
     (folder / "vae").mkdir()
     save_file({name: p.cpu() for name, p in model.vae.named_parameters()},
               folder / "vae" / "weights.safetensors")
-    save(WAN, folder / "vae" / "config.json")
-    model.config = replace(config, und_folder=str(folder / "tower"),
-                           vae_folder=str(folder / "vae"))
+    (folder / "vae" / "config.json").write_text(json.dumps(WAN))
+    model.config = replace(config, und_folder=f"{folder}/tower", vae_folder=f"{folder}/vae")
     save_model(model, folder, ("mos",))
 
 
-def bench_loading(folder):
+def bench_loading(args):
     """Run the command `loading`: read a tower of 16 GB twice, then let sample.py draw with it."""
-    result = header()
-    with tempfile.TemporaryDirectory(dir=folder) as home:
-        checkpoint = Path(home)
-        write_checkpoint(checkpoint)
-        size = sum(path.stat().st_size for path in (checkpoint / "tower").iterdir()) / 1e9
+    with tempfile.TemporaryDirectory(dir=args.out) as home:
+        tower = Path(home) / "tower"
+        write_checkpoint(Path(home))
+        size = sum(path.stat().st_size for path in tower.iterdir()) / 1e9
         for which in ("first", "second"):
             begin = time.time()
-            tower = load_tower(checkpoint / "tower", DEVICE)
+            load_tower(tower, DEVICE)
             torch.cuda.synchronize()
-            result[which] = time.time() - begin
-            print(f"{size:.1f} GB, {which} time: {result[which]:.1f} s", flush=True)
-            del tower
-        torch.cuda.empty_cache()
-        for flags in (["--drop-tower", "--vae-dtype", "bfloat16"], ["--drop-tower"], []):
-            command = [sys.executable, str(ROOT / "sample.py"), "--prompt",
-                       "a fox", "--checkpoint", str(checkpoint), "--size", "1024", "--out",
-                       str(folder / "loading.png"), *flags]
+            print(f"{size:.1f} GB, {which} time: {time.time() - begin:.1f} s", flush=True)
+        free_memory()
+        for flags in ("--drop-tower --vae-dtype bfloat16", "--drop-tower", ""):
+            command = [sys.executable, ROOT / "sample.py", "--prompt", "a fox", "--size", "1024",
+                       "--checkpoint", home, "--out", args.out / "loading.png", *flags.split()]
             begin = time.time()
             done = subprocess.run(command, capture_output=True, text=True)
-            outcome = f"exit code {done.returncode}: {(done.stdout + done.stderr).strip()}"[-200:]
-            if done.returncode == 0:
-                outcome = outcome.splitlines()[-1]
-            result[" ".join(flags)] = outcome
-            print(f"sample.py --size 1024 {' '.join(flags)}: {outcome}, "
-                  f"{time.time() - begin:.0f} s", flush=True)
-    save(result, folder / "loading.json")
-
-
-# ------------------------------------------------------------------------------------------------
-# One picture
-
-def draw(config, out, prompts, vae_dtype=torch.float32, **settings):
-    """Write a picture by a random model of this configuration: noise, at the cost of a real one.
-
-    settings: of `MoS.generate`. Returns the seconds from prompts to the written file.
-    """
-    device = pick_device()
-    dtype = DTYPE if device.type == "cuda" else torch.float32
-    model = random_model(config, ALL_PARTS, device, dtype, vae_dtype)
-    begin = time.time()
-    image, *_ = model.generate(prompts, progress=progress, **settings)
-    with replacing(out) as path:
-        image.save(path, "PNG", compress_level=1)
-    return time.time() - begin
+            seconds = time.time() - begin
+            outcome = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+            print(f"sample.py --size 1024 {flags}: exit code {done.returncode}, {outcome}, "
+                  f"{seconds:.0f} s", flush=True)
 
 
 def main():
-    """Run the command `draw`."""
+    """Run the command `draw`: noise by a model of random weights, at the cost of a real one."""
     parser = CommandLine(__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("draw",), help="draw noise with random weights, to see "
-                        "what a model costs; the tables are printed by tools.bench")
+    parser.add_argument("what", choices=("draw",), help="draw noise, at the cost of a real model")
     parser.add_argument("--recipe", default="mos_s", help="a name in recipes/, or a path")
     parser.add_argument("--prompt", nargs="+", default=["a text"], help="one text or several, "
                         "drawn in one batch; the first picture is written")
@@ -419,11 +300,17 @@ def main():
     args = parser.parse_args()
     check_writable(args.out)
     size = parse_size(args.size) if args.size else None
-    config = MoSConfig(**read_recipe(args.recipe)["model"])
-    seconds = draw(config, args.out, args.prompt, getattr(torch, args.vae_dtype), size=size,
-                   steps=args.steps, guidance=args.guidance, seed=args.seed)
-    print(f"wrote {args.out}: {args.recipe} with random weights, {seconds:.1f} s")
-    print(f"peak memory {peak_memory(pick_device()) / GIB:.1f} GiB")
+    device = pick_device()
+    dtype = DTYPE if device.type == "cuda" else torch.float32
+    model = random_model(MoSConfig(**read_recipe(args.recipe)["model"]), device=device, dtype=dtype,
+                         vae_dtype=getattr(torch, args.vae_dtype))
+    begin = time.time()
+    image, *_ = model.generate(args.prompt, size=size, steps=args.steps, guidance=args.guidance,
+                               seed=args.seed, progress=progress)
+    with replacing(args.out) as path:
+        image.save(path, "PNG", compress_level=1)
+    print(f"wrote {args.out}: {args.recipe} with random weights, {time.time() - begin:.1f} s")
+    print(f"peak memory {peak_memory(device) / GIB:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Measuring on a GPU: what the benchmarks share."""
 
-import json
+import gc
+import sys
 import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -11,19 +12,17 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import kernels
-from common import randomise, replacing, replayed, revision
+from common import randomise, replayed, revision
 from mos import unfilled
 from towers import Tokenizer
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
-SETS = 3    # sets of inputs that calls go through in turn, so that no cache serves them
-CALLS = 10  # timed calls, of which the median counts
+SETS = 3  # sets of inputs that calls go through in turn, so that no cache serves them
+GIB = 2**30
 ALL_PARTS = ("understanding", "router", "generation", "vae")
 
 
-# ------------------------------------------------------------------------------------------------
-# What is measured
-
+# --- What is measured ----------------------------------------------------------------------------
 def normal(*shape):
     """Return standard normal values in bf16 on the GPU."""
     return torch.randn(shape, device=DEVICE, dtype=DTYPE)
@@ -60,9 +59,7 @@ def euler_step(model, context, guidance):
     return step
 
 
-# ------------------------------------------------------------------------------------------------
-# Clocks
-
+# --- Clocks and memory ---------------------------------------------------------------------------
 def record_kernels(call):
     """Return the profile of the kernels that a call launches."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
@@ -71,11 +68,11 @@ def record_kernels(call):
     return record
 
 
-def device_time(prepare, calls=CALLS):
+def device_time(prepare, calls=10):
     """Return the microseconds that a call's kernels take on the GPU, the median of many calls.
 
-    prepare: i -> the i-th call, ready to run; what `prepare` itself does is not timed. Raises
-    RuntimeError where the profiler sees no kernels.
+    prepare: i -> the i-th call, ready to run; preparing is not timed. Raises RuntimeError where the
+    profiler sees no kernels.
     """
     for i in range(SETS):  # compiles
         prepare(i)()
@@ -94,31 +91,26 @@ def device_time(prepare, calls=CALLS):
     return median(sum(times[i * count:(i + 1) * count]) for i in range(calls))
 
 
-def host_time(call, calls=50):
-    """Return the microseconds until a call returns to the host, with its kernels still running."""
-    times = []
-    for _ in range(calls):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    torch.cuda.synchronize()
-    return median(times) * 1e6
+def clock_time(call, calls=10, warmup=3, wait=True):
+    """Return the milliseconds of a call by the clock, a median: launches and kernels.
 
-
-def clock_time(call, calls=10, warmup=3):
-    """Return the milliseconds of a call by the clock, launches and kernels: a median."""
+    wait: for the kernels to end; without it only until the call returns to the host.
+    """
     times = []
     for _ in range(warmup + calls):
-        torch.cuda.synchronize()
+        if wait:
+            torch.cuda.synchronize()
         begin = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        if wait:
+            torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
     return median(times[warmup:])
 
 
 def replay_time(function, *inputs, calls=20, warmup=3):
-    """Return the microseconds of a CUDA graph's replay by device events: a median."""
+    """Return the milliseconds of a CUDA graph's replay by device events: a median."""
     replay = replayed(function, *inputs)
     times = []
     for _ in range(warmup + calls):
@@ -128,7 +120,7 @@ def replay_time(function, *inputs, calls=20, warmup=3):
         replay(*inputs)
         end.record()
         torch.cuda.synchronize()
-        times.append(1e3 * begin.elapsed_time(end))
+        times.append(begin.elapsed_time(end))
     return median(times[warmup:])
 
 
@@ -142,38 +134,29 @@ def ceilings():
     return 2e6 * target.nbytes / copy, 2e6 * 8192**3 / product
 
 
-# ------------------------------------------------------------------------------------------------
-# Results
-
-def print_profile(call, rows=16):
-    """Print in which kernels a call spends its time: share, milliseconds, launches, name."""
-    kinds = [(e.self_device_time_total, e.count, e.key)
-             for e in record_kernels(call).key_averages() if e.self_device_time_total]
-    total = sum(spent for spent, *_ in kinds)
-    print(f"profile: {total / 1e3:.2f} ms in kernels")
-    for spent, count, name in sorted(kinds, reverse=True)[:rows]:
-        print(f"{spent / total:7.1%} {spent / 1e3:8.3f} {count:5} {name[:80]}")
+def free_memory():
+    """Give the memory that no tensor uses any more back to the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
-def installed(package):
-    """Return the version of a package, or "absent"."""
+def attempt(label, measure, *arguments):
+    """Return measure(*arguments); where it fails print the reason to stderr and return None."""
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
+        return measure(*arguments)
+    except Exception as e:  # the others may still work
+        reason = f"{e} ".splitlines()[0]
+        print(f"{label}: {type(e).__name__}: {reason}", file=sys.stderr, flush=True)
+    finally:
+        free_memory()
 
 
-def header():
-    """Print and return on which GPU and with which versions the measurement runs."""
-    result = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__,
-                  triton=kernels.triton.__version__, revision=revision(),
-                  liger=installed("liger_kernel"), diffusers=installed("diffusers"))
-    print("{gpu}, torch {torch}, triton {triton}, Liger {liger}, diffusers {diffusers}, revision "
-          "{revision}".format(**result))
-    return result
-
-
-def save(result, path):
-    """Write a result as JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
+def print_header():
+    """Print on which GPU and with which versions the measurement runs."""
+    versions = [f"torch {torch.__version__}", f"triton {kernels.triton.__version__}"]
+    for package in ("liger_kernel", "diffusers"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"{package} absent")
+    print(f"{torch.cuda.get_device_name()}, {', '.join(versions)}, revision {revision()}")
