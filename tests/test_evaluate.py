@@ -577,7 +577,7 @@ def test_refuses(flags, message, small, command, capsys, tmp_path):
     if "edits" in flags or "loss" in flags:
         folder = shutil.copytree(small, tmp_path / "half")
         words = set(read_vocabulary(small).words) - {"add"}
-        Tokenizer(words).save(folder / "vocab.json")
+        (folder / "vocab.json").write_text(json.dumps(sorted(words)))
         if "loss" in flags:
             (folder / "understanding.safetensors").unlink()
     before = contents(tmp_path)
