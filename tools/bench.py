@@ -239,7 +239,7 @@ def tensors(results):
 
 
 def agree(ours, theirs):
-    """Return whether results are the same up to the rounding of bf16. theirs may be more: a view."""
+    """Return whether results are the same up to the rounding of bf16. theirs may be longer."""
     norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
     return all((norm(a - b) <= 0.02 * norm(a)).item() for a, b in zip(ours, theirs))
 
@@ -484,12 +484,13 @@ def print_row(row):
     ours = times["ours"] or math.nan
     cells = []
     for name in RIVALS:
-        t = times.get(name, 0)
-        mark = "?" if name in row["differ"] else ""
-        cells.append(f"{t:.1f}{mark} {t / ours:.2f}x" if t else "-" if t == 0 else "failed")
+        t = times.get(name)
+        text = "failed" if name in times else "-"
+        if t:
+            text = f"{t:.1f}{'?' if name in row['differ'] else ''} {t / ours:.2f}x"
+        cells.append(f" {text:>14}")
     print(f"{row['name']:31} {row['which']:9}{row['megabytes']:5.0f}{row['host']:5.0f} {ours:7.1f}"
-          f"{row['fractions'].get('ours', 0):5.0%}" + "".join(f" {text:>14}" for text in cells),
-          flush=True)
+          f"{row['fractions'].get('ours', 0):5.0%}{''.join(cells)}", flush=True)
 
 
 def print_network(row):
