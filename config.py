@@ -272,7 +272,7 @@ def values_by_stage(recipe):
     """Return {name: text} of a recipe's training settings: one value, or one for each stage."""
     stages = [stage for stage in STAGES if stage in recipe]
     texts = {}
-    for name in recipe[stages[0]]:
+    for name in recipe[stages[0]].keys() - {"stage"}:
         values = [recipe[stage][name] for stage in stages]
         texts[name] = values[0]
         if any(value != values[0] for value in values):

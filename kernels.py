@@ -33,9 +33,7 @@ except ImportError:  # Triton does not exist for this platform: the twins do all
 
 PLAIN = os.environ.get("MOS_PLAIN", "0") == "1" or not hasattr(tl, "load")
 # A compiled model uses our kernels from this width on. In narrower ones the compiler gains more by
-# fusing the twins with what is around them. Images/s of training (H100, torch 2.11, `tools.bench
-# train`) with kernels and with twins: 6,319 and 11,326 at width 512, 3,237 and 5,423 at 1024, 2,160
-# and 2,063 at 2048.
+# fusing the twins with what is around them: docs/speed.md has the measurements.
 NARROW = 2048
 
 

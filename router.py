@@ -151,10 +151,7 @@ class Router(nn.Module):
         return w.unflatten(-1, (self.layers, -1))                           # (B, S, M, N)
 
     def flops(self, S, T):
-        """Return the forward FLOP of one sample with S context and T visual tokens.
-
-        Counted as in `Generation.flops`.
-        """
+        """Return the forward FLOP of one sample, counted as in `Generation.flops`."""
         block = self.blocks[0]
         L = S + T * ("latent" in self.inputs) + ("time" in self.inputs) + (self.cls is not None)
         products = S * self.context.weight.numel() + S * self.logits.weight.numel()

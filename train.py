@@ -289,8 +289,7 @@ class Trainer:
     def export(self, step):
         """Write the model with the averaged weights; return what its validation found.
 
-        Every process computes, the first one writes. The validation of a VAE also measures the
-        statistics by which latents are normalised.
+        The validation of a VAE also measures the statistics by which latents are normalised.
         """
         with self.average.applied():
             if self.sharded:
@@ -403,8 +402,7 @@ def parse(arguments=None):
                         "--out, with the settings that are kept there")
     parser.add_argument("--export", action="store_true", help="validate and write the "
                         "model of the last checkpoint in --out, and stop")
-    parser.add_settings(TrainConfig, "training", values_by_stage(recipe) | {
-        "stage": "", "out": DEFAULT_OUT})
+    parser.add_settings(TrainConfig, "training", values_by_stage(recipe) | {"out": DEFAULT_OUT})
     parser.add_settings(MoSConfig, "model", recipe["model"])
     flags = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(arguments)).items()}

@@ -29,7 +29,7 @@ from checkpoint import read_vocabulary
 from config import MoSConfig, plan, read_recipe, write_settings
 from conftest import ROOT, make_config
 from data.sources import Mixture
-from mos import MoS
+from mos import MoS, unfilled
 from tools import ablate
 from towers import Tokenizer
 from world import scores
@@ -435,6 +435,18 @@ def test_recipes_are_complete(tmp_path):
         (tmp_path / "a.toml").write_text(text.replace(old, new, 1))
         with pytest.raises(ValueError, match=re.sub(r"([\[\]])", r"\\\1", message)):
             read_recipe(str(tmp_path / "a.toml"))
+
+
+@pytest.mark.parametrize("recipe, blocks, router", (
+    ("ablation_1b", 973_078_528, None), ("mos_s", 2_818_572_288, 105.1),
+    ("mos_l", 4_921_491_456, 110.0)))
+def test_sizes(recipe, blocks, router):
+    """The paper's sizes: the matrices of the generation tower's blocks, and the router in all."""
+    model = unfilled(MoSConfig(**read_recipe(recipe)["model"]))
+    assert sum(p.numel() for p in model.generation.blocks.parameters() if p.ndim > 1) == blocks
+    if router:
+        total = sum(p.numel() for p in model.router.parameters())
+        assert total / 1e6 == pytest.approx(router, abs=0.05)
 
 
 def test_help_shows_the_values_that_will_be_used(monkeypatch, capsys):
