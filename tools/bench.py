@@ -473,8 +473,8 @@ def bench_small(recipe, steps=100, warmup=20):
 
 def bench_train(args):
     """Run the command `train`: a few steps of a recipe."""
-    width = read_recipe(args.recipe)["model"]["gen_width"]
-    (bench_large if width >= kernels.NARROW else bench_small)(args.recipe)
+    published = read_recipe(args.recipe)["model"]["und_folder"]
+    (bench_large if published else bench_small)(args.recipe)
 
 
 # --- Tables and pictures -------------------------------------------------------------------------
