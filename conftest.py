@@ -28,6 +28,14 @@ SMALL = dict(vae_channels=6, vae_width=4, vae_decoder_width=4, und_width=40, und
              max_tokens=16, size=64, sampling_steps=3)
 
 
+def product_files():
+    """The paths of all Python files of the repository but the tests."""
+    paths = [path for room in (".", "world", "data", "pretrained", "tools")
+             for path in (ROOT / room).glob("*.py")]
+    return [path for path in paths if path.name != "conftest.py"
+            and not path.name.startswith("test_")]
+
+
 def make_config(**changes):
     """A MoSConfig with the values of recipe tiny but for `changes`."""
     return MoSConfig(**read_recipe("tiny")["model"] | changes)

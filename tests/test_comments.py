@@ -24,7 +24,7 @@ import kernels
 import train
 import vae
 from config import STAGES
-from conftest import ROOT, make_config, make_model
+from conftest import ROOT, make_config, make_model, product_files
 from data.pictures import Pictures
 from mos import MoS
 from pretrained import encoders
@@ -259,9 +259,8 @@ def test_shape_comments(files, run, tmp_path, light):
 
 def test_every_file_with_shape_comments_is_checked():
     """No file of the repository but the tests has a shape comment that is not proved."""
-    commented = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py")
-                 if "test" not in str(path.relative_to(ROOT)) and any(read_notes(
-                     path.name, path.read_text()))}
+    commented = {str(path.relative_to(ROOT)) for path in product_files()
+                 if any(read_notes(path.name, path.read_text()))}
     assert commented == {*FILES, *TRAINING}
 
 
