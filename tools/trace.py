@@ -34,7 +34,7 @@ def trace(call):
 
     def record(frame, event, _):
         path = Path(frame.f_code.co_filename)
-        if not path.is_relative_to(ROOT):
+        if not path.is_relative_to(ROOT) or "site-packages" in path.parts:
             return None
         function = re.sub(INNER, "", frame.f_code.co_qualname)
         lines = files.setdefault(str(path.relative_to(ROOT)), {}).setdefault(function, set())
