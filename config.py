@@ -354,6 +354,8 @@ def plan(flags, recipe, resume=False):
         if stage in kept:
             settings = read_recipe(str(out / f"{stage}.toml"))
             settings[stage]["init"] = settings[stage]["init"] or str(out)
+            if not torch.distributed.is_torchelastic_launched():  # now one process
+                settings[stage] |= {"parallel": "", "shards": 0}
             refuse_changes(flags, settings["model"] | settings[stage], out / f"{stage}.toml")
         training = settings[stage] | {name: value for name, value in flags.items()
                                       if name in settings[stage]}

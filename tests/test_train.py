@@ -404,6 +404,17 @@ def test_a_resumed_run_may_change_how_it_trains(tmp_path):
     assert {name: getattr(c, name) for name in changes} == changes
 
 
+def test_one_process_resumes_what_several_have_trained(tmp_path):
+    """Without torchrun a kept --parallel and --shards give way; what was given stays an error."""
+    c = settings("image", tmp_path, parallel="hsdp", shards=2)
+    write_settings(c, make_config(**MODEL))
+    assert 'parallel = "hsdp"' in (tmp_path / "image.toml").read_text()
+    (c, _), = plan({"out": str(tmp_path)}, read_recipe("laptop"), resume=True)
+    assert (c.parallel, c.shards) == ("", 0)
+    (c, _), = plan({"out": str(tmp_path), "parallel": "fsdp"}, read_recipe("laptop"), resume=True)
+    assert c.parallel == "fsdp"
+
+
 def test_all_stages_of_a_run_keep_their_settings(light, tmp_path, monkeypatch):
     """Interrupted in its first stage, a run of all stages goes on through the later ones."""
     at_step(monkeypatch, "vae", 2, ctrl_c)
