@@ -390,19 +390,19 @@ def rms_norm_backward_kernel(s_ptr, w_ptr, ds_ptr, dy_ptr, dx_ptr, dw_ptr, rows,
     tl.store(dw_ptr + tl.program_id(0) * D + col, tl.sum(dw, 0, keep_dims=True), col < D)
 
 
-def empty_norm(x, weight, residual, eps):
+def _empty_norm(x, weight, residual, eps):
     if residual is None:
         return x.new_empty(0), torch.empty_like(x)
     kind = torch.promote_types(x.dtype, residual.dtype)
     return torch.empty_like(x, dtype=kind), torch.empty_like(x)
 
 
-@operator(empty_norm)
+@operator(_empty_norm)
 def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None,
                      eps: float) -> tuple[Tensor, Tensor]:
     """Return s (empty without a residual) and y of `rms_norm_twin`. x, residual: contiguous."""
     rows, D, tiles, options = tiling(x)
-    s, y = empty_norm(x, weight, residual, eps)
+    s, y = _empty_norm(x, weight, residual, eps)
     rms_norm_kernel[(tiles,)](x, residual, weight.contiguous(), s, y, rows, D, eps,
                               ADD=residual is not None, **options)
     return s, y
@@ -464,16 +464,16 @@ def swiglu_kernel(gu_ptr, dh_ptr, dgu_ptr, h_ptr, width, BACK: tl.constexpr, HID
         tl.store(h_ptr + row * width + col, gate * s * up, inside)
 
 
-def empty_swiglu(gate_up, dh, hidden):
+def _empty_swiglu(gate_up, dh, hidden):
     half = *gate_up.shape[:-1], gate_up.shape[-1] // 2
     dgate_up = gate_up.new_empty(0) if dh is None else torch.empty_like(gate_up)
     return dgate_up, gate_up.new_empty(half if hidden else 0)
 
 
-@operator(empty_swiglu)
+@operator(_empty_swiglu)
 def swiglu(gate_up: Tensor, dh: Tensor | None, hidden: bool) -> tuple[Tensor, Tensor]:
     """Return the gradient of gate_up (empty without dh, that of h) and h (empty unless hidden)."""
-    dgate_up, h = empty_swiglu(gate_up, dh, hidden)
+    dgate_up, h = _empty_swiglu(gate_up, dh, hidden)
     width = gate_up.shape[-1] // 2
     swiglu_kernel[(gate_up.numel() // (2 * width), triton.cdiv(width, 4096))](
         gate_up, dh, dgate_up, h, width, BACK=dh is not None, HIDDEN=hidden, BLOCK=4096,
@@ -606,7 +606,7 @@ def queries_keys_backward_kernel(x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr
         tl.store(dw + 3 * HALF + col, tl.sum(k2, 0), col < HALF)
 
 
-def empty_heads(qkv, context, cos, sin, q_weight, k_weight, context_weight, heads, eps):
+def _empty_heads(qkv, context, cos, sin, q_weight, k_weight, context_weight, heads, eps):
     B, L, packed_heads, Dh = qkv.shape
     kv_heads = (packed_heads - heads) // 2
     keys = L if context is None else L + context.shape[1]
@@ -615,13 +615,13 @@ def empty_heads(qkv, context, cos, sin, q_weight, k_weight, context_weight, head
     return qkv.new_empty(B, L, heads, Dh), k, v
 
 
-@operator(empty_heads)
+@operator(_empty_heads)
 def queries_keys_forward(
         qkv: Tensor, context: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
         k_weight: Tensor | None, context_weight: Tensor | None, heads: int,
         eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k, v of `queries_keys_twin`; without a context v is empty: it stays in qkv."""
-    q, k, v = empty_heads(qkv, context, cos, sin, q_weight, k_weight, context_weight, heads, eps)
+    q, k, v = _empty_heads(qkv, context, cos, sin, q_weight, k_weight, context_weight, heads, eps)
     B, keys, Hk, Dh = k.shape
     written = Hk if context is None else 2 * Hk  # heads of keys and values
 
@@ -639,13 +639,13 @@ def queries_keys_forward(
     return q, k, v
 
 
-def empty_qkv_gradients(qkv, context, cos, sin, q_weight, *_):
+def _empty_qkv_gradients(qkv, context, cos, sin, q_weight, *_):
     dcontext = qkv.new_empty(0) if context is None else torch.empty_like(context)
     rows = 0 if q_weight is None else 4
     return torch.empty_like(qkv), dcontext, qkv.new_zeros(rows, qkv.shape[3], dtype=torch.float32)
 
 
-@operator(empty_qkv_gradients)
+@operator(_empty_qkv_gradients)
 def queries_keys_backward(
         qkv: Tensor, context: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
         k_weight: Tensor | None, context_weight: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
@@ -654,7 +654,7 @@ def queries_keys_backward(
 
     The last has a row each for q, k, nothing, and the context's k; none if there are no norms.
     """
-    dqkv, dcontext, dw = empty_qkv_gradients(qkv, context, cos, sin, q_weight)
+    dqkv, dcontext, dw = _empty_qkv_gradients(qkv, context, cos, sin, q_weight)
     _, keys, Hk, Dh = dk.shape
 
     def launch(x, dx, qw, kw, dw, first, H, rotate):

@@ -259,14 +259,14 @@ def read_template(folder):
     except TemplateError as e:
         raise ValueError(f"the chat template of {folder} is damaged: {e}") from None
 
-    def fill(text):
+    def render(text):
         try:
             return template.render(messages=[dict(role="user", content=text)],
                                    add_generation_prompt=True, **special_tokens)
         except TemplateError as e:
             raise ValueError(f"the chat template of {folder} cannot be filled ({e}); leave out "
                              "--und-chat") from None
-    return fill
+    return render
 
 
 # --- Wan 2.2's VAE --------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def moved(o, text, source, grid):
     return o._replace(x=to.x + dx * up(0.39), y=to.y + dy * up(0.39))
 
 
-def follow(text, source, scene, grid):
+def apply_demand(text, source, scene, grid):
     """The scene after one demand that speaks of the source."""
     verb, *_, end = text.split()
     nouns = re.findall(NOUN, text)
@@ -95,7 +95,7 @@ def test_texts_mean_the_target(drawn, grid):
     for edit in drawn if grid == 256 else draw(450, grid=8):
         scene = edit.source
         for part in edit.text.split(" and "):
-            scene = follow(part, edit.source, scene, grid)
+            scene = apply_demand(part, edit.source, scene, grid)
         assert sorted(scene.objects) == sorted(edit.target.objects), edit
         assert scene[1:] == edit.target[1:] and edit.target != edit.source, edit
         assert (" and " in edit.text) == (edit.type == "hybrid")
