@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():  # before the first import of Triton, which reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from common import run
 from config import MoSConfig, read_recipe
 from mos import MoS
 from towers import Tokenizer
@@ -80,6 +81,16 @@ def light(monkeypatch):
     lighten(monkeypatch.setattr)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Call a command in this process, in an empty folder."""
+    def call(module, *flags):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
+        run(module.main)
+    monkeypatch.chdir(tmp_path)
+    return call
 
 
 def run_script(script, *arguments, timeout=120, **environment):

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from checkpoint import read_vocabulary
-from common import run, to_tensor
+from common import to_tensor
 from config import MoSConfig
 from conftest import ROOT, make_model, product_files, run_script
 from mos import MoS
@@ -35,16 +34,6 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small") / "model"
     make_model().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """Call a command in this process, in an empty folder."""
-    def call(module, *flags):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
-        run(module.main)
-    monkeypatch.chdir(tmp_path)
-    return call
 
 
 @pytest.fixture
@@ -128,7 +117,7 @@ missing => no config.json in missing | --what zebra => zebra | --tasks zebra => 
 --number -1 | --pictures 0 | --pictures -1 | --batch 0 | --steps 0 | --guidance nan | --rescale 2
 --schedule fast | --json missing/a.json => missing/a.json | --json . | --zebra => --zebra"""))
 def test_evaluate_refuses(flags, message, refuse, monkeypatch):
-    """What evaluate.py cannot score or write, found before anything is drawn."""
+    """What tools.evaluate cannot score or write, found before anything is drawn."""
     monkeypatch.setattr(scores, "judge", lambda *_: pytest.fail("drew before"))
     refuse(message, evaluate, "--number", 1, "--pictures", 1, *flags)
 

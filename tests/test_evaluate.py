@@ -1,4 +1,4 @@
-"""evaluate.py: the truth scores 100 %, shuffled it scores at chance, and what is written holds."""
+"""tools.evaluate and world/scores.py: the truth scores 100 %, shuffled it scores at chance, and what is written holds."""
 
 import functools
 import json
@@ -493,7 +493,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """Call evaluate.py in this process, in an empty folder; gives what it prints."""
+    """Call tools.evaluate in this process, in an empty folder; gives what it prints."""
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
         run(evaluate.main)

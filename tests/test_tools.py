@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from common import run
 from config import MoSConfig, read_recipe
 from conftest import ROOT, make_config, make_model
 from mos import Context, unfilled
@@ -19,16 +18,6 @@ from tools import curves, estimate, routing, trace
 
 PROMPT = "a red circle above two stars"
 TIMES = [0.9, 0.5, 0.1]
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """Call a tool's command in this process, in an empty folder."""
-    def call(module, *flags):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
-        run(module.main)
-    monkeypatch.chdir(tmp_path)
-    return call
 
 
 # ------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_four_processes(trained, precise, tmp_path):
 def test_killed(light, tmp_path):
     """SIGKILL at a random moment loses less than twice save_every steps, and --resume goes on.
 
-    Twice: the newest state may still be on its way to the disk, never more than that one.
+    Twice: the newest checkpoint may still be on its way to the disk, never more than that one.
     """
     run = start(tmp_path, stage="vae", steps=5000, save_every=2)
     while not saved(tmp_path):
@@ -241,7 +241,7 @@ def test_a_process_that_stops_answering(light, tmp_path):
 @pytest.mark.parametrize("error", (OSError("disk full"), CheckpointException(
     "save", {0: _wrap_exception(OSError("disk full"))})))
 def test_torn_save(error, light, tmp_path, monkeypatch):
-    """A save that dies half-way leaves the last state as it was, and nothing beside it."""
+    """A save that dies half-way leaves the last checkpoint as it was, and nothing beside it."""
     def torn(tensors, storage_writer, **_):
         (storage_writer.path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
         raise error
