@@ -1,4 +1,4 @@
-"""tools.evaluate and world/scores.py: the truth scores 100 %, shuffled it scores at chance, and what is written holds."""
+"""Scores: the truth scores 100 %, shuffled it scores at chance, and what is written holds."""
 
 import functools
 import json
