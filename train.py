@@ -354,7 +354,7 @@ def prepare(c, values, flags, world, resume=False):
     if c.shards and c.parallel != "hsdp":
         raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
     config = model_config(c, values, flags)
-    dataset = open_sources(c, config.size, world)
+    dataset = open_sources(c, config, world)
     tokenizer = checkpoint.read_tokenizer(config, c.init) if c.stage in GENERATING else \
         build_tokenizer(dataset)
     with torch.device("meta"):  # no memory yet: it may be shared out first
