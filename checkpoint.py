@@ -73,6 +73,25 @@ def check_folder(c, folder, **found):
                          "folder, or other settings")
 
 
+def published_folder(c, part):
+    """Return the published folder that a MoSConfig names for one of PARTS, or ""."""
+    return {"understanding": c.und_folder, "vae": c.vae_folder}.get(part, "")
+
+
+def fingerprint(c, folder, part):
+    """Return a SHA-256 in hex that tells the weights of a frozen part from all others.
+
+    c: the MoSConfig. part: "vae" or "understanding", which is in the model's folder unless the
+    configuration names a published one. Raises FileNotFoundError or ValueError.
+    """
+    published = published_folder(c, part)
+    if not published:
+        return checksum(require(Path(folder) / f"{part}.safetensors"))
+    from pretrained.folders import describe_tower, describe_vae, digest
+    describe = describe_vae if part == "vae" else describe_tower
+    return digest(published, describe(published))
+
+
 def read_tokenizer(c, folder):
     """Return the tokenizer of a MoSConfig's published tower, or else that of the model's folder."""
     if not c.und_folder:
@@ -102,8 +121,7 @@ def save_model(model, folder, parts=tuple(PARTS), write=True, about=None):
     all but one without `write`.
     """
     c, folder = model.config, Path(folder)
-    published = {"understanding": c.und_folder, "vae": c.vae_folder}
-    files = {part: {} for part in parts if not published.get(part)}
+    files = {part: {} for part in parts if not published_folder(c, part)}
     for part, tensors in files.items():
         for module in PARTS[part]:
             for name, p in getattr(model, module).named_parameters():

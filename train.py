@@ -374,7 +374,7 @@ def prepare(c, values, flags, world, resume=False, export=False):
     config = model_config(c, values, flags)
     dataset = None
     if not export or c.stage == "vae":  # which measures its statistics on pictures
-        dataset = open_sources(c, config.size, world)
+        dataset = open_sources(c, config, world)
     if c.stage in GENERATING:
         tokenizer = checkpoint.read_tokenizer(config, c.init)
     elif dataset:

@@ -94,25 +94,26 @@ def parse_mixture(text):
     return weights
 
 
-def open_sources(c, size, world):
+def open_sources(c, config, world):
     """Return the Mixture that a TrainConfig asks for, or of stored latents if there are some.
 
-    size: side of a picture where c.sizes names none. Raises ValueError as the sources do.
+    config: the model's, whose size is that of pictures where c.sizes names none. Raises ValueError
+    as the sources do.
     """
     weights = parse_mixture(c.data)
     where = Where(c.where) if c.where else None
     if where and "shapes" in weights:
         raise ValueError("where filters by fields of own pictures; shapes has none")
-    sizes = [int(text) if str(text).isdecimal() else 0 for text in c.sizes] or [size]
+    sizes = [int(text) if str(text).isdecimal() else 0 for text in c.sizes] or [config.size]
     if any(side < STRIDE or side % STRIDE for side in sizes):
         raise ValueError(f"sizes must be multiples of {STRIDE}, got {' '.join(map(str, c.sizes))}")
     if c.stage == "edit" and c.data != "shapes":
         raise ValueError(f"data: stage edit knows only edits of shapes, got {c.data!r}")
     number = c.scenes if c.stage in ("image", "edit") else None
-    scenes = WORLDS[c.stage](size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
+    scenes = WORLDS[c.stage](config.size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
     made = None
     if c.stage == "image" and c.latents not in ("memory", "step"):
-        made = made_from(c, weights, size, sizes)
+        made = made_from(c, config, weights, sizes)
         stored = read_stored(Path(c.latents), made)
         if stored:
             return Mixture(stored, weights.values(), scenes if stored[0].kind == 0 else None)

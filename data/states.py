@@ -15,8 +15,8 @@ import torch
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import save_file
 
-from checkpoint import load_part
-from common import check_made, checksum, leave_stopping_to_parent, replacing, write_made
+from checkpoint import fingerprint, load_part
+from common import check_made, leave_stopping_to_parent, replacing, write_made
 from data.latents import open_shard, shard_path
 from kernels import autocast
 from mos import MoS
@@ -41,14 +41,6 @@ def open_tower(config, tokenizer, folder, device):
             context = model.understand(tokens.to(device))
         return context.inputs.cpu(), context.states.cpu()
     return read
-
-
-def fingerprint(config, init):
-    """Return a tower's checksum, or the names and sizes of a published tower's files."""
-    if not config.und_folder:
-        return checksum(init / "understanding.safetensors")
-    from pretrained.folders import weight_files
-    return [[path.name, path.stat().st_size] for path in weight_files(config.und_folder)]
 
 
 def produce(questions, answers, *tower):
@@ -92,6 +84,11 @@ class Producer:
                                   f"{self.process.exitcode}; start again with --resume") from None
 
 
+def digest(values):
+    """Return a SHA-256 of values that JSON can hold, in hex."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 class Cache:
     """The states of all prompts of a data set in a folder, made once by all processes together.
 
@@ -107,9 +104,9 @@ class Cache:
         ids = {text: model.tokenizer.encode(text) for text in {"", *captions}}
         texts = sorted(ids, key=lambda text: (len(ids[text]), text))
         self.rows = {tuple(ids[text]): row for row, text in enumerate(texts)}
-        made = {"tower": fingerprint(model.config, Path(init)),
-                "state_norm": model.config.state_norm,
-                "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+        made = {"tower": fingerprint(model.config, init, "understanding"),
+                "state_norm": model.config.state_norm, "prompts": digest(texts),
+                "tokenizer or chat template": digest([ids[text] for text in texts])}
         check_made(self.folder, made, "states")
         shards = [texts[i:i + SHARD] for i in range(0, len(texts), SHARD)]
         missing = [number for number in range(len(shards))
