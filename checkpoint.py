@@ -113,12 +113,12 @@ def read_vocabulary(folder):
 
 
 
-def save_model(model, folder, parts=tuple(PARTS), write=True, about=None):
+def save_model(model, folder, parts=tuple(PARTS), write=True, trained=None):
     """Write the folder of a model: config.json, vocab.json and a safetensors file for each part.
 
-    parts: what to write; of the others neither weights nor settings nor words change. about: texts
-    by name for the files' metadata. Where parameters are sharded every process must call it, and
-    all but one without `write`.
+    parts: what to write; of the others neither weights nor settings nor words change. trained: the
+    stage and step that the files shall name, "vae 6000". Where parameters are sharded every process
+    must call it, and all but one without `write`.
     """
     c, folder = model.config, Path(folder)
     files = {part: {} for part in parts if not published_folder(c, part)}
@@ -135,7 +135,7 @@ def save_model(model, folder, parts=tuple(PARTS), write=True, about=None):
     folder.mkdir(parents=True, exist_ok=True)
     for part, tensors in files.items():
         with replacing(folder / f"{part}.safetensors") as path:
-            save_file(tensors, path, about)
+            save_file(tensors, path, trained and {"trained": trained})
     with replacing(folder / "config.json") as path:
         path.write_text(json.dumps(settings_to_write(c, folder, parts), indent=1))
     if "understanding" in files:
@@ -285,10 +285,10 @@ def exported_step(c):
     if not path.is_file():
         return 0
     with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-    if c.stage == "image" and about.get("stage") == "edit":
+        stage, _, step = (file.metadata() or {}).get("trained", "").partition(" ")
+    if c.stage == "image" and stage == "edit":
         return math.inf
-    return int(about["step"]) if about.get("stage") == c.stage else 0
+    return int(step) if stage == c.stage else 0
 
 
 def describe_run(c, model, dataset):

@@ -139,8 +139,8 @@ class TrainConfig(Settings):
                           "here")
     phase: str = setting("the paper's phase of stage image, where the recipe has phases")
     out: str = setting("folder for the model, checkpoints, settings, log and pictures")
-    init: str = setting("folder whose weights this stage starts from: what earlier stages, or the "
-                        "phase before, have trained; empty: --out")
+    init: str = setting("folder whose weights the first stage starts from: what earlier stages, or "
+                        "the phase before, have trained; empty: --out")
     data: str = setting("shapes, a folder of pictures with captions, one of tar shards or their "
                         "pattern; several by weight: a=0.7,b=0.3")
     where: str = setting("use own pictures whose fields fulfil this: 'aesthetic >= 6'")
@@ -306,8 +306,13 @@ def write_all_settings(runs, flags):
 
 def require(path):
     """Return the path of a file. Raises FileNotFoundError that says how to get a model's folder."""
+    folder = path.parent
+    if not path.is_file() and (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(f"no {path.name} in {folder}, whose training was stopped: python "
+                                f"train.py --resume --out {folder} goes on, with --export in place "
+                                "of --resume it writes the model of the last checkpoint")
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}: expected a folder that "
+        raise FileNotFoundError(f"no {path.name} in {folder}: expected a folder that "
                                 "train.py or save_pretrained wrote; name it by --init in "
                                 "training, by --checkpoint in sampling")
     return path
@@ -346,7 +351,9 @@ def plan(flags, recipe, resume=False):
         if flags.get("data", "shapes") != "shapes" and "edit" in stages:
             stages.remove("edit")  # whose edits are those of shapes
     runs = []
-    for stage in stages:
+    for number, stage in enumerate(stages):
+        if number > 0:  # it starts from what the stages before it have trained
+            flags = {name: value for name, value in flags.items() if name != "init"}
         if stage not in kept and stage not in recipe:
             raise ValueError(f"unknown stage {stage!r}, expected one of this recipe's: "
                              + ", ".join(name for name in STAGES if name in recipe))

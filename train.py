@@ -256,9 +256,8 @@ class Trainer:
                 if done % c.eval_every == 0 or last:
                     self.validate(done)
                 if stop and not last:
-                    self.world.print0(
-                        f"\nstopped at step {done}; go on with: python train.py --resume --out "
-                        f"{c.out}; to draw with what it has learned so far: --export, not --resume")
+                    self.world.print0(f"\nstopped at step {done}; go on with --resume; --export "
+                                      "writes the model of this step, to draw with")
                     return False
         if self.writer.fault:
             raise OSError(self.writer.fault)
@@ -312,7 +311,7 @@ class Trainer:
         """Write the model with the weights that are in it now. Raises OSError."""
         self.stage.complete()
         checkpoint.save_model(self.model, self.folder, checkpoint.parts_to_write(self.c),
-                              self.world.first, {"stage": self.c.stage, "step": str(step)})
+                              self.world.first, f"{self.c.stage} {step}")
 
     def validate(self, step):
         """Export the averaged weights, then validate them; log and print what was found."""
