@@ -354,11 +354,11 @@ def prepare(c, values, flags, world, resume=False):
     if c.shards and c.parallel != "hsdp":
         raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
     config = model_config(c, values, flags)
+    if c.stage in GENERATING:  # what is wrong with the frozen parts shows before data is read
+        model = checkpoint.unloaded(MoS, config, checkpoint.read_tokenizer(config, c.init))
     dataset = open_sources(c, config, world)
-    tokenizer = checkpoint.read_tokenizer(config, c.init) if c.stage in GENERATING else \
-        build_tokenizer(dataset)
-    with torch.device("meta"):  # no memory yet: it may be shared out first
-        model = MoS(config, tokenizer)
+    if c.stage not in GENERATING:
+        model = checkpoint.unloaded(MoS, config, build_tokenizer(dataset))
     if c.stage in GENERATING and world.device.type == "cuda":
         model.understanding.bfloat16()  # MoS App. A
     for block in model.generation.blocks:
