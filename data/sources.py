@@ -5,14 +5,15 @@ stage needs instead. A picture is whatever the source's `to_pixels` turns into p
 Sample i is always the same sample. Stored latents take the place of pictures if there are some.
 """
 
+import hashlib
 import itertools
-import signal
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from common import leave_stopping_to_parent
 from data.buckets import STRIDE, Batch, Bucket, Plan
 from data.latents import Stored, made_from, read_stored
 from data.pictures import Pictures, Unreadable, Where, check_broken
@@ -42,6 +43,14 @@ class Mixture:
         """
         return [longest if isinstance(source, Shapes) else
                 count_tokens(tokenizer, source.captions, longest) for source in self.sources]
+
+    def captions_digest(self):
+        """Return a SHA-256 in hex of all own captions, in their order."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            if not isinstance(source, Shapes):
+                digest.update(source.captions.data)
+        return digest.hexdigest()
 
     def plan(self, lengths, step, batch, seed):
         """Return the Plan of global batches; lengths, step: see buckets.Plan."""
@@ -212,7 +221,7 @@ class Loader:
         self.encode = None if isinstance(self.sources[0], Stored) else encode
         self.options = dict(dataset=Reader(dataset.sources, collate, share), batch_size=None,
                             num_workers=workers, prefetch_factor=4 if workers else None,
-                            worker_init_fn=ignore_ctrl_c)
+                            worker_init_fn=leave_stopping_to_parent)
 
     def batches(self, planned):
         """Yield each planned batch with its tensors on the device, and its captions.
@@ -235,7 +244,3 @@ class Loader:
             others = [tensor.to(self.device, non_blocking=True) for tensor in others]
             yield batch, (pictures, *others), captions
 
-
-def ignore_ctrl_c(worker):
-    """Let the training process alone answer Ctrl-C, which reaches every process of a terminal."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

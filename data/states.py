@@ -8,7 +8,6 @@ stay on disk (Cache). Both return input embeddings (B, S, Du) and states (B, S, 
 import hashlib
 import json
 import queue
-import signal
 from collections import deque
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch.multiprocessing as multiprocessing
 from safetensors.torch import save_file
 
 from checkpoint import fingerprint, load_part, unloaded
-from common import check_made, replacing, write_made
+from common import check_made, leave_stopping_to_parent, replacing, write_made
 from data.latents import open_shard, shard_path
 from kernels import autocast
 from mos import MoS
@@ -45,7 +44,7 @@ def open_tower(config, tokenizer, folder, device):
 
 def produce(questions, answers, *tower):
     """Answer questions in the producer's process, until the training process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
+    leave_stopping_to_parent()
     torch.set_num_threads(1)
     read = open_tower(*tower)
     while multiprocessing.parent_process().is_alive():
