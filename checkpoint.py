@@ -112,7 +112,6 @@ def read_vocabulary(folder):
     return Tokenizer(words)
 
 
-
 def save_model(model, folder, parts=tuple(PARTS), write=True, about=None):
     """Write the folder of a model: config.json, vocab.json and a safetensors file for each part.
 

@@ -236,7 +236,8 @@ def test_stored_latents_and_states(smollm2, command, capsys, tmp_path):
     command(train, *train_flags(**stored, out="again"))
     assert "1 of 1 shards made now" in (text := capsys.readouterr().out)
     assert "0 of 1 shards made now" in text
-    assert Path("run/mos.safetensors").read_bytes() == Path("again/mos.safetensors").read_bytes()
+    trained, again = load_file("run/mos.safetensors"), load_file("again/mos.safetensors")
+    assert all(torch.equal(values, again[name]) for name, values in trained.items())
     message = stop(command, capsys, train, *train_flags(**stored, out="chat"), "--und-chat")
     assert message.startswith("error: states: states was made with another tokenizer or chat templ")
     other = write_tower(tmp_path / "other", SMOLLM2, seed=1)
