@@ -112,7 +112,6 @@ def read_vocabulary(folder):
     return Tokenizer(words)
 
 
-
 def save_model(model, folder, parts=tuple(PARTS), write=True, trained=None):
     """Write the folder of a model: config.json, vocab.json and a safetensors file for each part.
 
@@ -157,6 +156,13 @@ def words_of(tokenizer):
     return tokenizer.words[len(Tokenizer.SPECIAL):]
 
 
+def unloaded(kind, config, tokenizer):
+    """Return a model (`kind` is MoS) on the meta device: without memory, which may be shared out.
+    """
+    with torch.device("meta"):
+        return kind(config, tokenizer)
+
+
 def load_model(kind, folder, device="cpu", tower_device=None, parts=tuple(PARTS),
                vae_dtype=torch.float32, **changes):
     """Return the model (`kind` is MoS) of a folder that `save_model` wrote, ready to sample.
@@ -168,8 +174,13 @@ def load_model(kind, folder, device="cpu", tower_device=None, parts=tuple(PARTS)
     missing, broken or misshaped.
     """
     config = replace(read_config(folder), **changes)
-    with torch.device("meta"):
-        model = kind(config, read_tokenizer(config, folder))
+    for name in ("und_folder", "vae_folder"):
+        path = getattr(config, name)
+        if path and name not in changes and not Path(path).is_dir():
+            raise FileNotFoundError(f"{folder}/config.json names {path} as its {name}, which is no "
+                                    f"folder; give its place with --{name.replace('_', '-')}, or "
+                                    "correct it in that file")
+    model = unloaded(kind, config, read_tokenizer(config, folder))
     load_parts(model, folder, parts, device, tower_device, vae_dtype)
     return model
 

@@ -14,6 +14,7 @@ same form: such a file is a recipe, too.
 
 import json
 import math
+import os
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -71,12 +72,13 @@ def check_value(name, f, value):
 @dataclass(kw_only=True)
 class MoSConfig(Settings):
     """Everything that decides a model."""
-    vae_folder: str = setting("folder of Wan 2.2's VAE, which then decides the VAE's widths")
+    vae_folder: str = setting("folder of Wan 2.2's VAE, which then decides all other settings of "
+                              "the VAE", change=True)
     vae_channels: int = setting("C, latent channels", 1)
     vae_width: int = setting("channels of the encoder's first stage", 1)
     vae_decoder_width: int = setting("channels of the decoder's last stage", 1)
     und_folder: str = setting("folder of a language model in Hugging Face's layout, which is then "
-                              "the understanding tower")
+                              "the understanding tower and decides its sizes", change=True)
     und_chat: bool = setting("put prompts into that folder's chat template, as a user's message")
     und_images: bool = setting("the understanding tower also reads pictures")
     und_vocabulary: int = setting("tokens that the tower knows; 0: those of its tokenizer", 0)
@@ -300,8 +302,7 @@ def write_settings(c, config):
 def write_all_settings(runs, flags):
     """Write the settings of all stages of a `plan`, with the model's as far as they are known."""
     for c, values in runs:
-        known = {name: flags[name] for name in flags if name in values}
-        write_settings(c, MoSConfig(**values | known))
+        write_settings(c, MoSConfig(**model_values(values, flags)))
 
 
 def require(path):
@@ -389,15 +390,35 @@ def loads_own_weights(c):
     return c.stage == "edit" or later_phase or c.stage == "vae" and c.init != c.out
 
 
+def model_values(values, flags):
+    """Return the model's settings of a recipe under flags, and under those folders' own settings.
+
+    Published folders are named by their absolute paths, so that the model can be used from any
+    other folder. Raises ValueError for a flag that contradicts a folder.
+    """
+    from pretrained.folders import tower_settings, vae_settings  # which need this module
+    values = values | {name: value for name, value in flags.items() if name in values}
+    for name, settings in (("und_folder", tower_settings), ("vae_folder", vae_settings)):
+        folder = values[name]
+        found = settings(folder) if folder else {}
+        for setting, value in found.items():
+            if flags.get(setting, value) != value:
+                raise ValueError(f"{setting} is {value} in {folder} and cannot become "
+                                 f"{flags[setting]}; leave the flag out")
+        values |= found
+        values[name] = folder and os.path.abspath(folder)
+    return values
+
+
 def model_config(c, values, flags):
     """Return the MoSConfig of a stage: what an earlier stage has trained stays as it was.
 
     values: of the recipe, flags: those that were given. Raises ValueError for a flag that
-    contradicts the weights in --init.
+    contradicts the weights in --init, or a published folder.
     """
     if c.stage == "edit":
         values = asdict(read_config(c.init))
-    values = values | {name: value for name, value in flags.items() if name in values}
+    values = model_values(values, flags)
     trained = []  # beginnings of the names that belong to trained parts
     if c.stage in GENERATING:
         trained = [part for part in ("vae_", "und_") if not values[f"{part}folder"]]
