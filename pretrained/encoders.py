@@ -250,8 +250,8 @@ def build_encoder(config):
     # PLM's folders name a "core" encoder; the changes in model_args make it the "lang" one.
     if match := re.match(r"vit_pe_(core|lang)_(large|gigantic)_patch14_", str(name)):
         return build_perception(config, vision, *match.groups())
-    raise ValueError(f"its config.json has the vision model {name!r}; expected PLM's (vit_pe_lang_...) "
-                     "or InternVL's (internvl_vision, intern_vit_6b)")
+    raise ValueError(f"its config.json has the vision model {name!r}; expected PLM's "
+                     "(vit_pe_lang_...) or InternVL's (internvl_vision, intern_vit_6b)")
 
 
 def build_perception(config, vision, kind, size):
