@@ -199,8 +199,9 @@ class TrainConfig(Settings):
         if self.stage in GENERATING and self.scenes < 1:
             raise ValueError(f"scenes must be at least 1 in stage {self.stage}, got {self.scenes}")
         try:
-            torch.device(self.tower_device or "cpu")
-        except RuntimeError:
+            if torch.device(self.tower_device or "cpu").type == "meta":
+                raise RuntimeError
+        except RuntimeError:  # unknown, or without memory
             raise ValueError("tower_device must be a device such as cuda:1, got "
                              f"{self.tower_device!r}") from None
 
