@@ -63,7 +63,7 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     old = contents(tmp_path)
 
-    def full(tensors, path):
+    def full(tensors, path, *_):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
@@ -76,7 +76,7 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
 def test_a_training_checkpoint_fits_one_run(tmp_path):
     """Values and step come back; a tensor more, a tensor less and another shape are refused."""
     kept = {"a": torch.rand(2, 3), "b": torch.rand(4)}
-    checkpoint.save(tmp_path, 7, kept, alone(), 1)
+    checkpoint.save(tmp_path, 7, kept, alone(), 1, {})
     folder, = checkpoint.checkpoints(tmp_path)
     tensors = {name: torch.zeros_like(values) for name, values in kept.items()}
     assert checkpoint.load(folder, tensors) == 7

@@ -53,7 +53,7 @@ def begun(init, monkeypatch):
     """Call begun(stage, **settings) for a stage of the small model that has opened its data."""
     def call(stage, **changes):
         c = settings(stage, init=str(init), **changes)
-        data = open_sources(c, 64, alone())
+        data = open_sources(c, make_config(**MODEL), alone())
         stage = stages.KINDS[stage](MoS.from_pretrained(init), data, c, alone())
         stage.begin(0)
         return stage
@@ -322,7 +322,7 @@ def test_the_loss_of_stage_edit(begun):
 def test_two_steps_are_adamw_written_out(stage, double, light, init, tmp_path, monkeypatch):
     """Rate by schedule, betas 0.9 and 0.95, decay of matrices alone, clipping, then the average."""
     trainer = prepare(stage, tmp_path, init=str(init), micro_batch=2, lr=0.01, final_lr=0.2,
-                      warmup=4, steps=8, weight_decay=0.3, clip=0.01, ema=0.3)
+                      warmup=4, steps=40, weight_decay=0.3, clip=0.01, ema=0.3)
     trainer.begin()
     draw, named = trainer.stage.inputs, trainer.named
     matrices = [module.weight for module in trainer.module.modules()
@@ -331,7 +331,7 @@ def test_two_steps_are_adamw_written_out(stage, double, light, init, tmp_path, m
     expected = [p.detach().numpy().copy() for _, p in named]
     average = [p.copy() for p in expected]
     m, v = ([0 * p for p in expected] for _ in range(2))
-    rates = {1: 0.01 * 2 / 4, 6: 0.01 * (0.2 + 0.8 * 0.5)}  # in the warm-up, half down the cosine
+    rates = {1: 0.01 * 2 / 4, 22: 0.01 * (0.2 + 0.8 * 0.5)}  # in the warm-up, half down the cosine
     for number, (step, rate) in enumerate(rates.items(), 1):
         inputs = draw(step)
         monkeypatch.setattr(trainer.stage, "inputs", lambda _, inputs=inputs: inputs)
@@ -378,6 +378,7 @@ def test_the_validation_of_stage_vae(begun, monkeypatch, tmp_path):
     true, = stage.validation_batch(200)
     latents, _ = vae.posterior(true)
     error = (vae.reconstruct(latents).clamp(-1, 1) - true).square().mean().item()
+    stage.complete()
     values = stage.validate(7, tmp_path)
     assert values == pytest.approx(dict(val_psnr=10 * math.log10(4 / error), val_judge=0.37))
     assert judged == [(100, vae, "val")]
