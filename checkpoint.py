@@ -112,13 +112,12 @@ def read_vocabulary(folder):
     return Tokenizer(words)
 
 
-
-def save_model(model, folder, parts=tuple(PARTS), write=True, about=None):
+def save_model(model, folder, parts=tuple(PARTS), write=True, trained=None):
     """Write the folder of a model: config.json, vocab.json and a safetensors file for each part.
 
-    parts: what to write; of the others neither weights nor settings nor words change. about: texts
-    by name for the files' metadata. Where parameters are sharded every process must call it, and
-    all but one without `write`.
+    parts: what to write; of the others neither weights nor settings nor words change. trained: the
+    stage and step that the files shall name, "vae 6000". Where parameters are sharded every process
+    must call it, and all but one without `write`.
     """
     c, folder = model.config, Path(folder)
     files = {part: {} for part in parts if not published_folder(c, part)}
@@ -135,7 +134,7 @@ def save_model(model, folder, parts=tuple(PARTS), write=True, about=None):
     folder.mkdir(parents=True, exist_ok=True)
     for part, tensors in files.items():
         with replacing(folder / f"{part}.safetensors") as path:
-            save_file(tensors, path, about)
+            save_file(tensors, path, trained and {"trained": trained})
     with replacing(folder / "config.json") as path:
         path.write_text(json.dumps(settings_to_write(c, folder, parts), indent=1))
     if "understanding" in files:
@@ -157,6 +156,13 @@ def words_of(tokenizer):
     return tokenizer.words[len(Tokenizer.SPECIAL):]
 
 
+def unloaded(kind, config, tokenizer):
+    """Return a model (`kind` is MoS) on the meta device: without memory, which may be shared out.
+    """
+    with torch.device("meta"):
+        return kind(config, tokenizer)
+
+
 def load_model(kind, folder, device="cpu", tower_device=None, parts=tuple(PARTS),
                vae_dtype=torch.float32, **changes):
     """Return the model (`kind` is MoS) of a folder that `save_model` wrote, ready to sample.
@@ -168,8 +174,13 @@ def load_model(kind, folder, device="cpu", tower_device=None, parts=tuple(PARTS)
     missing, broken or misshaped.
     """
     config = replace(read_config(folder), **changes)
-    with torch.device("meta"):
-        model = kind(config, read_tokenizer(config, folder))
+    for name in ("und_folder", "vae_folder"):
+        path = getattr(config, name)
+        if path and name not in changes and not Path(path).is_dir():
+            raise FileNotFoundError(f"{folder}/config.json names {path} as its {name}, which is no "
+                                    f"folder; give its place with --{name.replace('_', '-')}, or "
+                                    "correct it in that file")
+    model = unloaded(kind, config, read_tokenizer(config, folder))
     load_parts(model, folder, parts, device, tower_device, vae_dtype)
     return model
 
@@ -285,10 +296,10 @@ def exported_step(c):
     if not path.is_file():
         return 0
     with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-    if c.stage == "image" and about.get("stage") == "edit":
+        stage, _, step = (file.metadata() or {}).get("trained", "").partition(" ")
+    if c.stage == "image" and stage == "edit":
         return math.inf
-    return int(about["step"]) if about.get("stage") == c.stage else 0
+    return int(step) if stage == c.stage else 0
 
 
 def describe_run(c, model, dataset):

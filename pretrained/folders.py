@@ -27,11 +27,19 @@ def read_json(folder, name="config.json"):
     path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"no {name} in {folder}: give a model in Hugging Face's or "
-                                "diffusers' layout")
+                                f"diffusers' layout{hint(Path(folder))}")
     try:
         return json.loads(path.read_text())
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}); copy it again") from None
+
+
+def hint(folder):
+    """Return what may help where a folder is not that of a model, to go on a sentence."""
+    if (folder / "adapter_config.json").is_file():
+        return "; this is a LoRA adapter: merge it into its model first"
+    inner = [path.parent.name for path in sorted(folder.glob("*/config.json"))]
+    return f"; it may be in one of its folders {', '.join(inner)}" if inner else ""
 
 
 def one_line_errors(function):
@@ -206,6 +214,16 @@ def describe_tower(folder):
     return {**{name: c[name] for name in names}, "rope": rope, "head_dim": c.get("head_dim"),
             "tied": bool(config.get("tie_word_embeddings", c.get("tie_word_embeddings"))),
             "vision_config": config.get("vision_config")}
+
+
+def tower_settings(folder):
+    """Return the settings of a MoSConfig that a folder's tower decides."""
+    c = describe_tower(folder)
+    settings = dict(und_vocabulary=c["vocab_size"], und_width=c["hidden_size"],
+                    und_depth=c["num_hidden_layers"], und_heads=c["num_attention_heads"],
+                    und_kv_heads=c["num_key_value_heads"], und_hidden=c["intermediate_size"],
+                    und_tied=c["tied"])
+    return settings if c["vision_config"] else settings | dict(und_images=False)
 
 
 @one_line_errors
@@ -398,6 +416,13 @@ def describe_vae(folder):
         raise ValueError(f"{folder}/config.json must have {c['z_dim']} numbers each in "
                          "latents_mean and latents_std")
     return {**{name: c[name] for name in VAE_DEFAULTS}, **statistics}
+
+
+def vae_settings(folder):
+    """Return the settings of a MoSConfig that a folder's VAE decides."""
+    c = describe_vae(folder)
+    return dict(vae_channels=c["z_dim"], vae_width=c["base_dim"],
+                vae_decoder_width=c["decoder_base_dim"])
 
 
 @one_line_errors
