@@ -11,11 +11,12 @@ import os
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import PngImagePlugin
 
 from checkpoint import PARTS, load_parts
 from common import ROOT, CommandLine, contact_sheet, pick_device, replacing, run, tqdm_or_none
 from config import SCHEDULES, check_size
+from data.pictures import Unreadable, open_as_seen
 from mos import MoS
 
 
@@ -98,12 +99,11 @@ def parse_size(text):
 
 
 def read_picture(path):
-    """Read a picture file as it is shown, in RGB. Raises ValueError for what cannot be edited."""
+    """Return a picture file as viewers show it. Raises ValueError for what cannot be edited."""
     try:
-        with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as e:  # PIL raises nearly anything at broken files
-        raise ValueError(f"--image {path} cannot be read: {' '.join(str(e).split())}") from None
+        picture = open_as_seen(path)
+    except Unreadable as e:
+        raise ValueError(f"--image {path} cannot be read: {e}") from None
     try:
         check_size(picture.size[::-1])
     except ValueError as e:
