@@ -221,4 +221,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "ask for fewer pictures at once or a smaller --size, or try --vae-dtype bfloat16 or "
+        "--drop-tower")

@@ -4,15 +4,19 @@ A folder's config.json says what to build, and its safetensors files hold the we
 format is read). They are mapped into memory and copied into the model one tensor at a time.
 """
 
+import hashlib
 import json
 import math
 import re
-from functools import partial, wraps
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from checkpoint import copy_tensors
+from common import checksum
 from pretrained.encoders import build_encoder, is_vision_tensor, text_config
 from towers import Tokenizer, Understanding
 from vae import VAE
@@ -42,16 +46,84 @@ def one_line_errors(function):
 
 
 def weight_files(folder):
-    """Return the paths of a folder's safetensors files. Raises FileNotFoundError without any."""
-    paths = sorted(Path(folder).glob("*.safetensors"))
+    """Return the paths of the safetensors files that hold a folder's model.
+
+    These are the files of its index.json. Where it has none: the one file of the usual name, or the
+    numbered shards, or else all files. Raises FileNotFoundError for a folder without weights and
+    for a shard that is missing, ValueError for a damaged index.json.
+    """
+    paths = sorted(path for path in Path(folder).glob("*.safetensors") if path.name[0] != ".")
+    for name in ("model", "diffusion_pytorch_model"):
+        index = Path(folder) / f"{name}.safetensors.index.json"
+        if index.is_file():
+            return indexed_files(folder, index.name)
+        plain = index.with_name(f"{name}.safetensors")
+        if plain in paths:
+            return [plain, *find_copies(plain, paths)]
+        if shards := [path for path in paths if path.match(f"{name}-*-of-*")]:
+            return shards
     if not paths:
         raise FileNotFoundError(f"no safetensors files in {folder}; convert its weights")
     return paths
 
 
+@one_line_errors
+def indexed_files(folder, name):
+    """Return the paths of the files that an index.json names."""
+    holds = {}
+    for tensor, file in read_json(folder, name)["weight_map"].items():
+        holds.setdefault(file, []).append(tensor)
+    for file, tensors in holds.items():
+        if not (Path(folder) / file).is_file():
+            raise FileNotFoundError(f"no {file} in {folder}: by {name} it holds {min(tensors)} and "
+                                    f"{len(tensors) - 1} other tensors; download it again")
+    return [Path(folder) / file for file in sorted(holds)]
+
+
+def find_copies(plain, paths):
+    """Return the other files with a tensor of a folder's plain one: nobody can know which is right.
+
+    A variant, such as model.fp16.safetensors, is known to be one. What holds other tensors, such as
+    an adapter, belongs to another program.
+    """
+    copies = []
+    for path in paths:
+        if path != plain and path.name.count(".") == 1:
+            try:
+                with safe_open(path, "pt") as other, safe_open(plain, "pt") as ours:
+                    if set(other.keys()) & set(ours.keys()):
+                        copies.append(path)
+            except SafetensorError:
+                pass  # `copy_tensors` says so if it is the plain one
+    return copies
+
+
+@lru_cache
+def checksum_as_of(path, changed):
+    """Return the checksum of a file that was last changed at this time: it is read only once."""
+    return checksum(path)
+
+
+def digest(folder, settings):
+    """Return a SHA-256 in hex of all that a published model computes with.
+
+    settings: what its config.json says, as `describe_tower` or `describe_vae` returns it. The
+    weight files are read in full, several at a time: loading them reads them as well.
+    """
+    paths = weight_files(folder)
+    with ThreadPoolExecutor() as threads:
+        sums = list(threads.map(checksum_as_of, paths, [path.stat().st_mtime_ns for path in paths]))
+    return hashlib.sha256(json.dumps([settings, sums], sort_keys=True).encode()).hexdigest()
+
+
 # --- Understanding towers -------------------------------------------------------------------------
 
 FAMILIES = {"llama": {}, "qwen2": dict(bias=True), "qwen3": dict(qk_norm=True)}
+# What transformers takes for a value that a config.json leaves out.
+SIZES = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6)
+QWEN_SIZES = SIZES | dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32)
+DEFAULTS = {"llama": SIZES | dict(vocab_size=32000, intermediate_size=11008),
+            "qwen2": QWEN_SIZES, "qwen3": QWEN_SIZES | dict(head_dim=128)}
 
 # A tensor's name: a prefix, the block (if it is in one), the module, and weight or bias.
 TOWER_TENSOR = re.compile(r"(?:language_model\.model\.|model\.language_model\.|model\.)?"
@@ -115,28 +187,45 @@ def check_supported(folder, c, rope_type):
 
 
 @one_line_errors
+def describe_tower(folder):
+    """Return what decides a folder's tower: values of its config.json, by their names there.
+
+    Raises FileNotFoundError, or ValueError for a model that is not supported.
+    """
+    config = read_json(folder)
+    c = text_config(config)
+    rope = {"rope_theta": c.get("rope_theta", 1e4),
+            **(c.get("rope_parameters") or c.get("rope_scaling") or {})}
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    check_supported(folder, c, rope["rope_type"])
+    c = DEFAULTS[c["model_type"]] | c
+    if c.get("num_key_value_heads") is None:
+        c["num_key_value_heads"] = c["num_attention_heads"]
+    names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "intermediate_size", "rms_norm_eps")
+    return {**{name: c[name] for name in names}, "rope": rope, "head_dim": c.get("head_dim"),
+            "tied": bool(config.get("tie_word_embeddings", c.get("tie_word_embeddings"))),
+            "vision_config": config.get("vision_config")}
+
+
+@one_line_errors
 def build_tower(folder, images=True):
     """Return the tower that a folder describes, on the default device, without its weights.
 
     images: whether to include its image encoder, if it has one. Raises FileNotFoundError, or
     ValueError for a model that is not supported.
     """
+    c = describe_tower(folder)
     config = read_json(folder)
-    c = text_config(config)
-    rope = c.get("rope_parameters")
-    if not rope:
-        rope = {"rope_theta": c.get("rope_theta", 1e4), **(c.get("rope_scaling") or {})}
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    check_supported(folder, c, rope_type)
     vision = build_encoder(config) if images else None
+    rope = c["rope"]
     return Understanding(
         vocabulary=c["vocab_size"], width=c["hidden_size"], depth=c["num_hidden_layers"],
         heads=c["num_attention_heads"], kv_heads=c["num_key_value_heads"],
-        hidden=c["intermediate_size"], head_width=c.get("head_dim"), vision=vision,
-        image_token=find_image_token(folder, config) if vision else None,
-        tied=bool(config.get("tie_word_embeddings", c.get("tie_word_embeddings"))),
+        hidden=c["intermediate_size"], head_width=c["head_dim"], vision=vision,
+        image_token=find_image_token(folder, config) if vision else None, tied=c["tied"],
         theta=rope["rope_theta"],
-        rope_scaling=llama3_scaling(**rope) if rope_type == "llama3" else None,
+        rope_scaling=llama3_scaling(**rope) if rope["rope_type"] == "llama3" else None,
         eps=c["rms_norm_eps"], **FAMILIES[c["model_type"]])
 
 
@@ -287,13 +376,34 @@ WAN_NAMES = (
     (r"\.shortcut\.", ".conv_shortcut."))
 
 
+# What diffusers takes for a value that a config.json leaves out.
+VAE_DEFAULTS = dict(z_dim=16, base_dim=96, decoder_base_dim=None, dim_mult=[1, 2, 4, 4],
+                    num_res_blocks=2, temperal_downsample=[False, True, True])
+
+
 @one_line_errors
-def build_vae(folder):
-    """Return Wan 2.2's VAE as a folder describes it, without weights. Raises ValueError."""
+def describe_vae(folder):
+    """Return what decides a folder's VAE: values of its config.json, by their names there.
+
+    Raises FileNotFoundError, or ValueError for anything but Wan 2.2's.
+    """
     c = read_json(folder)
     if not c.get("is_residual") or c.get("patch_size") != 2 or c.get("attn_scales"):
         raise ValueError(f"{folder} is not Wan 2.2's VAE: expected is_residual, patch_size 2 and "
                          "no attn_scales in its config.json")
+    c = VAE_DEFAULTS | c
+    c["decoder_base_dim"] = c["decoder_base_dim"] or c["base_dim"]
+    statistics = {name: c.get(name, []) for name in ("latents_mean", "latents_std")}
+    if any(len(values) != c["z_dim"] for values in statistics.values()):
+        raise ValueError(f"{folder}/config.json must have {c['z_dim']} numbers each in "
+                         "latents_mean and latents_std")
+    return {**{name: c[name] for name in VAE_DEFAULTS}, **statistics}
+
+
+@one_line_errors
+def build_vae(folder):
+    """Return Wan 2.2's VAE as a folder describes it, without weights. Raises ValueError."""
+    c = describe_vae(folder)
     return VAE(latent_channels=c["z_dim"], width=c["base_dim"], decoder_width=c["decoder_base_dim"],
                multipliers=tuple(c["dim_mult"]), temporal=tuple(c["temperal_downsample"]),
                blocks=c["num_res_blocks"])
@@ -317,11 +427,7 @@ def last_frame(name, values):
 def load_vae_weights(folder, vae):
     """Copy a folder's weights and latent statistics into the VAE that `build_vae` made for it."""
     copy_tensors(dict(vae.named_parameters()), weight_files(folder), our_vae_name, last_frame)
-    c = read_json(folder)
-    channels = len(vae.latents_mean)
-    if not len(c["latents_mean"]) == len(c["latents_std"]) == channels:
-        raise ValueError(f"{folder}/config.json must have {channels} numbers each in latents_mean "
-                         "and latents_std")
+    c = describe_vae(folder)
     vae.set_statistics(torch.tensor(c["latents_mean"], dtype=torch.float64),
                        torch.tensor(c["latents_std"], dtype=torch.float64))
 

@@ -735,7 +735,7 @@ def test_processes_share_the_encoding(world, light, tmp_path):
     c = settings("image", tmp_path, init=str(world / "init"), data="shapes", scenes=9,
                  latents=str(tmp_path / "z"))
     (tmp_path / "z").mkdir()
-    dataset = sources.open_sources(c, 32, alone())
+    dataset = sources.open_sources(c, make_config(size=32), alone())
     dataset.pieces = lambda length: Mixture.pieces(dataset, length, 2 * 32 * 32)
     stage = stages.ImageStage(MoS.from_pretrained(world / "init"), dataset, c, Second(1, 2, "cpu"))
     with pytest.raises(OSError):  # the others' are missing
@@ -784,7 +784,7 @@ def test_first_stages_follow_the_plan(stage, world, light, tmp_path):
     assert all(("padding" in row) == (stage == "understand") for row in rows)
     kind = train.KINDS[stage]
     c = settings(stage, tmp_path, batch=4, data=changes["data"], steps=6)
-    dataset = sources.open_sources(c, 64, alone())
+    dataset = sources.open_sources(c, make_config(size=64), alone())
     model = MoS(make_config(**MODEL), sources.build_tokenizer(dataset, 300))
     inputs = [kind(model, dataset, c, alone(r, n)) for n in (1, 2, 4) for r in range(n)]
     for one in inputs:

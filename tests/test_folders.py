@@ -1,5 +1,6 @@
 """Folders of published towers and VAEs: tokenizers, templates, and models that use them by path."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from checkpoint import load_parts, read_tokenizer
+from checkpoint import fingerprint, load_parts, read_tokenizer
 from conftest import SMALL, make_config
 from mos import MoS
 from pretrained.folders import FolderTokenizer, load_tower, load_vae
@@ -254,12 +255,52 @@ def copy_folder(parts, tmp_path, part, **changes):
     return folder
 
 
+def rewrite_tensor(folder, name):
+    """Change one value of a tensor in a folder's weights, in place: names and sizes stay."""
+    path, = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] += 1
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("part, tensor, value", (
+    ("understanding", "model.layers.3.mlp.up_proj.weight", dict(rope_theta=1e6)),
+    ("vae", "decoder.conv_out.weight", dict(latents_std=[1.0] * 6))))
+def test_fingerprint(part, tensor, value, parts, tmp_path):
+    """It follows from what a folder's model computes with, and from nothing else."""
+    name = "und" if part == "understanding" else part
+    folder = copy_folder(parts, tmp_path, name)
+
+    def now():
+        return fingerprint(make_config(**{f"{name}_folder": str(folder)}), "", part)
+
+    before = now()
+    assert before == fingerprint(make_config(**parts), "", part)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | dict(transformers_version="9")))
+    (folder / "notes.txt").write_text("something else")
+    assert now() == before
+    (folder / "config.json").write_text(json.dumps(values | value))
+    changed = now()
+    assert changed != before
+    rewrite_tensor(folder, tensor)
+    assert now() not in (before, changed)
+
+
+def test_fingerprint_of_own_parts(model, tmp_path):
+    """That of the small world's parts is the checksum of their file."""
+    model.save_pretrained(tmp_path)
+    for part in ("vae", "understanding"):
+        expected = hashlib.sha256((tmp_path / f"{part}.safetensors").read_bytes()).hexdigest()
+        assert fingerprint(model.config, tmp_path, part) == expected
+
+
 @pytest.mark.parametrize("part, changes, message", (
-    ("und", dict(hidden_size=None), "holds no model as it is published .*hidden_size"),
+    ("und", dict(hidden_size="wide"), "holds no model as it is published .*str"),
     ("und", dict(num_key_value_heads=0), "holds no model as it is published .*Zero"),
     ("und", dict(hidden_act="gelu"), "another activation than silu"),
     ("vae", dict(dim_mult=4), "holds no model as it is published .*TypeError"),
-    ("vae", dict(latents_std=None), "holds no model as it is published .*latents_std"),
+    ("vae", dict(latents_std=None), "must have 6 numbers each in latents_mean and"),
     ("vae", dict(latents_mean=[0.0]), "must have 6 numbers each in latents_mean and")))
 def test_spoiled_configurations(part, changes, message, parts, tmp_path):
     """A value that is missing in config.json, or of a wrong type, is an error of one line."""

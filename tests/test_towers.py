@@ -111,6 +111,7 @@ def test_damaged_tensors(damage, message, folder):
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
         path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
     damage(tensors)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=message):
@@ -124,6 +125,7 @@ def test_parts_of_others_are_left(folder):
     for path in folder.glob("*.safetensors"):
         originals |= load_file(path)
         path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
     for prefix in ("language_model.model.", "model.language_model."):
         tensors = {"vision_model.x": torch.ones(1), "mlp1.0.weight": torch.ones(1)}
         for name, values in originals.items():
@@ -147,7 +149,7 @@ def test_other_families(change, message, folder):
 
 def test_no_folder(folder):
     """A folder without config.json or without weights is an error of one line."""
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob("*.safetensors*"):
         path.unlink()
     with pytest.raises(FileNotFoundError, match="no safetensors files in"):
         load_tower(folder)
