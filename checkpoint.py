@@ -331,10 +331,12 @@ def check_same_run(checkpoint, run):
     """Raise ValueError that names what a run would now learn from that it has not begun with."""
     kept = read_run(checkpoint)
     refuse_changes(run["settings"], kept["settings"], checkpoint / MANIFEST)
-    for name in run.keys() & kept.keys() - {"settings"}:
-        if run[name] != kept[name]:
-            raise ValueError(f"{checkpoint} was trained with another {name}"
-                             f"{first_difference(kept[name], run[name])}; put that back, or choose "
+    names = {"tokenizer": "another tokenizer", "understanding": "another understanding tower",
+             "vae": "another VAE", "captions": "other captions"}
+    for key, name in names.items():
+        if key in run and run[key] != kept[key]:
+            raise ValueError(f"{checkpoint} was trained with {name}"
+                             f"{first_difference(kept[key], run[key])}; put that back, or choose "
                              "another --out")
 
 

@@ -17,6 +17,7 @@ import math
 import os
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
+from operator import index
 from pathlib import Path
 
 import torch
@@ -208,11 +209,30 @@ class TrainConfig(Settings):
 
 def check_size(size):
     """Return (height, width) of a size given as side or pair. Raises ValueError for a bad one."""
-    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        height, width = map(index, size if hasattr(size, "__len__") else (size, size))
+    except (TypeError, ValueError):
+        raise ValueError("size must be a whole number or a pair of them, (height, width), got "
+                         f"{size!r}") from None
     if height % 32 or width % 32 or not 0 < height * width <= 2 ** 24 or height <= 0:
         raise ValueError("size must be a multiple of 32 on each side and at most 4096x4096 in all, "
                          f"got {height}x{width}")
     return height, width
+
+
+def check_seeds(seed, count):
+    """Return `count` seeds: a first one and those after it, or the ones of a list.
+
+    Raises ValueError for anything else, and for a list of another length.
+    """
+    try:
+        seeds = list(map(index, seed if hasattr(seed, "__len__") else range(seed, seed + count)))
+    except TypeError:
+        raise ValueError("seed must be a whole number, or a list of one for each picture, got "
+                         f"{seed!r}") from None
+    if len(seeds) != count:
+        raise ValueError(f"got {len(seeds)} seeds for {count} pictures")
+    return seeds
 
 
 def check_sampling(**values):

@@ -32,10 +32,23 @@ class Tokenizer:
 
     @staticmethod
     def split(text):
-        """Return the words of a text, with its punctuation marks as words of their own."""
+        """Return the words of a text, with its punctuation marks as words of their own.
+
+        Special tokens are no words: a text cannot ask for them.
+        """
         for mark in ",?!:;":
             text = text.replace(mark, f" {mark} ")
-        return text.lower().replace(".", " ").split()
+        return [word for word in text.lower().replace(".", " ").split()
+                if word not in Tokenizer.SPECIAL]
+
+    def check_prompts(self, prompts):
+        """Raise ValueError unless these are a list of texts that are not read as the empty one."""
+        if not isinstance(prompts, (list, tuple)) or not prompts:
+            raise ValueError(f"prompts must be a list of texts, got {prompts!r}")
+        empty = self.encode("")
+        for prompt in prompts:
+            if not isinstance(prompt, str) or self.encode(prompt.strip()) == empty:
+                raise ValueError(f"prompts must be texts with words, got {prompt!r}")
 
     def encode(self, text, image_tokens=0):
         """Return the token ids of a text, <bos> first. Raises ValueError for an unknown word.
@@ -311,8 +324,9 @@ class Understanding(nn.Module):
         """Write a detailed caption of the picture that a prompt asks for. MoS sec. 4.4.
 
         limit: the most tokens of the caption, so that the tower can read it as a prompt. Where the
-        tower writes nothing the prompt stays.
+        tower writes nothing the prompt stays. Raises ValueError for a prompt without words.
         """
+        tokenizer.check_prompts([prompt])
         request, beginning = tokenizer.request(prompt)
         tokens = torch.tensor([request], device=self.embedding.weight.device)
         with autocast(tokens.device):

@@ -240,7 +240,7 @@ class Trainer:
     def train(self):
         """Train to the last step, log, validate and save. Returns whether it got there."""
         c = self.c
-        with interruption() as interrupted:
+        with interruption() as interrupted, self.bar or contextlib.nullcontext():
             for step in range(self.first_step, c.steps):
                 self.step(step)
                 done = step + 1
@@ -264,8 +264,6 @@ class Trainer:
         if self.world.first and checkpoint.exported_step(c) < c.steps:
             raise OSError(f"the model could not be exported; make room in {c.out}, then: python "
                           f"train.py --resume --out {c.out}")
-        if self.bar:
-            self.bar.close()
         self.world.print0(f"peak memory {peak_memory(self.world.device) / 2**30:.2f} GiB")
         return True
 

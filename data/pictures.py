@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common import move
 from data.buckets import choose_resolutions, crop_to_fill
@@ -31,7 +31,14 @@ from data.buckets import choose_resolutions, crop_to_fill
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LEAST_SIDE = 32  # pixels of a picture
 LARGEST_RATIO = 8  # of its sides; PIL itself refuses more than 178 M pixels
-ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags of EXIF and TIFF
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # what makes each orientation upright
+SIDEWAYS = [TURNS[value] for value in (5, 6, 7, 8)]
+WHITES = {"I": (2 ** 16 - 1, 2 ** 31 - 1), "F": (1, 2 ** 8 - 1, 2 ** 16 - 1)}  # of PIL's modes
+TO_8_BITS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # factors, for PNG's depths
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -54,6 +61,69 @@ class Broken(NamedTuple):
 
 class Unreadable(Exception):
     """Raised for a sample whose header is fine but whose pixels cannot be read."""
+
+
+# --- What a picture shows ---
+
+def open_as_seen(file):
+    """Return a picture in RGB as viewers show it: upright, the first frame, on white.
+
+    file: a path or an open file. Values of more than 8 bits are scaled, and what is transparent is
+    composited on white. Colour profiles are not applied. Raises Unreadable with PIL's reason.
+    """
+    try:
+        with Image.open(file) as image:
+            turn = find_turn(image)
+            scale_transparent_colour(image)
+            image.load()
+            if image.mode[0] in WHITES:
+                image = scale_values(image)
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            image = image.convert("RGB")
+            return image if turn is None else image.transpose(turn)
+    except Exception as e:  # PIL raises nearly anything at broken files
+        raise Unreadable(" ".join(str(e).split()) or type(e).__name__) from None
+
+
+def find_turn(image):
+    """Return what makes an opened picture upright, from its header alone; None: it is upright.
+
+    Orientations other than 2 to 8 mean upright, and so does damaged EXIF.
+    """
+    if image.format == "TIFF":  # PIL has exchanged its sides already, and turns it when it loads
+        return None
+    try:
+        value = Image.Image.getexif(image).get(ORIENTATION)  # a PNG's own would decode the pixels
+        return TURNS.get(value)
+    except Exception:  # PIL raises nearly anything, as above
+        return None
+
+
+def scale_transparent_colour(image):
+    """Bring the transparent colour of an opened PNG to 8 bits: PIL does so with pixels only."""
+    colour = image.info.get("transparency")
+    factor = TO_8_BITS.get(image.tile[0].args) if image.format == "PNG" and image.tile else None
+    if colour is not None and factor:
+        levels = tuple(int(level * factor) for level in np.ravel(colour))
+        image.info["transparency"] = levels if len(levels) > 1 else levels[0]
+
+
+def scale_values(image):
+    """Return a picture of 16 or 32 bits a value as one of 8 bits, grey and alpha.
+
+    White is 65535 for integers and 1 for floating point. Where the largest value is at least twice
+    as much, white is the next of 2^31 - 1, or of 255 and 65535.
+    """
+    values = torch.from_numpy(np.asarray(image).astype(float)).nan_to_num()        # (H, W)
+    whites = WHITES[image.mode[0]]
+    white = next((white for white in whites if values.max() < 2 * white), whites[-1])
+    grey = (values / white * 255).round().clamp(0, 255)                            # (H, W)
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:  # in this TIFF 0 is white
+        grey = 255 - grey                                                          # (H, W)
+    alpha = 255 * (values != image.info.get("transparency", -1))                   # (H, W)
+    return Image.fromarray(torch.stack((grey, alpha), 2).byte().numpy())
 
 
 # --- Where the samples are: folders and tar shards ---
@@ -191,8 +261,7 @@ def read_size(file):
     try:
         with Image.open(file) as image:
             width, height = image.size
-            exif = Image.Image.getexif(image)  # a PNG's own method would decode the pixels
-            if exif.get(ORIENTATION, 1) > 4:  # turned by 90 degrees
+            if find_turn(image) in SIDEWAYS:
                 width, height = height, width
     except Image.DecompressionBombError:
         raise ValueError(f"more than {2e-6 * Image.MAX_IMAGE_PIXELS:.0f} M pixels") from None
@@ -346,11 +415,10 @@ class Pictures:
             offset, size = map(int, self.byte_ranges[index])
             with open(self.paths[index], "rb") as file:
                 file.seek(offset)
-                image = Image.open(io.BytesIO(file.read(size)))
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            image = crop_to_fill(image, height, width)
-        except Exception as e:  # PIL raises nearly anything at broken files
-            raise Unreadable(" ".join(str(e).split())) from None
+                content = io.BytesIO(file.read(size))
+        except OSError as e:
+            raise Unreadable(str(e)) from None
+        image = crop_to_fill(open_as_seen(content), height, width)
         picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)      # (3, height, width)
         return picture, self.captions[index], None, None
 

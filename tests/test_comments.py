@@ -209,7 +209,8 @@ def run_everything(watch, folder):
     size = dict(B=2, H=96, W=112)
     watch({"shapes.py": size, "judge.py": size}, lambda: judge(shapes.render(scenes, 96, 112)))
     for i in range(2):
-        Image.new("RGB", (40 + i, 50)).save(folder / f"{i}.png")
+        deep = Image.new("I;16", (40 + i, 50))
+        deep.save(folder / f"{i}.png", "TIFF", tiffinfo={262: 0})  # 0 is white
         (folder / f"{i}.txt").write_text("a star")
     own = Pictures(folder, [32], train.World(0, 1, torch.device("cpu")))
     for height, width in ((64, 96), (96, 32)):
