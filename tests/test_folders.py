@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from published import SMOLLM2, TEMPLATE, WORDS, write_json, write_tower, write_vae
 from safetensors.torch import load_file, save_file
 
@@ -265,7 +266,7 @@ def write_pictures(folder):
     """Write two pictures with captions; return the folder."""
     folder.mkdir()
     for i, text in enumerate(("a red circle", "a blue square")):
-        sample.Image.new("RGB", (64, 64), text.split()[1]).save(folder / f"{i}.png")
+        Image.new("RGB", (64, 64), text.split()[1]).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(text)
     return folder
 
@@ -384,7 +385,7 @@ def test_commands(checkpoint, parts, tmp_path, command, capsys):
     def draw(*flags):
         """Return the pixels that sample.py draws with some more flags."""
         command(sample, "--prompt", "a red circle", "--checkpoint", checkpoint, *flags)
-        return sample.Image.open("out.png").convert("RGB").tobytes()
+        return Image.open("out.png").convert("RGB").tobytes()
 
     picture = draw()
     assert draw("--drop-tower") == picture
