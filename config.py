@@ -359,17 +359,23 @@ def plan(flags, recipe, resume=False):
     """Return [(TrainConfig, model settings)], one for each stage that a command line asks for.
 
     flags: {name: value} of the settings that are given. resume: stages whose settings are kept in
-    the --out folder have those. Raises ValueError for a stage that the recipe does not train, and
-    for a flag that would change what a resumed run has learned from.
+    the --out folder have those. A part that a published folder holds needs no stage. Raises
+    ValueError for a stage that the recipe does not train or that nothing needs, and for a flag that
+    would change what a resumed run has learned from.
     """
     out = Path(flags.get("out", DEFAULT_OUT))
+    model = recipe["model"] | flags
+    published = {"vae": model["vae_folder"], "understand": model["und_folder"]}
     kept = [stage for stage in STAGES if resume and (out / f"{stage}.toml").is_file()]
     if flags.get("stage"):
         stages = [flags["stage"]]
+        if published.get(flags["stage"]):
+            raise ValueError(f"stage {flags['stage']} has nothing to train: that part is the "
+                             f"published one in {published[flags['stage']]}")
     elif kept:
         stages = kept
     else:
-        stages = [stage for stage in STAGES if stage in recipe]
+        stages = [stage for stage in STAGES if stage in recipe and not published.get(stage)]
         if flags.get("data", "shapes") != "shapes" and "edit" in stages:
             stages.remove("edit")  # whose edits are those of shapes
     runs = []

@@ -345,6 +345,18 @@ def test_flags_against_folders(setting, value, found, smollm2, command, capsys):
                        "leave the flag out")
 
 
+def test_stages_of_published_parts(smollm2, command, capsys):
+    """What a folder holds is not trained: by default the other stages run, asked for it is refused.
+    """
+    flags = [flag for flag in train_flags(**smollm2) if not flag.startswith("--stage")]
+    command(train, *flags)
+    assert [path.stem for path in Path("run").glob("*.toml")] == ["image"]
+    for stage, part in (("vae", "vae"), ("understand", "tower")):
+        message = stop(command, capsys, train, *train_flags(**smollm2, stage=stage, out="other"))
+        assert message == (f"error: stage {stage} has nothing to train: that part is the published "
+                           f"one in parts/{part}")
+
+
 def test_frozen_parts_come_before_data(smollm2, command, capsys, tmp_path):
     """What is wrong with a folder, or does not fit its true depth, shows before data is read."""
     message = stop(command, capsys, train, *train_flags(**smollm2, k=5, data="nowhere"))
