@@ -418,10 +418,10 @@ def loads_own_weights(c):
 
 
 def model_values(values, flags):
-    """Return the model's settings of a recipe under flags, and under those folders' own settings.
+    """Return the model's settings: a recipe's, then flags, then what published folders decide.
 
-    Published folders are named by their absolute paths, so that the model can be used from any
-    other folder. Raises ValueError for a flag that contradicts a folder.
+    The folders get absolute paths, so that the model can be used from any other folder. Raises
+    ValueError for a flag that contradicts a folder.
     """
     from pretrained.folders import tower_settings, vae_settings  # which need this module
     values = values | {name: value for name, value in flags.items() if name in values}
