@@ -74,6 +74,9 @@ TEMPLATES = {  # what tokenizer_config.json holds, other files, and what "a <red
     "an older file of tokens": (dict(chat_template="{{ bos_token }}" + SAY, bos_token=None),
                                 {"special_tokens_map.json": '{"bos_token": {"content": "<s>"}}'},
                                 "<s>a <red>"),
+    "the newer file of tokens": (
+        dict(chat_template="{{ bos_token }}" + SAY, bos_token=None, added_tokens_decoder={}),
+        {"special_tokens_map.json": '{"bos_token": "<s>"}'}, "a <red>"),
     "answers are marked": (
         dict(chat_template="{% generation %}\n" + SAY + "{% endgeneration %}\n!"), {}, "a <red>!"),
     "no tools": (dict(chat_template="{% if tools is not none or documents is not none %}tools"
@@ -178,6 +181,27 @@ def test_pictures_need_a_placeholder(parts):
     """A tokenizer without one says so."""
     with pytest.raises(ValueError, match="no placeholder for image tokens: expected <IMG_CONTEXT>"):
         FolderTokenizer(parts["und_folder"]).encode("a red", image_tokens=4)
+
+
+def test_vision_without_a_placeholder(parts, tmp_path):
+    """A tower that reads pictures must say where they stand in a text."""
+    vision = dict(model_type="internvl_vision", hidden_size=32, num_hidden_layers=1,
+                  num_attention_heads=2, intermediate_size=48, image_size=56, patch_size=14)
+    folder = copy_folder(parts, tmp_path, "und", vision_config=vision)
+    with pytest.raises(ValueError, match="names no placeholder for image tokens: expected image_t"):
+        load_tower(folder)
+    write_json(folder, "config.json", json.loads((folder / "config.json").read_text())
+               | dict(downsample_ratio=0.25))
+    with pytest.raises(ValueError, match="und: its config.json has downsample_ratio 0.25"):
+        load_tower(folder)
+
+
+def test_hidden_files(parts, tmp_path):
+    """Files that begin with a dot, as macOS leaves them beside others, are not looked at."""
+    folder = copy_folder(parts, tmp_path, "vae")
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "._weights.safetensors").write_bytes(b"something else")
+    assert load_vae(folder).latents_mean.shape == (6, 1, 1)
 
 
 def test_what_may_have_been_meant(parts, tmp_path):
@@ -403,6 +427,9 @@ def test_commands(checkpoint, parts, tmp_path, command, capsys):
     assert draw("--drop-tower") == picture
     assert draw("--tower-device", "cpu") == picture
     assert draw("--vae-dtype", "bfloat16") != picture
+    assert "--tower-device must be a device" in stop(
+        command, capsys, sample, "--prompt", "a", "--checkpoint", checkpoint,
+        "--tower-device", "meta")
     assert "no tokenizer.json in" in stop(command, capsys, sample, "--prompt", "a red circle",
                                           "--checkpoint", checkpoint, "--und-folder", tmp_path)
 
@@ -473,6 +500,7 @@ def test_fingerprint_of_own_parts(model, tmp_path):
     ("und", dict(hidden_act="gelu"), "another activation than silu"),
     ("vae", dict(dim_mult=4), "holds no model as it is published .*TypeError"),
     ("vae", dict(latents_std=None), "must have 6 numbers each in latents_mean and"),
+    ("vae", dict(latents_std=[1.0] * 5 + [0.0]), "latents_std, the latter above 0"),
     ("vae", dict(latents_mean=[0.0]), "must have 6 numbers each in latents_mean and")))
 def test_spoiled_configurations(part, changes, message, parts, tmp_path):
     """A value that is missing in config.json, or of a wrong type, is an error of one line."""
