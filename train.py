@@ -354,9 +354,9 @@ def prepare(c, values, flags, world, resume=False):
     if c.shards and c.parallel != "hsdp":
         raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
     config = model_config(c, values, flags)
-    dataset = open_sources(c, config.size, world)
-    tokenizer = checkpoint.read_tokenizer(config, c.init) if c.stage in GENERATING else \
-        build_tokenizer(dataset)
+    tokenizer = checkpoint.read_tokenizer(config, c.init) if c.stage in GENERATING else None
+    dataset = open_sources(c, config.size, world, tokenizer, config.max_tokens)
+    tokenizer = tokenizer or build_tokenizer(dataset)
     with torch.device("meta"):  # no memory yet: it may be shared out first
         model = MoS(config, tokenizer)
     if c.stage in GENERATING and world.device.type == "cuda":
