@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import contact_sheet, replacing, to_image
+from common import contact_sheet, going_on, replacing, to_image
 from data.buckets import Batch, Bucket
 from data.latents import Memory, Stored, encode, store
 from data.pictures import Rules
@@ -34,7 +34,8 @@ from world import edits, scores, shapes
 class Stage(nn.Module):
     """One stage's loss as a module, so that DDP, FSDP and compile can wrap it, and its data.
 
-    Raises ValueError for a caption that the tower cannot read.
+    dataset: a Mixture, or None where weights are only exported. Raises ValueError for a caption
+    that the tower cannot read.
     """
 
     samples_per_row = 1  # samples of a batch that belong together
@@ -45,7 +46,7 @@ class Stage(nn.Module):
         self.share = world.share(c.batch)  # this process's slice of a global batch
         self.__dict__["model"] = model  # hidden from nn.Module: only `parts` are sharded
         self.parts = nn.ModuleList(self.used())
-        self.prompt_lengths = self.count_lengths()
+        self.prompt_lengths = self.count_lengths() if dataset else None
         self.broken = {}
         self.reset()
 
@@ -141,6 +142,9 @@ class Stage(nn.Module):
 
     # --- validation ------------------------------------------------------------------------------
 
+    def complete(self):
+        """Measure what belongs to the weights when they are exported: here nothing."""
+
     def unseen(self, count):
         """Return a Mixture with scenes that training does not see, or of the own pictures."""
         scenes = self.dataset.scenes
@@ -182,17 +186,27 @@ class VaeStage(Stage):
         return self.model.vae.loss(pictures, noise, self.c.kl_weight)
 
     @torch.no_grad()
-    def validate(self, step, folder):
+    def complete(self):
+        """Measure the statistics by which latents are normalised: on pictures of validation, but of
+        own pictures on those of training, because few of them may be held back.
+        """
         vae = self.model.vae
-        (true,) = self.validation_batch(200)
-        latents = [vae.posterior(part)[0] for part in true.split(50)]
-        reconstructed = torch.cat([vae.reconstruct(part) for part in latents]).clamp(-1, 1)
-        error = (reconstructed - true).square().mean()
-        if not self.dataset.scenes:  # few may be held back: training pictures are more
+        (self.val,) = self.validation_batch(200)
+        self.val_latents = [vae.posterior(part)[0] for part in self.val.split(50)]
+        latents = self.val_latents
+        if not self.dataset.scenes:
             (pictures,) = self.load(self.dataset, *self.dataset.samples(200, validation=False))
             latents = [vae.posterior(part)[0] for part in pictures.split(50)]
         std, mean = torch.std_mean(torch.cat(latents), (0, 2, 3))
         vae.set_statistics(mean, std)
+
+    @torch.no_grad()
+    def validate(self, step, folder):
+        vae = self.model.vae
+        true = self.val
+        reconstructed = torch.cat([vae.reconstruct(part) for part in self.val_latents])
+        reconstructed = reconstructed.clamp(-1, 1)
+        error = (reconstructed - true).square().mean()
         if self.world.first:
             save_sheet(folder / f"vae_{step:06d}.png", true[:8], reconstructed[:8])
         values = {"val_psnr": (10 * torch.log10(4 / error)).item()}
@@ -578,8 +592,8 @@ def trim(tokens):
 
 
 def save_sheet(path, *rows):
-    """Write rows of pictures, tensors (3, H, W) or PIL images, as one PNG."""
+    """Write rows of pictures, tensors (3, H, W) or PIL images, as one PNG, if there is room."""
     rows = [[to_image(picture) if isinstance(picture, torch.Tensor) else picture
              for picture in row] for row in rows]
-    with replacing(path) as temporary:
+    with going_on(f"write {path}"), replacing(path) as temporary:
         contact_sheet(rows).save(temporary, "PNG")

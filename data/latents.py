@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import check_made, checksum, read_lines, replacing, write_made
+from checkpoint import fingerprint
+from common import check_made, read_lines, replacing, write_made
 from data.pictures import StringArray, Unreadable, choose_validation, leave_out
 from towers import Tokenizer
 
@@ -143,10 +144,11 @@ class Stored:
         return latents.to(device, non_blocking=True).to(torch.get_default_dtype())
 
 
-def made_from(c, data, size, sizes):
-    """Return what stored latents depend on; data: paths, size: shapes', sizes: own pictures'."""
-    vae = checksum(Path(c.init) / "vae.safetensors")
-    world = [size, c.seed, c.scenes, list(c.tasks), c.grid] if "shapes" in data else []
+def made_from(c, config, data, sizes):
+    """Return what stored latents depend on; config: the model's, data: paths, sizes: of own ones.
+    """
+    vae = fingerprint(config, c.init, "vae")
+    world = [config.size, c.seed, c.scenes, list(c.tasks), c.grid] if "shapes" in data else []
     return {"vae": vae, "sizes": sizes, "data": list(data), "where": c.where, "shapes": world}
 
 

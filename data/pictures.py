@@ -450,12 +450,13 @@ def count_reasons(reasons):
 def choose_validation(name, draws, holdout):
     """Return which of L samples are held back from training, for validation: (L,).
 
-    draws: of each sample, see `draw`. Where the share `holdout` would leave nothing to train on, it
-    is 0. Raises ValueError where the field "split" leaves nothing.
+    draws: of each sample, see `draw`. Where the share `holdout` is less than one sample, or would
+    leave nothing to train on, it is 0. Raises ValueError where the field "split" leaves nothing.
     """
-    chosen = np.array(draws) < holdout
-    if chosen.all():
-        chosen = np.array(draws) < 0
+    draws = np.array(draws)
+    chosen = draws < holdout
+    if holdout * len(draws) < 1 or chosen.all():
+        chosen = draws < 0
     if chosen.all():
         raise ValueError(f"{name}: the field split of all {len(chosen)} samples holds them back "
                          'from training; expected some with "split": "train"')

@@ -5,9 +5,8 @@ stage needs instead. A picture is whatever the source's `to_pixels` turns into p
 Sample i is always the same sample. Stored latents take the place of pictures if there are some.
 """
 
+import hashlib
 import itertools
-import math
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from common import leave_stopping_to_parent
 from data.buckets import STRIDE, Batch, Bucket, Plan, permutation
 from data.latents import Stored, made_from, read_stored
 from data.pictures import Pictures, Rules, Unreadable, Where, check_broken
@@ -44,6 +44,14 @@ class Mixture:
         """
         return [longest if isinstance(source, Shapes) else
                 count_tokens(tokenizer, source.captions, longest) for source in self.sources]
+
+    def captions_digest(self):
+        """Return a SHA-256 in hex of all own captions, in their order."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            if not isinstance(source, Shapes):
+                digest.update(source.captions.data)
+        return digest.hexdigest()
 
     def plan(self, lengths, step, batch, seed):
         """Return the Plan of global batches; lengths, step: see buckets.Plan."""
@@ -116,30 +124,30 @@ def parse_mixture(text):
     return weights
 
 
-def open_sources(c, size, world, tokenizer=None, longest=math.inf):
+def open_sources(c, config, world, tokenizer=None):
     """Return the Mixture that a TrainConfig asks for, or of stored latents if there are some.
 
-    size: side of a picture where c.sizes names none. Captions that the tokenizer does not know
-    (None: it is not made yet), or longer than `longest` tokens, are left out. Raises ValueError as
-    the sources do.
+    config: the model's, whose size is that of pictures where c.sizes names none. Captions that it
+    cannot read are left out: too long, or not in the words of its tokenizer (None: not made yet).
+    Raises ValueError as the sources do.
     """
     weights = parse_mixture(c.data)
     where = Where(c.where) if c.where else None
     if where and "shapes" in weights:
         raise ValueError("where filters by fields of own pictures; shapes has none")
-    sizes = [int(text) if str(text).isdecimal() else 0 for text in c.sizes] or [size]
+    sizes = [int(text) if str(text).isdecimal() else 0 for text in c.sizes] or [config.size]
     if any(side < STRIDE or side % STRIDE for side in sizes):
         raise ValueError(f"sizes must be multiples of {STRIDE}, got {' '.join(map(str, c.sizes))}")
     if c.stage == "edit" and c.data != "shapes":
         raise ValueError(f"data: stage edit knows only edits of shapes, got {c.data!r}")
     number = c.scenes if c.stage in ("image", "edit") else None
-    scenes = WORLDS[c.stage](size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
+    scenes = WORLDS[c.stage](config.size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
     rules = Rules(c.max_broken, c.holdout, where,
-                  partial(caption_fault, c.stage, tokenizer, longest))
+                  partial(caption_fault, c.stage, tokenizer, config.max_tokens))
     sources = []
     made = None
     if c.stage == "image" and c.latents not in ("memory", "step"):
-        made = made_from(c, weights, size, sizes)
+        made = made_from(c, config, weights, sizes)
         sources = read_stored(Path(c.latents), made, rules, world)
     if not sources:
         sources = [scenes if path == "shapes" else Pictures(path, sizes, world, rules)
@@ -155,7 +163,7 @@ def introduce_validation(dataset, world):
         if source.kind == 1:
             world.print0(f"{source.name}: {source.validation.sum():,} of "
                          f"{len(source.validation):,} pictures are held back for validation")
-    if not dataset.scenes and not any(source.validation.any() for source in dataset.sources):
+    if not dataset.scenes and not any(np.any(source.validation) for source in dataset.sources):
         world.print0("no picture is held back: validation is on training pictures")
 
 
@@ -164,9 +172,9 @@ def caption_fault(stage, tokenizer, longest, text):
     if stage == "vae":
         return ""
     try:
-        tokens = len(tokenizer.encode(text) if tokenizer else Tokenizer.split(text) + ["<bos>"])
+        tokens = len(tokenizer.encode(text) if tokenizer else ["<bos>"] + Tokenizer.split(text))
     except ValueError as e:
-        return f"its caption is not of the tower's vocabulary ({str(e).split(' in ')[0]})"
+        return f"its caption has words that the tower does not know ({str(e).split(' in ')[0]})"
     tokens += stage == "understand"  # <eos>
     if tokens <= longest:
         return ""
@@ -272,7 +280,7 @@ class Loader:
         self.encode = None if isinstance(self.sources[0], Stored) else encode
         self.options = dict(dataset=Reader(dataset.sources, collate, share), batch_size=None,
                             num_workers=workers, prefetch_factor=4 if workers else None,
-                            worker_init_fn=ignore_ctrl_c)
+                            worker_init_fn=leave_stopping_to_parent)
 
     def batches(self, planned):
         """Yield each planned batch with its tensors on the device, and its captions.
@@ -295,7 +303,3 @@ class Loader:
             others = [tensor.to(self.device, non_blocking=True) for tensor in others]
             yield batch, (pictures, *others), captions
 
-
-def ignore_ctrl_c(worker):
-    """Let the training process alone answer Ctrl-C, which reaches every process of a terminal."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

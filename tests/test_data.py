@@ -344,7 +344,7 @@ def test_pictures_are_as_seen(name, tmp_path, monkeypatch):
     assert image.mode == "RGB" and abs(np.asarray(image, int)[0] - levels).max() <= 1
     (tmp_path / "a").write_bytes(file)
     monkeypatch.setattr(sample, "check_size", lambda size: None)
-    assert sample.read_picture(tmp_path / "a") == image
+    assert sample.read_picture(SimpleNamespace(image=tmp_path / "a", fit=False)) == image
     monkeypatch.setattr(pictures, "LEAST_SIDE", 1)
     monkeypatch.setattr(pictures, "crop_to_fill", lambda image, *_: image)
     own = read(make_tar(tmp_path / "a.tar", {"0.png": file, "0.txt": b"words"}))
@@ -740,7 +740,7 @@ def test_processes_share_the_encoding(world, light, tmp_path):
     c = settings("image", tmp_path, init=str(world / "init"), data="shapes", scenes=9,
                  latents=str(tmp_path / "z"))
     (tmp_path / "z").mkdir()
-    dataset = sources.open_sources(c, 32, alone())
+    dataset = sources.open_sources(c, make_config(size=32), alone())
     dataset.pieces = lambda length: Mixture.pieces(dataset, length, 2 * 32 * 32)
     stage = stages.ImageStage(MoS.from_pretrained(world / "init"), dataset, c, Second(1, 2, "cpu"))
     with pytest.raises(OSError):  # the others' are missing
@@ -789,7 +789,7 @@ def test_first_stages_follow_the_plan(stage, world, light, tmp_path):
     assert all(("padding" in row) == (stage == "understand") for row in rows)
     kind = train.KINDS[stage]
     c = settings(stage, tmp_path, batch=4, data=changes["data"], steps=6)
-    dataset = sources.open_sources(c, 64, alone())
+    dataset = sources.open_sources(c, make_config(size=64), alone())
     model = MoS(make_config(**MODEL), sources.build_tokenizer(dataset, 300))
     inputs = [kind(model, dataset, c, alone(r, n)) for n in (1, 2, 4) for r in range(n)]
     for one in inputs:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import PARTS, load_parts
+from checkpoint import PARTS, load_parts, published_folder
 from common import (ROOT, CommandLine, check_made, checksum, contact_sheet, pick_device,
                     read_json_lines, replacing, run, wrap, write_made)
 from mos import MoS
@@ -69,9 +69,8 @@ def score(what, model, args, settings, failures):
 def obstacle(what, folder, model):
     """Return why a checkpoint cannot get one of SCORES, "" if it can."""
     c = model.config
-    elsewhere = {"understanding": c.und_folder, "vae": c.vae_folder}
     for part in SCORES[what][1]:
-        if not elsewhere.get(part) and not (Path(folder) / f"{part}.safetensors").is_file():
+        if not published_folder(c, part) and not (Path(folder) / f"{part}.safetensors").is_file():
             return f"no {part}.safetensors in {folder}"
     if not c.und_images and (what in ("understanding", "descriptions")
                              or what == "edits" and "understanding" in c.edit_inputs):
