@@ -316,6 +316,7 @@ def test_rewriting(flags, temperature, draw, small, capsys):
     assert picture.info["prompt"] == "two stars" and picture.info["rewritten"] == text
     assert f"'two stars' became {text!r}" in capsys.readouterr().out
     assert (text == model.rewrite("two stars", 0.0, 3)) == (temperature == 0)
+    assert (text == model.rewrite("two stars", temperature, 4)) == (temperature == 0)
 
 
 @pytest.mark.parametrize("flags, name", (

@@ -162,6 +162,8 @@ def test_a_stage_begins_with_first_values(light, init, tmp_path):
         first, again, other = (model.state_dict()[name] for model in begun)
         assert torch.equal(first, again) and not torch.isclose(first, other).any(), name
         assert first.std().item() == pytest.approx(0.02, rel=0.3), name
+    first, second, *_ = begun[0].generation.blocks
+    assert not torch.isclose(first.qkv.weight, second.qkv.weight).all()
 
 
 @pytest.mark.parametrize("recompute", (False, True))
