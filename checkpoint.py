@@ -54,8 +54,8 @@ def frozen_parts(c, tokenizer):
             heads=c.und_heads, kv_heads=c.und_kv_heads, hidden=c.und_hidden, tied=c.und_tied,
             vision=Patches(16, c.und_width) if c.und_images else None)
     if len(tokenizer) > tower.embedding.num_embeddings:
-        raise ValueError(f"the tokenizer of {c.und_folder} has {len(tokenizer)} tokens, its tower "
-                         f"only {tower.embedding.num_embeddings}: not of one model")
+        raise ValueError(f"the tokenizer of {c.und_folder} has ids for {len(tokenizer)} tokens, "
+                         f"its tower only for {tower.embedding.num_embeddings}: not of one model")
     if c.vae_folder:
         from pretrained.folders import build_vae
         vae = build_vae(c.vae_folder)
@@ -331,10 +331,12 @@ def check_same_run(checkpoint, run):
     """Raise ValueError that names what a run would now learn from that it has not begun with."""
     kept = read_run(checkpoint)
     refuse_changes(run["settings"], kept["settings"], checkpoint / MANIFEST)
-    for name in run.keys() & kept.keys() - {"settings"}:
-        if run[name] != kept[name]:
-            raise ValueError(f"{checkpoint} was trained with another {name}"
-                             f"{first_difference(kept[name], run[name])}; put that back, or choose "
+    names = {"tokenizer": "another tokenizer", "understanding": "another understanding tower",
+             "vae": "another VAE", "captions": "other captions"}
+    for key, name in names.items():
+        if key in run and run[key] != kept[key]:
+            raise ValueError(f"{checkpoint} was trained with {name}"
+                             f"{first_difference(kept[key], run[key])}; put that back, or choose "
                              "another --out")
 
 
@@ -539,12 +541,7 @@ def copy_tensors(targets, paths, our_name=lambda name: (name, 0), adapt=None):
     Raises ValueError for a damaged file, and for a tensor that is unknown, missing, in two files,
     or of another shape than ours.
     """
-    files = {}
-    for path in paths:
-        try:
-            files[path] = safe_open(path, "pt")
-        except SafetensorError as e:
-            raise ValueError(f"{path} is damaged ({e}); copy or train it again") from None
+    files = open_tensors(paths)
     sources = find_tensors(targets, files, our_name)
     for name, target in targets.items():
         parts = [sources[name][part] for part in sorted(sources[name])]
@@ -561,6 +558,25 @@ def copy_tensors(targets, paths, our_name=lambda name: (name, 0), adapt=None):
         assign(target, torch.cat(values) if len(values) > 1 else values[0])
 
 
+def open_tensors(paths):
+    """Return {path: open file} of safetensors files. Raises ValueError for a damaged one."""
+    files = {}
+    for path in paths:
+        try:
+            files[path] = safe_open(path, "pt")
+        except SafetensorError as e:
+            raise ValueError(describe_damage(path, e, "copy or train it again")) from None
+    return files
+
+
+def describe_damage(path, error, remedy):
+    """Return what to say about a file that cannot be read: its error, or that it is a pointer."""
+    with open(path, "rb") as file:
+        if file.read(12) == b"version http":
+            return f"{path} is only a pointer of Git LFS; fetch the file with git lfs pull"
+    return f"{path} is damaged ({error}); {remedy}"
+
+
 def find_tensors(targets, files, our_name):
     """Return {our name: {part: (path, name in the file)}} of open files; see `copy_tensors`."""
     sources = {name: {} for name in targets}
@@ -572,6 +588,10 @@ def find_tensors(targets, files, our_name):
                 source = theirs, 0
             if source is None:
                 continue
+            kind = file.get_slice(theirs).get_dtype()
+            if kind not in ("BF16", "F16", "F32", "F64"):
+                raise ValueError(f"{path}: tensor {theirs} has type {kind}; expected BF16, F16 or "
+                                 "F32: quantised weights are not read")
             name, part = source
             if name not in targets:
                 raise ValueError(f"{path}: tensor {theirs} is not part of this model")

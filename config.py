@@ -17,6 +17,7 @@ import math
 import os
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
+from operator import index
 from pathlib import Path
 
 import torch
@@ -147,6 +148,8 @@ class TrainConfig(Settings):
                         "pattern; several by weight: a=0.7,b=0.3")
     where: str = setting("use own pictures whose fields fulfil this: 'aesthetic >= 6'")
     max_broken: float = setting("largest share of own pictures that cannot be used", 0, 1)
+    holdout: float = setting("share of own pictures that is held back from training, for "
+                             "validation", 0, 0.5)
     sizes: tuple = setting("own pictures are drawn at about these sizes, each at the largest that "
                            "its area has; empty: the model's size")
     length_step: int = setting("pad prompts to multiples of this, and batch those of one length; "
@@ -199,19 +202,39 @@ class TrainConfig(Settings):
         if self.stage in GENERATING and self.scenes < 1:
             raise ValueError(f"scenes must be at least 1 in stage {self.stage}, got {self.scenes}")
         try:
-            torch.device(self.tower_device or "cpu")
-        except RuntimeError:
+            if torch.device(self.tower_device or "cpu").type == "meta":
+                raise RuntimeError
+        except RuntimeError:  # unknown, or without memory
             raise ValueError("tower_device must be a device such as cuda:1, got "
                              f"{self.tower_device!r}") from None
 
 
 def check_size(size):
     """Return (height, width) of a size given as side or pair. Raises ValueError for a bad one."""
-    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        height, width = map(index, size if hasattr(size, "__len__") else (size, size))
+    except (TypeError, ValueError):
+        raise ValueError("size must be a whole number or a pair of them, (height, width), got "
+                         f"{size!r}") from None
     if height % 32 or width % 32 or not 0 < height * width <= 2 ** 24 or height <= 0:
         raise ValueError("size must be a multiple of 32 on each side and at most 4096x4096 in all, "
                          f"got {height}x{width}")
     return height, width
+
+
+def check_seeds(seed, count):
+    """Return `count` seeds: a first one and those after it, or the ones of a list.
+
+    Raises ValueError for anything else, and for a list of another length.
+    """
+    try:
+        seeds = list(map(index, seed if hasattr(seed, "__len__") else range(seed, seed + count)))
+    except TypeError:
+        raise ValueError("seed must be a whole number, or a list of one for each picture, got "
+                         f"{seed!r}") from None
+    if len(seeds) != count:
+        raise ValueError(f"got {len(seeds)} seeds for {count} pictures")
+    return seeds
 
 
 def check_sampling(**values):

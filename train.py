@@ -240,7 +240,7 @@ class Trainer:
     def train(self):
         """Train to the last step, log, validate and save. Returns whether it got there."""
         c = self.c
-        with interruption() as interrupted:
+        with interruption() as interrupted, self.bar or contextlib.nullcontext():
             for step in range(self.first_step, c.steps):
                 self.step(step)
                 done = step + 1
@@ -264,8 +264,6 @@ class Trainer:
         if self.world.first and checkpoint.exported_step(c) < c.steps:
             raise OSError(f"the model could not be exported; make room in {c.out}, then: python "
                           f"train.py --resume --out {c.out}")
-        if self.bar:
-            self.bar.close()
         self.world.print0(f"peak memory {peak_memory(self.world.device) / 2**30:.2f} GiB")
         return True
 
@@ -371,11 +369,13 @@ def prepare(c, values, flags, world, resume=False, export=False):
         raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
     last = checkpoint.find_last(c, world, export) if resume or export else None
     config = model_config(c, values, flags)
+    tokenizer = None
     if c.stage in GENERATING:  # what is wrong with the frozen parts shows before data is read
-        model = checkpoint.unloaded(MoS, config, checkpoint.read_tokenizer(config, c.init))
+        tokenizer = checkpoint.read_tokenizer(config, c.init)
+        model = checkpoint.unloaded(MoS, config, tokenizer)
     dataset = None
     if not export or c.stage == "vae":  # which measures its statistics on pictures
-        dataset = open_sources(c, config, world)
+        dataset = open_sources(c, config, world, tokenizer)
     if c.stage not in GENERATING:
         tokenizer = build_tokenizer(dataset) if dataset else \
             Tokenizer(checkpoint.read_run(last)["tokenizer"])

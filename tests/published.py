@@ -108,11 +108,36 @@ def write_tower(folder, config=QWEN2, seed=0, shards=1):
     return folder
 
 
+def make_vae(config=WAN):
+    """Return the random VAE that `write_vae` writes, its norms and biases random, too."""
+    torch.manual_seed(0)
+    vae = VAE(config["z_dim"], config["base_dim"], config["decoder_base_dim"])
+    for p in vae.requires_grad_(False).parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    return vae
+
+
+def vae_tensors(config=WAN):
+    """Return the tensors of `make_vae` as diffusers names and shapes them: as those of a video's.
+
+    The frames before the last, and convolutions over time, are there, and random.
+    """
+    tensors = {"encoder.down_blocks.1.downsampler.time_conv.weight": torch.randn(8, 8, 3, 1, 1)}
+    for name, p in make_vae(config).named_parameters():
+        if "attentions" not in name and "resample." not in name:
+            if p.ndim == 4:
+                frames = p.shape[-1]  # a kernel is as long in time as it is wide
+                before = torch.randn(*p.shape[:2], frames - 1, *p.shape[2:])
+                p = torch.cat((before, p[:, :, None]), 2)
+            elif p.ndim == 3:  # a norm's
+                p = p[..., None]
+        tensors[name] = p.contiguous()
+    return tensors
+
+
 def write_vae(folder, config=WAN):
     """Write a random VAE in diffusers' layout; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    vae = VAE(config["z_dim"], config["base_dim"], config["decoder_base_dim"])
-    save_file(dict(vae.named_parameters()), folder / "diffusion_pytorch_model.safetensors")
+    save_file(vae_tensors(config), folder / "diffusion_pytorch_model.safetensors")
     write_json(folder, "config.json", config)
     return folder

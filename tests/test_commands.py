@@ -18,9 +18,10 @@ import train
 from checkpoint import read_vocabulary
 from common import contact_sheet, to_tensor
 from config import MoSConfig
-from conftest import ROOT, make_model, product_files, run_script, same
+from conftest import ROOT, SMALL, make_config, make_model, product_files, run_script, same
 from mos import MoS
 from tools import curves, estimate, evaluate, routing
+from towers import Tokenizer
 from world import scores
 
 
@@ -60,7 +61,9 @@ def refuse(command, capsys, tmp_path):
 
 @pytest.mark.parametrize("flags, message", cases(f"""\
 --checkpoint missing => no config.json in missing | --prompt 'a red cirkle' => 'cirkle'.*circle
---negative 'a red cirkle' => 'cirkle'.*circle | --prompt '' => empty | --prompt a ' ' => empty
+--negative 'a red cirkle' => 'cirkle'.*circle | --prompt '' => with words
+--prompt a ' ' => with words, got ' ' | --prompt a '. .' => with words, got '. .'
+--prompt '<eos> <Pad>' => with words | --rewrite --prompt . => with words
 --prompt '{'red ' * 20}' => 21 tokens.*at most 16.*red red | --prompt => --prompt
 --negative '{'the ' * 20}' => 21 tokens.*at most 16.*the the | --size 100 => multiple of 32
 --size 0 | --size -32 | --size big | --size 64x64x64 | --size 64x | --steps 0 | --steps -1
@@ -68,12 +71,14 @@ def refuse(command, capsys, tmp_path):
 --seed {2 ** 70} | --zebra => --zebra | --prom a => --prom | --out missing/a.png => missing
 --schedule fast => uniform, linear-quadratic.*'fast' | --out . | --out a.jpg => a.jpg
 --out folder.png => folder.png | --image missing.png => missing.png cannot be read: .*No such file
---image out.png => out.png cannot be read | --image odd.png => odd.png: .*multiple of 32.*got 48x64
+--image out.png => out.png cannot be read
+--image odd.png => odd.png: .*multiple of 32.*got 48x64; or let --fit
+--fit => --fit does not go without --image
 --image good.png --size 64 => --size does not go with --image | --image good.png --rewrite
 --image good.png --drop-tower => --drop-tower does not go with | --image folder.png
 --image good.png --image-guidance nan => image_guidance | --guidance inf --image good.png
 --image-guidance 2 => --image-guidance does not go without --image | --image => --image
---image good.png --prompt ' ' => empty | --image good.png --prompt zebra => 'zebra'"""))
+--image good.png --prompt ' ' => words | --image good.png --prompt zebra => 'zebra'"""))
 def test_sample_refuses(flags, message, refuse, small, tmp_path):
     """What sample.py cannot draw, edit or write."""
     (tmp_path / "folder.png").mkdir()
@@ -185,7 +190,7 @@ def test_estimate_refuses(flags, message, refuse):
 
 @pytest.mark.parametrize("flags, message", cases(f"""\
 --checkpoint missing => no config.json in missing | --prompt zebra => unknown word 'zebra'
---prompt '' => none of them empty | --seed {2 ** 70} | --seed x | --out a.jpg => a.jpg
+--prompt '' => texts with words | --seed {2 ** 70} | --seed x | --out a.jpg => a.jpg
 --out missing/a.png => missing | --out . | --zebra => --zebra"""))
 def test_routing_refuses(flags, message, refuse, small):
     """A model or a prompt that cannot be read, a picture that cannot be written."""
@@ -257,6 +262,42 @@ def test_edited_picture(draw, tmp_path):
     assert draw(f"{flags} --size 64x96".replace("--image-guidance 1.5", "")
                 ).tobytes() != picture.tobytes()
     assert draw(f"{flags} --image in.png --num 2").size == (196, 96)
+
+
+def test_fit(draw, tmp_path):
+    """--fit crops the centre to the nearest shape of about the model's area, and scales to it."""
+    own = Image.effect_noise((70, 96), 90).convert("RGB")
+    for name, picture in (("in", own), ("middle", own.crop((3, 0, 67, 96))),
+                          ("large", own.resize((700, 960))), ("small", own.resize((35, 48)))):
+        picture.save(tmp_path / f"{name}.png")
+    flags = "--prompt 'a red circle' --steps 2 --image"
+    fitted = draw(f"{flags} in.png --fit")
+    assert fitted.size == (64, 96) and fitted.info["fit"] == "True"
+    assert fitted.tobytes() == draw(f"{flags} middle.png").tobytes()
+    for name in ("large", "small"):
+        assert draw(f"{flags} {name}.png --fit").size == (64, 96)
+
+
+def test_warning_outside_the_small_world(model, capsys):
+    """Only a model whose words are the small world's warns, and only of what the judge misses."""
+    golden = Image.open(ROOT / "assets/golden.png").convert("RGB")
+    sample.warn_outside(model, golden)
+    sample.warn_outside(model, golden.resize((512, 512)))
+    assert capsys.readouterr().err == ""
+    covered = golden.copy()
+    covered.paste("navy", (0, 0, 128, 40))  # half of the circle
+    for picture in (covered, Image.new("RGB", (64, 64), "teal"), Image.new("RGB", (64, 64)),
+                    Image.effect_noise((300, 200), 90).convert("RGB")):
+        sample.warn_outside(model, picture)
+        assert re.fullmatch("warning: .* knows only one to four shapes .*\n",
+                            capsys.readouterr().err)
+    for change in (dict(und_folder="a published tower"), {}):
+        model.config = make_config(**SMALL, **change)
+        sample.warn_outside(model, covered)
+        assert ("warning" in capsys.readouterr().err) == (not change)
+    model.tokenizer = Tokenizer(["a", "red", "fox"])
+    sample.warn_outside(model, covered)
+    assert capsys.readouterr().err == ""
 
 
 def orientation(number):
