@@ -11,6 +11,7 @@ any number of processes, however they share the model.
 """
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -23,16 +24,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import assign, checksum, full_tensor, initialise, replacing
-from config import GENERATING, loads_own_weights, read_config, require
+from config import GENERATING, loads_own_weights, read_config, refuse_changes, require
 from towers import Patches, Tokenizer, Understanding
 from vae import VAE
 
 # The files of a model, and the modules that each of them holds.
 PARTS = {"vae": ("vae",), "understanding": ("understanding",), "mos": ("router", "generation")}
-# What a stage trains, and what it writes: stages of the generation tower complete the folder.
+# The part that a stage trains.
 TRAINED = {"vae": "vae", "understand": "understanding", "image": "mos", "edit": "mos"}
-PARTS_OF = {"vae": ("vae",), "understand": ("understanding",), "image": tuple(PARTS),
-            "edit": tuple(PARTS)}
+# The settings of MoSConfig that belong to a part begin so; all others are of "mos".
+SETTINGS_OF = {"vae": "vae_", "understanding": "und_"}
 
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -53,8 +54,8 @@ def frozen_parts(c, tokenizer):
             heads=c.und_heads, kv_heads=c.und_kv_heads, hidden=c.und_hidden, tied=c.und_tied,
             vision=Patches(16, c.und_width) if c.und_images else None)
     if len(tokenizer) > tower.embedding.num_embeddings:
-        raise ValueError(f"the tokenizer of {c.und_folder} has {len(tokenizer)} tokens, its tower "
-                         f"only {tower.embedding.num_embeddings}: not of one model")
+        raise ValueError(f"the tokenizer of {c.und_folder} has ids for {len(tokenizer)} tokens, "
+                         f"its tower only for {tower.embedding.num_embeddings}: not of one model")
     if c.vae_folder:
         from pretrained.folders import build_vae
         vae = build_vae(c.vae_folder)
@@ -70,6 +71,25 @@ def check_folder(c, folder, **found):
     if found != expected:
         raise ValueError(f"{folder} has {found}, but the configuration {expected}: give another "
                          "folder, or other settings")
+
+
+def published_folder(c, part):
+    """Return the published folder that a MoSConfig names for one of PARTS, or ""."""
+    return {"understanding": c.und_folder, "vae": c.vae_folder}.get(part, "")
+
+
+def fingerprint(c, folder, part):
+    """Return a SHA-256 in hex that tells the weights of a frozen part from all others.
+
+    c: the MoSConfig. part: "vae" or "understanding", which is in the model's folder unless the
+    configuration names a published one. Raises FileNotFoundError or ValueError.
+    """
+    published = published_folder(c, part)
+    if not published:
+        return checksum(require(Path(folder) / f"{part}.safetensors"))
+    from pretrained.folders import describe_tower, describe_vae, digest
+    describe = describe_vae if part == "vae" else describe_tower
+    return digest(published, describe(published))
 
 
 def read_tokenizer(c, folder):
@@ -92,14 +112,15 @@ def read_vocabulary(folder):
     return Tokenizer(words)
 
 
-def save_model(model, folder, parts=tuple(PARTS), write=True):
+def save_model(model, folder, parts=tuple(PARTS), write=True, trained=None):
     """Write the folder of a model: config.json, vocab.json and a safetensors file for each part.
 
-    Where parameters are sharded every process must call it, and all but one without `write`.
+    parts: what to write; of the others neither weights nor settings nor words change. trained: the
+    stage and step that the files shall name, "vae 6000". Where parameters are sharded every process
+    must call it, and all but one without `write`.
     """
     c, folder = model.config, Path(folder)
-    published = {"understanding": c.und_folder, "vae": c.vae_folder}
-    files = {part: {} for part in parts if not published.get(part)}
+    files = {part: {} for part in parts if not published_folder(c, part)}
     for part, tensors in files.items():
         for module in PARTS[part]:
             for name, p in getattr(model, module).named_parameters():
@@ -113,12 +134,33 @@ def save_model(model, folder, parts=tuple(PARTS), write=True):
     folder.mkdir(parents=True, exist_ok=True)
     for part, tensors in files.items():
         with replacing(folder / f"{part}.safetensors") as path:
-            save_file(tensors, path)
+            save_file(tensors, path, trained and {"trained": trained})
     with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps(asdict(c), indent=1))
-    if not c.und_folder:
+        path.write_text(json.dumps(settings_to_write(c, folder, parts), indent=1))
+    if "understanding" in files:
         with replacing(folder / "vocab.json") as path:
-            path.write_text(json.dumps(model.tokenizer.words[len(Tokenizer.SPECIAL):]))
+            path.write_text(json.dumps(words_of(model.tokenizer)))
+
+
+def settings_to_write(c, folder, parts):
+    """Return the settings of a folder after `parts` of a MoSConfig are written into it."""
+    if "mos" in parts or not (folder / "config.json").is_file():
+        return asdict(c)
+    beginnings = tuple(SETTINGS_OF[part] for part in parts)
+    changed = {name: value for name, value in asdict(c).items() if name.startswith(beginnings)}
+    return asdict(read_config(folder)) | changed
+
+
+def words_of(tokenizer):
+    """Return the words of the small world's Tokenizer, as vocab.json holds them."""
+    return tokenizer.words[len(Tokenizer.SPECIAL):]
+
+
+def unloaded(kind, config, tokenizer):
+    """Return a model (`kind` is MoS) on the meta device: without memory, which may be shared out.
+    """
+    with torch.device("meta"):
+        return kind(config, tokenizer)
 
 
 def load_model(kind, folder, device="cpu", tower_device=None, parts=tuple(PARTS),
@@ -132,8 +174,13 @@ def load_model(kind, folder, device="cpu", tower_device=None, parts=tuple(PARTS)
     missing, broken or misshaped.
     """
     config = replace(read_config(folder), **changes)
-    with torch.device("meta"):
-        model = kind(config, read_tokenizer(config, folder))
+    for name in ("und_folder", "vae_folder"):
+        path = getattr(config, name)
+        if path and name not in changes and not Path(path).is_dir():
+            raise FileNotFoundError(f"{folder}/config.json names {path} as its {name}, which is no "
+                                    f"folder; give its place with --{name.replace('_', '-')}, or "
+                                    "correct it in that file")
+    model = unloaded(kind, config, read_tokenizer(config, folder))
     load_parts(model, folder, parts, device, tower_device, vae_dtype)
     return model
 
@@ -194,23 +241,117 @@ def load_or_initialise(stage, c):
 
 # --- Training checkpoints -------------------------------------------------------------------------
 
-MANIFEST = "manifest.json"
+EIGHT_DIGITS = 8 * "[0-9]"  # the name of a checkpoint is its step
+MANIFEST = "manifest.json"  # {"files": {name: checksum}, "run": see `describe_run`}
 
 
-def folder_of(c):
-    """Return the folder of a stage's training checkpoints."""
-    return Path(c.out) / "checkpoints" / c.stage
+def folder_of(c, stage=None):
+    """Return the folder of the training checkpoints of a stage; None: c's own stage."""
+    return Path(c.out) / "checkpoints" / (stage or c.stage)
+
+
+def parts_to_write(c):
+    """Return the parts that a stage writes: what it trains, and what --out does not yet hold."""
+    if c.stage in GENERATING and Path(c.init).resolve() != Path(c.out).resolve():
+        return tuple(PARTS)
+    return (TRAINED[c.stage],)
+
+
+def overwritten(c):
+    """Return the files in --out, sorted, that a first run of a stage would overwrite."""
+    files = {Path(c.out) / f"{part}.safetensors" for part in parts_to_write(c)}
+    if c.stage == "edit" and folder_of(c, "image").is_dir():
+        files.remove(Path(c.out) / "mos.safetensors")  # `--export --stage image` writes it again
+    return sorted(filter(Path.exists, files))
 
 
 def check_free(c):
-    """Raise ValueError where --out already holds a run of this stage."""
-    folder = Path(c.out)
-    made = [folder_of(c), folder / f"{TRAINED[c.stage]}.safetensors"]
-    if c.stage == "edit" and folder_of(replace(c, stage="image")).is_dir():
-        made.pop()  # stage image's, which `--export --stage image` writes again
-    if any(path.exists() for path in made):
-        raise ValueError(f"{folder} already holds a run of stage {c.stage}; add --resume to go on, "
+    """Raise ValueError where --out already holds a run of this stage, or what it would write."""
+    for path in overwritten(c):
+        raise ValueError(f"stage {c.stage} would overwrite {path}; choose another --out, or add "
+                         "--resume to go on with a run that was stopped")
+    if folder_of(c).exists():
+        raise ValueError(f"{c.out} already holds a run of stage {c.stage}; add --resume to go on, "
                          "or choose another --out")
+
+
+def check_unused(c):
+    """Raise ValueError where a later stage in --out has learned from what this one trains."""
+    uses = []
+    if c.stage != "edit":
+        uses.append(folder_of(c, "edit"))
+    if TRAINED[c.stage] != "mos":
+        uses += [folder_of(c, "image"), Path(c.out) / "mos.safetensors"]
+    for path in filter(Path.exists, uses):
+        raise ValueError(f"{path} has learned from {TRAINED[c.stage]}.safetensors in {c.out} as it "
+                         f"is; choose another --out to train stage {c.stage} further")
+
+
+def exported_step(c):
+    """Return the step of a stage whose weights stand in --out; 0 where that is not known.
+
+    Infinity means that a later stage has trained them further.
+    """
+    path = Path(c.out) / f"{TRAINED[c.stage]}.safetensors"
+    if not path.is_file():
+        return 0
+    with safe_open(path, "pt") as file:
+        stage, _, step = (file.metadata() or {}).get("trained", "").partition(" ")
+    if c.stage == "image" and stage == "edit":
+        return math.inf
+    return int(step) if stage == c.stage else 0
+
+
+def describe_run(c, model, dataset):
+    """Return what a run learns from, {name: value as in JSON}: each of its checkpoints holds it.
+
+    dataset: its Mixture, or None, which leaves the captions out.
+    """
+    config = model.config
+    settings = asdict(config) | asdict(c)
+    run = {"settings": {name: settings[name] for name in settings.keys() - {"out", "init"}}}
+    if c.stage != "vae":
+        run["tokenizer"] = describe_tokenizer(config, model.tokenizer)
+        if dataset and not dataset.made:  # stored latents say themselves what they are made from
+            run["captions"] = dataset.captions_digest()
+    if c.stage in GENERATING:
+        run |= {part: fingerprint(config, c.init, part) for part in ("vae", "understanding")}
+    return json.loads(json.dumps(run))
+
+
+def describe_tokenizer(c, tokenizer):
+    """Return what decides a text's token ids: the words, or a published tower's tokenizer."""
+    if not c.und_folder:
+        return words_of(tokenizer)
+    return {"tokenizer.json": checksum(Path(c.und_folder) / "tokenizer.json"),
+            "example": tokenizer.encode("a picture")}  # as special tokens and chat template make it
+
+
+def check_same_run(checkpoint, run):
+    """Raise ValueError that names what a run would now learn from that it has not begun with."""
+    kept = read_run(checkpoint)
+    refuse_changes(run["settings"], kept["settings"], checkpoint / MANIFEST)
+    names = {"tokenizer": "another tokenizer", "understanding": "another understanding tower",
+             "vae": "another VAE", "captions": "other captions"}
+    for key, name in names.items():
+        if key in run and run[key] != kept.get(key):
+            raise ValueError(f"{checkpoint} was trained with {name}"
+                             f"{first_difference(kept.get(key), run[key])}; put that back, or choose "
+                             "another --out")
+
+
+def read_run(checkpoint):
+    """Return what `describe_run` has returned for a checkpoint."""
+    return json.loads((checkpoint / MANIFEST).read_text())["run"]
+
+
+def first_difference(before, after):
+    """Return in brackets a word that only one of two vocabularies has, or ""."""
+    if not isinstance(before, list) or not isinstance(after, list):
+        return ""
+    gone = [word for word in before if word not in after]
+    new = [word for word in after if word not in before]
+    return f" ({gone[0]!r} is gone)" if gone else f" ({new[0]!r} is new)" if new else ""
 
 
 def is_replicated(tensors):
@@ -219,36 +360,46 @@ def is_replicated(tensors):
 
 
 class Writer:
-    """Writes checkpoints into a folder while training goes on; the last `keep` stay."""
+    """Writes checkpoints into a folder while training goes on; the last `keep` stay.
 
-    def __init__(self, folder, world, keep):
-        self.folder, self.world, self.keep = folder, world.for_background(), keep
-        self.thread, self.pending = ThreadPoolExecutor(1), None
+    run: what `describe_run` returns.
+    """
+
+    def __init__(self, folder, world, keep, run):
+        self.folder, self.world, self.keep, self.run = folder, world.for_background(), keep, run
+        self.thread, self.pending, self.fault = ThreadPoolExecutor(1), None, None
 
     def save(self, step, tensors):
-        """Copy {name: tensor} to host memory and begin to write it. Raises OSError as `wait`."""
+        """Copy {name: tensor} to host memory and begin to write it, after the last checkpoint."""
         from torch.distributed.checkpoint.staging import BlockingAsyncStager
         self.wait()
         copies = BlockingAsyncStager().stage(tensors)
-        self.pending = self.thread.submit(save, self.folder, step, copies, self.world, self.keep)
+        self.pending = self.thread.submit(save, self.folder, step, copies, self.world, self.keep,
+                                          self.run)
 
     def wait(self):
-        """Wait until the last checkpoint is written. Raises OSError where it could not be."""
+        """Wait until the last checkpoint is written; where it could not be, say so and go on."""
         pending, self.pending = self.pending, None
         if pending:
-            pending.result()
+            self.fault = None
+            try:
+                pending.result()
+            except OSError as e:  # a full disk, say: there may be room at the next one
+                self.fault = str(e)
+                self.world.print0(f"\nwarning: {e}; training goes on")
 
     def check(self):
-        """Raise OSError if it is known by now that the last checkpoint could not be written."""
+        """Say it, if it is known by now that the last checkpoint could not be written."""
         if self.pending and self.pending.done():
             self.wait()
 
 
-def save(folder, step, tensors, world, keep):
+def save(folder, step, tensors, world, keep, run):
     """Write {name: tensor} as the checkpoint of a step, then delete all but the newest `keep`.
 
     Every process calls it. Later checkpoints, which were passed over as damaged, are deleted, too.
-    Raises OSError where it fails; older checkpoints stay as they are.
+    run: see `describe_run`. Raises OSError in every process where one of them fails; older
+    checkpoints stay as they are.
     """
     import torch.distributed.checkpoint as dcp  # it takes most of a second
     from torch.distributed.checkpoint.api import CheckpointException
@@ -256,52 +407,65 @@ def save(folder, step, tensors, world, keep):
     final = folder / f"{step:08d}"
     temporary = folder / f".{step:08d}"
     replicated = is_replicated(tensors)
-    try:
+    sums = {}  # of all files, by name
+
+    def make_folder():
         if world.first:
-            for unfinished in folder.glob(".[0-9]*"):  # by a save that was killed
+            for unfinished in folder.glob(f".{EIGHT_DIGITS}"):  # by a save that was killed
                 shutil.rmtree(unfinished)
             temporary.mkdir(parents=True)
-        world.wait()
-        if world.first or not replicated:
-            writer = HuggingFaceStorageWriter(temporary, save_distributed=True)
-            with warnings.catch_warnings(action="ignore"):  # "distributed is unavailable": yes
-                dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()},
-                         storage_writer=writer, process_group=world.group, no_dist=replicated)
-            # Each process that wrote reads its share of the files.
-            share = slice(None) if replicated else slice(world.rank, None, world.size)
-            sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())[share]}
-            sums = sums if replicated else world.gather(sums)
+
+    def write_tensors():
+        if not world.first and replicated:
+            return {}
+        writer = HuggingFaceStorageWriter(temporary, save_distributed=True)
+        with warnings.catch_warnings(action="ignore"):  # "distributed is unavailable": yes
+            dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()},
+                     storage_writer=writer, process_group=world.group, no_dist=replicated)
+        # Each process that wrote reads its share of the files.
+        share = slice(None) if replicated else slice(world.rank, None, world.size)
+        return {path.name: checksum(path) for path in sorted(temporary.iterdir())[share]}
+
+    def finish():
         if world.first:
-            (temporary / MANIFEST).write_text(json.dumps(sums, indent=1))
+            (temporary / MANIFEST).write_text(json.dumps({"files": sums, "run": run}, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
             existing = checkpoints(folder)
             position = existing.index(final)
             for old in existing[:position] + existing[position + keep:]:
                 shutil.rmtree(old)
-    except (OSError, CheckpointException) as e:
-        if world.first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        reason = (str(e) or "no reason").splitlines()[-1]
-        raise OSError(f"the checkpoint of step {step} could not be written to {folder}, older ones "
-                      f"are kept: {reason}") from None
-    world.wait()
+
+    for work in (make_folder, write_tensors, finish):
+        result, fault = {}, {}
+        try:
+            result = work() or {}
+        except (OSError, CheckpointException) as e:
+            fault = {"fault": (str(e) or "no reason").splitlines()[-1]}
+        sums |= world.gather(result)
+        fault = world.gather(fault)  # so that all processes go on, or none
+        if fault:
+            if world.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"the checkpoint of step {step} could not be written to {folder}, older "
+                          f"ones are kept: {fault['fault']}")
 
 
 def checkpoints(folder):
-    """Return the folders of the checkpoints in a folder, the newest first."""
-    return sorted(folder.glob("[0-9]*"), reverse=True)
+    """Return the folders of the checkpoints in a folder, the newest first; others may lie beside.
+    """
+    return sorted(filter(Path.is_dir, folder.glob(EIGHT_DIGITS)), reverse=True)
 
 
 def find_fault(checkpoint):
     """Return what is wrong with a checkpoint on disk, or None."""
     try:
-        for name, expected in json.loads((checkpoint / MANIFEST).read_text()).items():
+        for name, expected in json.loads((checkpoint / MANIFEST).read_text())["files"].items():
             if checksum(checkpoint / name) != expected:
                 return f"{name} is not what was written"
     except OSError as e:
         return str(e)
-    except (ValueError, AttributeError, TypeError) as e:
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
         return f"{MANIFEST}: {e}"
 
 
@@ -325,6 +489,23 @@ def newest(folder, world):
     if result["fault"]:
         raise ValueError(f"no checkpoint in {folder} can be read ({result['fault']}); "
                          "train into another --out")
+
+
+def find_last(c, world, export):
+    """Return the last checkpoint of a stage to go on from, or None where the stage has to begin.
+
+    Raises ValueError where there are trained weights without one, and where there is none to
+    export.
+    """
+    last = newest(folder_of(c), world)
+    if last:
+        return last
+    if export:
+        raise ValueError(f"no checkpoint in {folder_of(c)} to export")
+    for path in overwritten(c):
+        raise ValueError(f"{path} is trained, but there is no checkpoint of stage {c.stage} to go "
+                         "on from: move that file away to begin anew, or choose another --out")
+    world.print0(f"no checkpoint of stage {c.stage} in {c.out}: it begins at step 0")
 
 
 def load(checkpoint, tensors):
@@ -360,12 +541,7 @@ def copy_tensors(targets, paths, our_name=lambda name: (name, 0), adapt=None):
     Raises ValueError for a damaged file, and for a tensor that is unknown, missing, in two files,
     or of another shape than ours.
     """
-    files = {}
-    for path in paths:
-        try:
-            files[path] = safe_open(path, "pt")
-        except SafetensorError as e:
-            raise ValueError(f"{path} is damaged ({e}); copy or train it again") from None
+    files = open_tensors(paths)
     sources = find_tensors(targets, files, our_name)
     for name, target in targets.items():
         parts = [sources[name][part] for part in sorted(sources[name])]
@@ -382,6 +558,25 @@ def copy_tensors(targets, paths, our_name=lambda name: (name, 0), adapt=None):
         assign(target, torch.cat(values) if len(values) > 1 else values[0])
 
 
+def open_tensors(paths):
+    """Return {path: open file} of safetensors files. Raises ValueError for a damaged one."""
+    files = {}
+    for path in paths:
+        try:
+            files[path] = safe_open(path, "pt")
+        except SafetensorError as e:
+            raise ValueError(describe_damage(path, e, "copy or train it again")) from None
+    return files
+
+
+def describe_damage(path, error, remedy):
+    """Return what to say about a file that cannot be read: its error, or that it is a pointer."""
+    with open(path, "rb") as file:
+        if file.read(12) == b"version http":
+            return f"{path} is only a pointer of Git LFS; fetch the file with git lfs pull"
+    return f"{path} is damaged ({error}); {remedy}"
+
+
 def find_tensors(targets, files, our_name):
     """Return {our name: {part: (path, name in the file)}} of open files; see `copy_tensors`."""
     sources = {name: {} for name in targets}
@@ -393,6 +588,10 @@ def find_tensors(targets, files, our_name):
                 source = theirs, 0
             if source is None:
                 continue
+            kind = file.get_slice(theirs).get_dtype()
+            if kind not in ("BF16", "F16", "F32", "F64"):
+                raise ValueError(f"{path}: tensor {theirs} has type {kind}; expected BF16, F16 or "
+                                 "F32: quantised weights are not read")
             name, part = source
             if name not in targets:
                 raise ValueError(f"{path}: tensor {theirs} is not part of this model")

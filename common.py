@@ -71,7 +71,10 @@ class World:
     def print0(self, text):
         """Print in the first process only."""
         if self.first:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:  # the terminal, or who reads the pipe, is gone: training goes on
+                sys.stdout = open(os.devnull, "w")
 
     def share(self, batch):
         """Return this process's slice of a global batch."""
@@ -132,13 +135,30 @@ class World:
 
 @contextlib.contextmanager
 def interruption():
-    """Yield a list that is no longer empty once Ctrl-C was pressed: steps are never cut in two."""
-    pressed = []
-    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    """Yield a list that is no longer empty once this process is asked to stop.
+
+    That is by Ctrl-C, by SIGTERM (a scheduler's) or by SIGHUP (the terminal is closed; `nohup`
+    ignores it). A step is never cut in two.
+    """
+    requests = []
+    before = {number: signal.getsignal(number)
+              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN or number == signal.SIGINT:
+            signal.signal(number, lambda *_: requests.append(True))
     try:
-        yield pressed
+        yield requests
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_stopping_to_parent(*_):
+    """Ignore Ctrl-C and one SIGTERM in a child process: a terminal or a scheduler sends them to
+    every process at once, and the training process answers for all. It ends a child by another.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def peak_memory(device):
@@ -319,6 +339,7 @@ def checksum(path):
 class replacing:
     """`with replacing(path) as temporary:` writes beside the path, then renames it to the path.
 
+    The file gets the mode that the umask asks for: safetensors would make it the owner's alone.
     Raises OSError where safetensors cannot write.
     """
 
@@ -327,15 +348,27 @@ class replacing:
         self.temporary = self.path.with_name(f".{os.getpid()}.{self.path.name}")
 
     def __enter__(self):
+        self.temporary.touch()
+        self.mode = self.temporary.stat().st_mode
         return self.temporary
 
     def __exit__(self, kind, error, _):
         if kind is None:
+            self.temporary.chmod(self.mode)
             os.replace(self.temporary, self.path)
             return
         self.temporary.unlink(missing_ok=True)
         if kind is SafetensorError:
             raise OSError(f"cannot write {self.path}: {error}") from None
+
+
+@contextlib.contextmanager
+def going_on(what):
+    """Make of an OSError within this block a line on what could not be done: training goes on."""
+    try:
+        yield
+    except OSError as e:
+        print(f"\nwarning: could not {what}, training goes on: {e}", flush=True)
 
 
 # A folder of things that are made once, latents for example, says in made.json what from.
@@ -371,6 +404,28 @@ def read_lines(path):
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}); delete its folder and start again") from None
+
+
+def read_json_lines(path, expected, take):
+    """Return what `take` makes of the JSON value of each line of a file; empty lines are skipped.
+
+    Raises ValueError that names the file and line, and what was expected, where `take` raises an
+    error, and for another encoding than UTF-8.
+    """
+    taken = []
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not in UTF-8 (byte {e.start} is 0x{e.object[e.start]:02x}); "
+                         "save it in that encoding") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            if line.strip():
+                taken.append(take(json.loads(line)))
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: expected {expected}, got "
+                             f"{line.strip()[:60]!r}") from None
+    return taken
 
 
 # --- Command lines --------------------------------------------------------------------------------
@@ -417,13 +472,43 @@ class CommandLine(argparse.ArgumentParser):
             group.add_argument("--" + f.name.replace("_", "-"), **options)
 
 
-def run(main):
-    """Call main; what a user can mend ends in one line and exit code 2 instead of a traceback."""
+def run(main, save_memory="ask for less at once"):
+    """Call main; what a user can mend ends in one line and exit code 2 instead of a traceback.
+
+    save_memory: what to do where memory is short, for that line.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this; no other file may get its number
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # or Python would complain again at its end
+        stop("nobody reads the output any more (broken pipe)")
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        stop(e)
+    except (RuntimeError, MemoryError) as e:
+        reason = explain(e, save_memory)
+        if not reason:
+            raise
+        stop(reason)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def stop(reason):
+    """End the program with one line and exit code 2."""
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def explain(error, save_memory):
+    """Return one line on an error of the machine rather than of the code, or None."""
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        return f"out of memory; {save_memory}"
+    if re.search(r"No working C\+\+ compiler|Failed to find C compiler", text):
+        return ("there is no C compiler, which torch.compile and Triton need: install gcc, or use "
+                "neither (--no-compile in training, and MOS_PLAIN=1 in the environment)")

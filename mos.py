@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from checkpoint import frozen_parts, load_model, save_model
 from common import replayed, to_image, to_tensor
-from config import check_sampling, check_size
+from config import check_sampling, check_seeds, check_size
 from dit import Generation, rope_axes
 from kernels import Keys, at_least_fp32, autocast, cast, mix_project, mix_states, pad_keys, rms_norm
 from router import Router, routing_weights, select
@@ -152,8 +152,7 @@ class MoS(nn.Module):
         images: pictures (B, 3, H, W) that stand before the prompts, and before the negative ones.
         Raises ValueError for prompts that are empty, too long, or not as many as pictures.
         """
-        if isinstance(prompts, str) or not prompts or not all(p.strip() for p in prompts):
-            raise ValueError("prompts must be a list of texts, none of them empty")
+        self.tokenizer.check_prompts(prompts)
         if images is not None and len(images) != len(prompts):
             raise ValueError(f"got {len(images)} pictures for {len(prompts)} prompts")
         negatives = [] if negative is None else [negative] * len(prompts)
@@ -206,7 +205,7 @@ class MoS(nn.Module):
         settings = self.settings(steps=steps, guidance=guidance, rescale=rescale, schedule=schedule)
         size = check_size(self.config.size if size is None else size)
         copies = 1 if settings["guidance"] == 1 else 2  # of each prompt: guidance needs a negative
-        context = context or self.read(prompts, negative if copies == 2 else None)
+        context = context or self.read(prompts, (negative or "") if copies == 2 else None)
         if len(context.inputs) != copies * len(prompts):
             raise ValueError(f"the context holds {len(context.inputs)} texts, expected {copies} "
                              f"for each of {len(prompts)} prompts with this guidance")
@@ -228,12 +227,12 @@ class MoS(nn.Module):
         pixels = to_pixels(images)                                        # (B, 3, H, W)
         three = settings["image_guidance"] != 1  # velocities: with text, without, without picture
         two = three or settings["guidance"] != 1
-        context = self.read(instructions, negative if two else None, pixels)
+        context = self.read(instructions, (negative or "") if two else None, pixels)
         device = self.generation.registers.device
         with torch.autocast(device.type, enabled=False):                  # the VAE runs in fp32
             z0 = self.vae.encode(pixels.to(device))                       # (B, C, h, w)
         reference = torch.cat((z0, z0)) if two else z0         # (2*B, C, h, w), or (B, C, h, w)
-        no_image = self.read_texts([negative] * len(images)) if three else None
+        no_image = self.read_texts([negative or ""] * len(images)) if three else None
         z1 = self.noise(len(images), seed, pixels.shape[2:])              # (B, C, h, w)
         return self.denoise(z1, context, settings, progress, reference, no_image)
 
@@ -250,9 +249,7 @@ class MoS(nn.Module):
 
     def noise(self, count, seed, size):
         """Return noise (B, C, h, w) for pictures of size (height, width), one seed for each."""
-        seeds = range(seed, seed + count) if isinstance(seed, int) else seed
-        if len(seeds) != count:
-            raise ValueError(f"got {len(seeds)} seeds for {count} pictures")
+        seeds = check_seeds(seed, count)
         shape = self.config.vae_channels, *(side // self.vae.factor for side in size)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(noise).to(self.generation.registers.device)    # (B, C, h, w)
@@ -390,11 +387,14 @@ def guide(v_c, v_u, guidance, rescale, v_0=None, image_guidance=1.0):
 def to_pixels(images):
     """Return PIL images of one size as a tensor (B, 3, H, W) in [-1, 1].
 
-    Raises ValueError where they differ in size, or a side is no multiple of 32.
+    Raises ValueError for anything else, and where a side is no multiple of 32.
     """
-    sizes = sorted({image.size for image in images})
+    try:
+        sizes = sorted({(image.height, image.width) for image in images})
+    except (AttributeError, TypeError):
+        raise ValueError("pictures must be a list of PIL images") from None
     if len(sizes) != 1:
         raise ValueError("pictures must be a list of one size, got " + (
-            ", ".join(f"{height}x{width}" for width, height in sizes) or "none"))
-    check_size(sizes[0][::-1])
+            ", ".join(f"{height}x{width}" for height, width in sizes) or "none"))
+    check_size(sizes[0])
     return torch.stack([to_tensor(image.convert("RGB")) for image in images])  # (B, 3, H, W)

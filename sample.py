@@ -8,15 +8,21 @@
 
 import math
 import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import PngImagePlugin
 
-from checkpoint import PARTS, load_parts
-from common import ROOT, CommandLine, contact_sheet, pick_device, replacing, run, tqdm_or_none
-from config import SCHEDULES, check_size
+from checkpoint import PARTS, load_parts, read_vocabulary
+from common import (ROOT, CommandLine, contact_sheet, pick_device, replacing, run, to_tensor,
+                    tqdm_or_none)
+from config import SCHEDULES, check_size, read_config
+from data.buckets import choose_resolutions, crop_to_fill
+from data.pictures import Unreadable, open_as_seen
 from mos import MoS
+from world.judge import judge
 
 
 def read_flags(arguments):
@@ -25,6 +31,8 @@ def read_flags(arguments):
     parser.add_argument("--prompt", nargs="+", default=[], help="one text or several")
     parser.add_argument("--image", type=Path, help="picture to edit: each prompt then says what to "
                         "change in it")
+    parser.add_argument("--fit", action="store_true", help="scale --image to about the area of the "
+                        "model's training pictures, and crop its centre to the nearest shape")
     parser.add_argument("--negative", default="", help="text that guidance moves away from")
     parser.add_argument("--rewrite", action="store_true", help="let the understanding tower write "
                         "a detailed caption of each prompt first, print it and draw that")
@@ -60,7 +68,7 @@ def parse(arguments=None):
     if not args.prompt:
         raise ValueError("--prompt is missing: say what to draw")
     refuse(args, "with --image", args.image, ("rewrite", "drop_tower", "size"))
-    refuse(args, "without --image", not args.image, ("image_guidance",))
+    refuse(args, "without --image", not args.image, ("image_guidance", "fit"))
     refuse(args, "without --rewrite", not args.rewrite, ("temperature",))
     args.temperature = args.temperature or 0.0
     if args.num < 1:
@@ -70,13 +78,13 @@ def parse(arguments=None):
     if abs(args.seed) >= 2 ** 62:
         raise ValueError(f"--seed is too large: {args.seed}")
     try:
-        torch.empty(1, device=args.tower_device)
-    except (RuntimeError, AssertionError):  # unknown, or not in this PyTorch
+        torch.zeros(1, device=args.tower_device).item()
+    except (RuntimeError, AssertionError):  # unknown, without memory, or not in this PyTorch
         raise ValueError(f"--tower-device must be a device of this machine, cpu or cuda, got "
                          f"{args.tower_device!r}") from None
     check_writable(args.out)
     args.size = parse_size(args.size) if args.size else None
-    args.picture = read_picture(args.image) if args.image else None
+    args.picture = read_picture(args) if args.image else None
     return args
 
 
@@ -97,18 +105,37 @@ def parse_size(text):
     return check_size((height, width))
 
 
-def read_picture(path):
-    """Read a picture file as it is shown, in RGB. Raises ValueError for what cannot be edited."""
+def read_picture(args):
+    """Return --image as viewers show it, with --fit in a size that the model knows from training.
+
+    Raises ValueError for what cannot be edited.
+    """
     try:
-        with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as e:  # PIL raises nearly anything at broken files
-        raise ValueError(f"--image {path} cannot be read: {' '.join(str(e).split())}") from None
+        picture = open_as_seen(args.image)
+    except Unreadable as e:
+        raise ValueError(f"--image {args.image} cannot be read: {e}") from None
+    if args.fit:
+        widths, heights = np.array(picture.size)[:, None]
+        sizes = choose_resolutions(widths, heights, [read_config(args.checkpoint).size])
+        return crop_to_fill(picture, *sizes[0].tolist())
     try:
         check_size(picture.size[::-1])
     except ValueError as e:
-        raise ValueError(f"--image {path}: {e}") from None
+        raise ValueError(f"--image {args.image}: {e}; or let --fit scale and crop it") from None
     return picture
+
+
+def warn_outside(model, picture):
+    """Print a line if the model knows only the small world and the picture shows something else."""
+    small_world = read_vocabulary(ROOT / "weights").words
+    if model.config.und_folder or not {*model.tokenizer.words} <= {*small_world}:
+        return
+    picture = picture.reduce(max(1, min(picture.size) // 128))  # the judge was measured near 128
+    scene, = judge(to_tensor(picture)[None])
+    unknown = any(None in o for o in scene.objects) or None in scene
+    if unknown or not 1 <= len(scene.objects) <= 4:
+        print("warning: this checkpoint knows only one to four shapes on a plain background; "
+              "--image shows something else, which it redraws as shapes", file=sys.stderr)
 
 
 def check_writable(path):
@@ -158,6 +185,8 @@ def save(args, images, texts, settings):
                  torch=torch.__version__)
     if args.image:
         notes["image"] = args.image.name
+    if args.fit:
+        notes["fit"] = True
     if args.rewrite:
         notes["rewritten"] = " | ".join(texts)
     info = PngImagePlugin.PngInfo()
@@ -183,10 +212,14 @@ def main():
         for prompt, text in zip(args.prompt, texts):
             print(f"{prompt!r} became {text!r}")
     prompts = [text for text in texts for _ in range(args.num)]
-    save(args, draw(model, args, prompts, settings, device), texts, settings)
+    images = draw(model, args, prompts, settings, device)
+    if args.image:  # not before: what is refused should end in one line
+        warn_outside(model, args.picture)
+    save(args, images, texts, settings)
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "ask for fewer pictures at once or a smaller --size, or try --vae-dtype bfloat16 or "
+        "--drop-tower")

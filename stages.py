@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import contact_sheet, replacing, to_image
+from common import contact_sheet, going_on, replacing, to_image
 from data.buckets import Batch, Bucket
 from data.latents import Memory, Stored, encode, store
+from data.pictures import Rules
 from data.sources import Loader, Mixture, collate, count_tokens
 from data.states import Cache, Producer
 from kernels import Keys, autocast, cast
@@ -33,7 +34,8 @@ from world import edits, scores, shapes
 class Stage(nn.Module):
     """One stage's loss as a module, so that DDP, FSDP and compile can wrap it, and its data.
 
-    Raises ValueError for a caption that the tower cannot read.
+    dataset: a Mixture, or None where weights are only exported. Raises ValueError for a caption
+    that the tower cannot read.
     """
 
     samples_per_row = 1  # samples of a batch that belong together
@@ -44,7 +46,7 @@ class Stage(nn.Module):
         self.share = world.share(c.batch)  # this process's slice of a global batch
         self.__dict__["model"] = model  # hidden from nn.Module: only `parts` are sharded
         self.parts = nn.ModuleList(self.used())
-        self.prompt_lengths = self.count_lengths()
+        self.prompt_lengths = self.count_lengths() if dataset else None
         self.broken = {}
         self.reset()
 
@@ -140,8 +142,11 @@ class Stage(nn.Module):
 
     # --- validation ------------------------------------------------------------------------------
 
+    def complete(self):
+        """Measure what belongs to the weights when they are exported: here nothing."""
+
     def unseen(self, count):
-        """Return a Mixture of scenes that training does not see, or the own pictures."""
+        """Return a Mixture with scenes that training does not see, or of the own pictures."""
         scenes = self.dataset.scenes
         if scenes is None:
             return self.dataset
@@ -151,11 +156,13 @@ class Stage(nn.Module):
     def validation_batch(self, count):
         """Return the tensors of up to `count` unseen samples of the model's size."""
         data = self.unseen(count)
+        return self.load(data, *data.samples(count, validation=True))
+
+    def load(self, data, source, index):
+        """Return the tensors of samples of a Mixture, all in the model's size."""
         size = self.model.config.size
-        index = np.arange(min(count, len(data.sources[0].sides)))
         bucket = Bucket(0, size, size, self.model.config.max_tokens)
-        batch = Batch(np.zeros_like(index), index, bucket)
-        (_, tensors, _), = self.loader(data).batches([batch])
+        (_, tensors, _), = self.loader(data).batches([Batch(source, index, bucket)])
         return tensors
 
 
@@ -179,14 +186,27 @@ class VaeStage(Stage):
         return self.model.vae.loss(pictures, noise, self.c.kl_weight)
 
     @torch.no_grad()
-    def validate(self, step, folder):
+    def complete(self):
+        """Measure the statistics by which latents are normalised: on pictures of validation, but of
+        own pictures on those of training, because few of them may be held back.
+        """
         vae = self.model.vae
-        (true,) = self.validation_batch(200)
-        latents = [vae.posterior(part)[0] for part in true.split(50)]
-        reconstructed = torch.cat([vae.reconstruct(part) for part in latents]).clamp(-1, 1)
-        error = (reconstructed - true).square().mean()
+        (self.val,) = self.validation_batch(200)
+        self.val_latents = [vae.posterior(part)[0] for part in self.val.split(50)]
+        latents = self.val_latents
+        if not self.dataset.scenes:
+            (pictures,) = self.load(self.dataset, *self.dataset.samples(200, validation=False))
+            latents = [vae.posterior(part)[0] for part in pictures.split(50)]
         std, mean = torch.std_mean(torch.cat(latents), (0, 2, 3))
         vae.set_statistics(mean, std)
+
+    @torch.no_grad()
+    def validate(self, step, folder):
+        vae = self.model.vae
+        true = self.val
+        reconstructed = torch.cat([vae.reconstruct(part) for part in self.val_latents])
+        reconstructed = reconstructed.clamp(-1, 1)
+        error = (reconstructed - true).square().mean()
         if self.world.first:
             save_sheet(folder / f"vae_{step:06d}.png", true[:8], reconstructed[:8])
         values = {"val_psnr": (10 * torch.log10(4 / error)).item()}
@@ -282,8 +302,8 @@ class ImageStage(Stage):
             self.load_into_memory()
         elif c.latents != "step" and not isinstance(self.dataset.sources[0], Stored):
             pieces = self.dataset.pieces(longest)
-            stored = store(Path(c.latents), self.dataset, self.loader(), pieces, c.max_broken,
-                           self.world)
+            stored = store(Path(c.latents), self.dataset, self.loader(), pieces,
+                           rules=Rules(c.max_broken, c.holdout), world=self.world)
             self.dataset = Mixture(stored, self.dataset.weights, self.dataset.scenes)
             self.prompt_lengths = self.count_lengths()
             self.broken = {}
@@ -297,10 +317,11 @@ class ImageStage(Stage):
 
     def load_into_memory(self):
         """Encode all pictures and keep the latents on the device."""
-        pieces = self.dataset.pieces(self.model.config.max_tokens)
+        pieces = [piece for piece in self.dataset.pieces(self.model.config.max_tokens)
+                  if not self.dataset.is_validation(piece)]
         self.memory = Memory(self.dataset, self.loader().batches(pieces), self.world.device)
         self.prompt_lengths = self.memory.lengths()
-        self.world.print0(f"encoded {len(self.memory.tokens)} samples")
+        self.world.print0(f"encoded {sum(len(piece.index) for piece in pieces)} samples")
 
     def batches_from(self, planned):
         if self.c.latents == "memory":
@@ -389,10 +410,11 @@ class ImageStage(Stage):
     # --- validation ------------------------------------------------------------------------------
 
     def validation_samples(self):
-        """Return the tensors and captions of up to 256 unseen samples of one size."""
+        """Return the tensors and captions of up to 256 unseen samples of one source and size."""
         data = self.unseen(256)
-        pieces = [piece for piece in data.pieces(self.model.config.max_tokens)
-                  if piece.source[0] == 0]
+        pieces = data.pieces(self.model.config.max_tokens)
+        pieces = [piece for piece in pieces if data.is_validation(piece)] or \
+            [piece for piece in pieces if piece.source[0] == 0]
         piece = max(pieces, key=lambda piece: len(piece.index))
         piece = piece._replace(source=piece.source[:256], index=piece.index[:256])
         (_, tensors, captions), = self.loader(data).batches([piece])
@@ -570,8 +592,8 @@ def trim(tokens):
 
 
 def save_sheet(path, *rows):
-    """Write rows of pictures, tensors (3, H, W) or PIL images, as one PNG."""
+    """Write rows of pictures, tensors (3, H, W) or PIL images, as one PNG, if there is room."""
     rows = [[to_image(picture) if isinstance(picture, torch.Tensor) else picture
              for picture in row] for row in rows]
-    with replacing(path) as temporary:
+    with going_on(f"write {path}"), replacing(path) as temporary:
         contact_sheet(rows).save(temporary, "PNG")

@@ -32,7 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from common import (CommandLine, World, interruption, local_bytes, peak_memory, pick_device,
+from common import (CommandLine, World, going_on, interruption, local_bytes, peak_memory, pick_device,
                     product_rate, replacing, revision, run, tqdm_or_none)
 from config import (DEFAULT_OUT, GENERATING, MoSConfig, TrainConfig, model_config, plan,
                     read_recipe, values_by_stage, write_all_settings, write_settings)
@@ -40,6 +40,7 @@ from data.sources import build_tokenizer, open_sources
 from kernels import NARROW, autocast, fused
 from mos import MoS
 from stages import KINDS
+from towers import Tokenizer
 
 # --- Optimization ---------------------------------------------------------------------------------
 
@@ -53,10 +54,14 @@ def decayed_groups(module, weight_decay):
 
 
 def learning_rate(step, c):
-    """Return the rate of a step: linear warm-up, then a cosine to final_lr * lr. MoS App. A."""
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    progress = (step - c.warmup) / max(1, c.steps - c.warmup)
+    """Return the rate of a step: linear warm-up, then a cosine to final_lr * lr. MoS App. A.
+
+    NOTE (ours): a short run warms up for a tenth of its steps at most.
+    """
+    warmup = min(c.warmup, c.steps // 10)
+    if step < warmup:
+        return c.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, c.steps - warmup)
     cosine = 0.5 + 0.5 * math.cos(math.pi * progress)
     return c.lr * (c.final_lr + (1 - c.final_lr) * cosine)
 
@@ -127,7 +132,8 @@ class Log:
         """Add a row, and write the file anew."""
         self.rows.append({"step": step} | {k: f"{v:.6g}" for k, v in values.items()})
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with replacing(self.path) as temporary, open(temporary, "w", newline="") as file:
+        with (going_on(f"write {self.path}"), replacing(self.path) as temporary,
+              open(temporary, "w", newline="") as file):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
@@ -158,17 +164,18 @@ class Trainer:
             raise ValueError(f"batch {c.batch} cannot be cut into {self.world.size} processes x "
                              f"{self.accumulate} equal micro-batches" + " of pairs"
                              * (stage.samples_per_row > 1) + "; change batch or micro_batch")
-        self.checkpoints = checkpoint.folder_of(c)
-        self.writer = checkpoint.Writer(self.checkpoints, self.world, c.keep)
+        self.run = self.world.gather(
+            checkpoint.describe_run(c, model, stage.dataset) if self.world.first else {})
+        self.writer = checkpoint.Writer(checkpoint.folder_of(c), self.world, c.keep, self.run)
         self.first_step = 0
 
-    def resume(self):
-        """Go on from the newest good checkpoint, if there is one."""
-        newest = checkpoint.newest(self.checkpoints, self.world)
-        if newest:
-            self.first_step = checkpoint.load(newest, self.tensors())
-            for values in self.optimizer.state.values():
-                values["step"].fill_(self.first_step)
+    def resume(self, last):
+        """Go on from a checkpoint. Raises ValueError where the run would learn from other things.
+        """
+        checkpoint.check_same_run(last, self.run)
+        self.first_step = checkpoint.load(last, self.tensors())
+        for values in self.optimizer.state.values():
+            values["step"].fill_(self.first_step)
 
     def tensors(self):
         """Return all that a bit-exact resume needs, by name; random states follow from the step."""
@@ -233,7 +240,7 @@ class Trainer:
     def train(self):
         """Train to the last step, log, validate and save. Returns whether it got there."""
         c = self.c
-        with interruption() as interrupted:
+        with interruption() as interrupted, self.bar or contextlib.nullcontext():
             for step in range(self.first_step, c.steps):
                 self.step(step)
                 done = step + 1
@@ -242,19 +249,21 @@ class Trainer:
                 save = done % c.save_every == 0 or last or stop
                 if save or done % c.log_every == 0 or done % c.eval_every == 0:
                     self.write_row(done)  # first: it stops at a loss that is not finite
-                if save and not last:
-                    self.save(done)
-                if done % c.eval_every == 0 or last:
-                    self.validate(done)
-                if last:  # a checkpoint of the last step means that all is done
+                if save:
                     self.save(done)
                 if last or stop:
-                    self.writer.wait()
+                    self.writer.wait()  # before anything else can fail
+                if done % c.eval_every == 0 or last:
+                    self.validate(done)
                 if stop and not last:
-                    self.world.print0(f"\nstopped at step {done}; go on with --resume")
+                    self.world.print0(f"\nstopped at step {done}; go on with --resume; --export "
+                                      "writes the model of this step, to draw with")
                     return False
-        if self.bar:
-            self.bar.close()
+        if self.writer.fault:
+            raise OSError(self.writer.fault)
+        if self.world.first and checkpoint.exported_step(c) < c.steps:
+            raise OSError(f"the model could not be exported; make room in {c.out}, then: python "
+                          f"train.py --resume --out {c.out}")
         self.world.print0(f"peak memory {peak_memory(self.world.device) / 2**30:.2f} GiB")
         return True
 
@@ -268,7 +277,7 @@ class Trainer:
         if not math.isfinite(loss + norm):
             self.writer.wait()
             world.print0(f"the loss is {loss}, its gradient's norm {norm} at step {step}; the last "
-                         f"good checkpoint is kept in {self.checkpoints}; try a smaller --lr")
+                         f"good checkpoint is kept in {self.writer.folder}; try a smaller --lr")
             sys.exit(1)
         elapsed = time.time() - self.clock
         rate = steps * self.c.batch / elapsed
@@ -286,24 +295,28 @@ class Trainer:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
         self.reset(step)
 
-    def export(self, step):
-        """Write the model with the averaged weights; return what its validation found.
-
-        The validation of a VAE also measures the statistics by which latents are normalised.
-        """
+    @contextlib.contextmanager
+    def averaged(self):
+        """Have the averaged weights in the model, in one piece if they are sharded."""
         with self.average.applied():
             if self.sharded:
                 self.stage.unshard()
-            values = self.stage.validate(step, self.folder)
+            yield
             if self.sharded:
                 self.stage.reshard()
-            checkpoint.save_model(self.model, self.folder, checkpoint.PARTS_OF[self.c.stage],
-                                  write=self.world.first)
-        return values
+
+    def export(self, step):
+        """Write the model with the weights that are in it now. Raises OSError."""
+        self.stage.complete()
+        checkpoint.save_model(self.model, self.folder, checkpoint.parts_to_write(self.c),
+                              self.world.first, f"{self.c.stage} {step}")
 
     def validate(self, step):
-        """Validate and export the averaged weights; log and print what was found."""
-        values = self.export(step)
+        """Export the averaged weights, then validate them; log and print what was found."""
+        with self.averaged():
+            with going_on(f"export the model to {self.folder}"):
+                self.export(step)
+            values = self.stage.validate(step, self.folder)
         if self.world.first:
             self.log.add(step, **values)
             shown = [f"{name} {value:.4g}" for name, value in values.items()
@@ -340,10 +353,11 @@ def introduce(trainer):
 
 # --- The command ----------------------------------------------------------------------------------
 
-def prepare(c, values, flags, world, resume=False):
+def prepare(c, values, flags, world, resume=False, export=False):
     """Return the Trainer of a stage, with weights and the last checkpoint; nothing is written yet.
 
-    values: of the model, by the recipe. flags: settings of the model that were given.
+    values: of the model, by the recipe. flags: settings of the model that were given. export: only
+    to write the model, for which data are needed where they belong to it alone.
     """
     several = dist.is_initialized()
     c.parallel = c.parallel or ("ddp" if several else "none")
@@ -353,19 +367,26 @@ def prepare(c, values, flags, world, resume=False):
             "there is one process: start several with torchrun --nproc-per-node N train.py"))
     if c.shards and c.parallel != "hsdp":
         raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
+    last = checkpoint.find_last(c, world, export) if resume or export else None
     config = model_config(c, values, flags)
-    dataset = open_sources(c, config.size, world)
-    tokenizer = checkpoint.read_tokenizer(config, c.init) if c.stage in GENERATING else \
-        build_tokenizer(dataset)
-    with torch.device("meta"):  # no memory yet: it may be shared out first
-        model = MoS(config, tokenizer)
+    tokenizer = None
+    if c.stage in GENERATING:  # what is wrong with the frozen parts shows before data is read
+        tokenizer = checkpoint.read_tokenizer(config, c.init)
+        model = checkpoint.unloaded(MoS, config, tokenizer)
+    dataset = None
+    if not export or c.stage == "vae":  # which measures its statistics on pictures
+        dataset = open_sources(c, config, world, tokenizer)
+    if c.stage not in GENERATING:
+        tokenizer = build_tokenizer(dataset) if dataset else \
+            Tokenizer(checkpoint.read_run(last)["tokenizer"])
+        model = checkpoint.unloaded(MoS, config, tokenizer)
     if c.stage in GENERATING and world.device.type == "cuda":
         model.understanding.bfloat16()  # MoS App. A
     for block in model.generation.blocks:
         block.recompute = c.recompute
     trainer = Trainer(KINDS[c.stage](model, dataset, c, world), c, model)
-    if resume:
-        trainer.resume()
+    if last:
+        trainer.resume(last)
     return trainer
 
 
@@ -373,14 +394,17 @@ def run_stage(trainer, export=False):
     """Train a stage, or export the model of its last checkpoint. Returns whether it is finished."""
     c, world = trainer.c, trainer.world
     if export:
-        if not trainer.first_step:
-            raise ValueError(f"no checkpoint in {trainer.checkpoints} to export")
-        trainer.begin()
-        trainer.export(trainer.first_step)
+        with trainer.averaged():
+            trainer.export(trainer.first_step)
+        world.print0(f"wrote the model of stage {c.stage} at step {trainer.first_step} to {c.out}")
         return True
     if trainer.first_step >= c.steps:
+        if checkpoint.exported_step(c) < trainer.first_step:  # ended before it could
+            trainer.begin()
+            trainer.validate(trainer.first_step)
         world.print0(f"stage {c.stage}: finished at step {trainer.first_step} already")
         return True
+    checkpoint.check_unused(c)
     if world.first:
         write_settings(c, trainer.model.config)
     introduce(trainer)
@@ -400,8 +424,8 @@ def parse(arguments=None):
                          usage="train.py [--recipe NAME] [--resume | --export] [--SETTING ...]")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in "
                         "--out, with the settings that are kept there")
-    parser.add_argument("--export", action="store_true", help="validate and write the "
-                        "model of the last checkpoint in --out, and stop")
+    parser.add_argument("--export", action="store_true", help="write the model of the "
+                        "last checkpoint in --out, and stop")
     parser.add_settings(TrainConfig, "training", values_by_stage(recipe) | {"out": DEFAULT_OUT})
     parser.add_settings(MoSConfig, "model", recipe["model"])
     flags = {name: tuple(value) if isinstance(value, list) else value
@@ -417,6 +441,8 @@ def main():
         runs = [(c, values) for c, values in runs if checkpoint.folder_of(c).is_dir()]
         if not runs:
             raise ValueError(f"no checkpoint in {flags.get('out', DEFAULT_OUT)} to export")
+        if [c.stage for c, _ in runs[-2:]] == ["image", "edit"]:
+            del runs[-2]  # stage edit has trained its weights further
     if not resume and not export:
         for c, _ in runs:
             checkpoint.check_free(c)
@@ -424,7 +450,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     try:
         for number, (c, values) in enumerate(runs):
-            trainer = prepare(c, values, flags, world, resume or export)
+            trainer = prepare(c, values, flags, world, resume, export)
             if number == 0 and world.first and not export:
                 write_all_settings(runs, flags)  # so that --resume knows the stages to come
             if not run_stage(trainer, export):
@@ -441,4 +467,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "try a smaller --micro-batch, --recompute, or several GPUs with --parallel fsdp")

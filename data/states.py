@@ -8,7 +8,6 @@ stay on disk (Cache). Both return input embeddings (B, S, Du) and states (B, S, 
 import hashlib
 import json
 import queue
-import signal
 from collections import deque
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import torch
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import save_file
 
-from checkpoint import load_part
-from common import check_made, checksum, replacing, write_made
+from checkpoint import fingerprint, load_part, unloaded
+from common import check_made, leave_stopping_to_parent, replacing, write_made
 from data.latents import open_shard, shard_path
 from kernels import autocast
 from mos import MoS
@@ -29,8 +28,7 @@ WAIT = 5  # seconds between looks at a producer that does not answer
 
 def open_tower(config, tokenizer, folder, device):
     """Load a tower; return a function from prompts (B, S) to embeddings and states on the host."""
-    with torch.device("meta"):
-        model = MoS(config, tokenizer)
+    model = unloaded(MoS, config, tokenizer)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where kernels are launched
         model.understanding.bfloat16()
@@ -44,17 +42,9 @@ def open_tower(config, tokenizer, folder, device):
     return read
 
 
-def fingerprint(config, init):
-    """Return a tower's checksum, or the names and sizes of a published tower's files."""
-    if not config.und_folder:
-        return checksum(init / "understanding.safetensors")
-    from pretrained.folders import weight_files
-    return [[path.name, path.stat().st_size] for path in weight_files(config.und_folder)]
-
-
 def produce(questions, answers, *tower):
     """Answer questions in the producer's process, until the training process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
+    leave_stopping_to_parent()
     torch.set_num_threads(1)
     read = open_tower(*tower)
     while multiprocessing.parent_process().is_alive():
@@ -93,6 +83,11 @@ class Producer:
                                   f"{self.process.exitcode}; start again with --resume") from None
 
 
+def digest(values):
+    """Return a SHA-256 of values that JSON can hold, in hex."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 class Cache:
     """The states of all prompts of a data set in a folder, made once by all processes together.
 
@@ -108,9 +103,9 @@ class Cache:
         ids = {text: model.tokenizer.encode(text) for text in {"", *captions}}
         texts = sorted(ids, key=lambda text: (len(ids[text]), text))
         self.rows = {tuple(ids[text]): row for row, text in enumerate(texts)}
-        made = {"tower": fingerprint(model.config, Path(init)),
-                "state_norm": model.config.state_norm,
-                "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+        made = {"tower": fingerprint(model.config, init, "understanding"),
+                "state_norm": model.config.state_norm, "prompts": digest(texts),
+                "tokenizer or chat template": digest([ids[text] for text in texts])}
         check_made(self.folder, made, "states")
         shards = [texts[i:i + SHARD] for i in range(0, len(texts), SHARD)]
         missing = [number for number in range(len(shards))

@@ -2,8 +2,11 @@
 
 import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
+from itertools import combinations
 
 import pytest
 import torch
@@ -13,11 +16,12 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from checkpoint import read_vocabulary
-from common import to_tensor
+from common import contact_sheet, to_tensor
 from config import MoSConfig
-from conftest import ROOT, make_model, product_files, run_script
+from conftest import ROOT, SMALL, make_config, make_model, product_files, run_script, same
 from mos import MoS
 from tools import curves, estimate, evaluate, routing
+from towers import Tokenizer
 from world import scores
 
 
@@ -30,9 +34,11 @@ def cases(text):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder with a small model of random weights."""
+    """A folder with a small model of random weights, whose pictures have all levels."""
     folder = tmp_path_factory.mktemp("small") / "model"
-    make_model().save_pretrained(folder)
+    model = make_model()
+    model.vae.decoder.conv_out.weight.data.mul_(6)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -55,7 +61,9 @@ def refuse(command, capsys, tmp_path):
 
 @pytest.mark.parametrize("flags, message", cases(f"""\
 --checkpoint missing => no config.json in missing | --prompt 'a red cirkle' => 'cirkle'.*circle
---negative 'a red cirkle' => 'cirkle'.*circle | --prompt '' => empty | --prompt a ' ' => empty
+--negative 'a red cirkle' => 'cirkle'.*circle | --prompt '' => with words
+--prompt a ' ' => with words, got ' ' | --prompt a '. .' => with words, got '. .'
+--prompt '<eos> <Pad>' => with words | --rewrite --prompt . => with words
 --prompt '{'red ' * 20}' => 21 tokens.*at most 16.*red red | --prompt => --prompt
 --negative '{'the ' * 20}' => 21 tokens.*at most 16.*the the | --size 100 => multiple of 32
 --size 0 | --size -32 | --size big | --size 64x64x64 | --size 64x | --steps 0 | --steps -1
@@ -63,12 +71,14 @@ def refuse(command, capsys, tmp_path):
 --seed {2 ** 70} | --zebra => --zebra | --prom a => --prom | --out missing/a.png => missing
 --schedule fast => uniform, linear-quadratic.*'fast' | --out . | --out a.jpg => a.jpg
 --out folder.png => folder.png | --image missing.png => missing.png cannot be read: .*No such file
---image out.png => out.png cannot be read | --image odd.png => odd.png: .*multiple of 32.*got 48x64
+--image out.png => out.png cannot be read
+--image odd.png => odd.png: .*multiple of 32.*got 48x64; or let --fit
+--fit => --fit does not go without --image
 --image good.png --size 64 => --size does not go with --image | --image good.png --rewrite
 --image good.png --drop-tower => --drop-tower does not go with | --image folder.png
 --image good.png --image-guidance nan => image_guidance | --guidance inf --image good.png
 --image-guidance 2 => --image-guidance does not go without --image | --image => --image
---image good.png --prompt ' ' => empty | --image good.png --prompt zebra => 'zebra'"""))
+--image good.png --prompt ' ' => words | --image good.png --prompt zebra => 'zebra'"""))
 def test_sample_refuses(flags, message, refuse, small, tmp_path):
     """What sample.py cannot draw, edit or write."""
     (tmp_path / "folder.png").mkdir()
@@ -136,6 +146,7 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --gen-heads 7 => heads | --und-heads 7 => heads | --vae-width 0 | --registers -1 | --max-tokens 0
 --sampling-steps 0 | --guidance nan | --rescale 3 | --gen-patch 0
 --tower-device zebra => such as cuda:1
+--tower-device meta => such as cuda:1
 --parallel zebra => zebra | --parallel fsdp => torchrun | --parallel none --shards 2 => hsdp
 --shards -1 | --keep 0 | --patience 0
 --phase 512 => phase must be one of none in recipe laptop, got '512'
@@ -180,19 +191,27 @@ def test_estimate_refuses(flags, message, refuse):
 
 @pytest.mark.parametrize("flags, message", cases(f"""\
 --checkpoint missing => no config.json in missing | --prompt zebra => unknown word 'zebra'
---prompt '' => none of them empty | --seed {2 ** 70} | --seed x | --out a.jpg => a.jpg
+--prompt '' => texts with words | --seed {2 ** 70} | --seed x | --out a.jpg => a.jpg
 --out missing/a.png => missing | --out . | --zebra => --zebra"""))
 def test_routing_refuses(flags, message, refuse, small):
     """A model or a prompt that cannot be read, a picture that cannot be written."""
     refuse(message, routing, "--checkpoint", small, "--out", "a.png", *flags)
 
 
-@pytest.mark.parametrize("script, flags", (("sample.py", []), ("tools.evaluate", ["missing"]),
-                                           ("train.py", ["--stage", "zebra"])))
-def test_refusal_of_a_process(script, flags):
+def test_refusal_of_a_process():
     """In a process of its own, too, an error is one line and exit code 2."""
-    done = run_script(script, *flags)
+    done = run_script("sample.py")
     assert done.returncode == 2 and done.stdout == "" and re.fullmatch(r"error: .+\n", done.stderr)
+
+
+@pytest.mark.parametrize("path", [path for path in product_files()
+                                  if "__main__" in path.read_text()], ids=lambda path: path.stem)
+def test_refusal_of_a_script(path, monkeypatch, capsys):
+    """Every file that is run as a script refuses a wrong command line in this way."""
+    monkeypatch.setattr(sys, "argv", [str(path), "--zebra"])
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_path(str(path), run_name="__main__")
+    assert re.fullmatch("error: .+\n", "".join(capsys.readouterr()))
 
 
 def test_interrupted(command, monkeypatch, capsys):
@@ -246,6 +265,42 @@ def test_edited_picture(draw, tmp_path):
     assert draw(f"{flags} --image in.png --num 2").size == (196, 96)
 
 
+def test_fit(draw, tmp_path):
+    """--fit crops the centre to the nearest shape of about the model's area, and scales to it."""
+    own = Image.effect_noise((70, 96), 90).convert("RGB")
+    for name, picture in (("in", own), ("middle", own.crop((3, 0, 67, 96))),
+                          ("large", own.resize((700, 960))), ("small", own.resize((35, 48)))):
+        picture.save(tmp_path / f"{name}.png")
+    flags = "--prompt 'a red circle' --steps 2 --image"
+    fitted = draw(f"{flags} in.png --fit")
+    assert fitted.size == (64, 96) and fitted.info["fit"] == "True"
+    assert fitted.tobytes() == draw(f"{flags} middle.png").tobytes()
+    for name in ("large", "small"):
+        assert draw(f"{flags} {name}.png --fit").size == (64, 96)
+
+
+def test_warning_outside_the_small_world(model, capsys):
+    """Only a model whose words are the small world's warns, and only of what the judge misses."""
+    golden = Image.open(ROOT / "assets/golden.png").convert("RGB")
+    sample.warn_outside(model, golden)
+    sample.warn_outside(model, golden.resize((512, 512)))
+    assert capsys.readouterr().err == ""
+    covered = golden.copy()
+    covered.paste("navy", (0, 0, 128, 40))  # half of the circle
+    for picture in (covered, Image.new("RGB", (64, 64), "teal"), Image.new("RGB", (64, 64)),
+                    Image.effect_noise((300, 200), 90).convert("RGB")):
+        sample.warn_outside(model, picture)
+        assert re.fullmatch("warning: .* knows only one to four shapes .*\n",
+                            capsys.readouterr().err)
+    for change in (dict(und_folder="a published tower"), {}):
+        model.config = make_config(**SMALL, **change)
+        sample.warn_outside(model, covered)
+        assert ("warning" in capsys.readouterr().err) == (not change)
+    model.tokenizer = Tokenizer(["a", "red", "fox"])
+    sample.warn_outside(model, covered)
+    assert capsys.readouterr().err == ""
+
+
 def orientation(number):
     """EXIF data that say how a picture is to be turned."""
     exif = Image.Exif()
@@ -253,16 +308,57 @@ def orientation(number):
     return exif
 
 
-def test_grid(draw, tmp_path):
-    """Several prompts are rows, --num pictures columns; picture i of them has seed + i."""
+def test_grid(draw, small, tmp_path):
+    """Several prompts are labelled rows, --num pictures columns; picture i of them has seed + i."""
+    texts = ["a red circle", "two stars"]
     grid = draw("--prompt 'a red circle' 'two stars' --num 3 --steps 1 --seed 7")
-    assert grid.size == (3 * 68 - 4, 2 * (68 + 32) - 4)  # 4 white pixels between pictures
+    images = MoS.from_pretrained(small).generate([texts[0]] * 3 + [texts[1]] * 3, steps=1, seed=7)
+    assert not any(same([a], [b]) for a, b in combinations(images, 2))
+    assert same([grid], [contact_sheet([images[:3], images[3:]], texts)])
     assert grid.info["prompt"] == "a red circle | two stars"
-    alone = draw("--prompt 'two stars' --steps 1 --seed 12")
-    tile = grid.crop((2 * 68, 100 + 32, 2 * 68 + 64, 100 + 96))
-    assert all(abs(a - b) <= 2 for a, b in zip(tile.tobytes(), alone.tobytes(), strict=True))
     assert draw("--prompt 'two stars' --num 2 --steps 1").size == (132, 96)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+FLAGS = {"--steps 3": {"steps": 3}, "--guidance 6": {"guidance": 6.0},
+         "--rescale 0.1": {"rescale": 0.1}, "--schedule linear-quadratic": {
+             "schedule": "linear-quadratic"}, "--seed 4": {"seed": 4},
+         "--negative 'blue star'": {"negative": "blue star"}}
+
+
+@pytest.mark.parametrize("flag, setting", (*FLAGS.items(), ("--size 32x96", {"size": (32, 96)})))
+def test_flags_of_drawing(flag, setting, draw, small):
+    """A flag draws what the model draws with that setting, which is another picture."""
+    model, prompt, plain = MoS.from_pretrained(small), ["a red circle"], {"steps": 2, "seed": 1}
+    picture = draw(f"--prompt 'a red circle' --steps 2 --seed 1 {flag}")
+    assert same([picture], model.generate(prompt, **plain | setting))
+    assert not same([picture], model.generate(prompt, **plain))
+
+
+@pytest.mark.parametrize("flag, setting", (*FLAGS.items(),
+                                           ("--image-guidance 3", {"image_guidance": 3.0})))
+def test_flags_of_editing(flag, setting, draw, small, tmp_path):
+    """So does a flag of an edit."""
+    model, prompt, plain = MoS.from_pretrained(small), ["a red circle"], {"steps": 2, "seed": 1}
+    own = Image.effect_noise((64, 32), 90).convert("RGB")
+    own.save(tmp_path / "in.png")
+    picture = draw(f"--image in.png --prompt 'a red circle' --steps 2 --seed 1 {flag}")
+    assert same([picture], model.edit([own], prompt, **plain | setting))
+    assert not same([picture], model.edit([own], prompt, **plain))
+
+
+@pytest.mark.parametrize("flags, temperature", (("", 0.0), ("--temperature 2", 2.0)))
+def test_rewriting(flags, temperature, draw, small, capsys):
+    """--rewrite draws, prints and notes what the tower writes of the prompt, by its seed."""
+    model = MoS.from_pretrained(small)
+    text = model.rewrite("two stars", temperature, 3)
+    picture = draw(f"--prompt 'two stars' --rewrite --seed 3 --steps 1 {flags}")
+    assert same([picture], model.generate([text], steps=1, seed=3))
+    assert not same([picture], model.generate(["two stars"], steps=1, seed=3))
+    assert picture.info["prompt"] == "two stars" and picture.info["rewritten"] == text
+    assert f"'two stars' became {text!r}" in capsys.readouterr().out
+    assert (text == model.rewrite("two stars", 0.0, 3)) == (temperature == 0)
+    assert (text == model.rewrite("two stars", temperature, 4)) == (temperature == 0)
 
 
 @pytest.mark.parametrize("flags, name", (

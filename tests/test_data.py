@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import shutil
+import struct
 import tarfile
+import zlib
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from training import MODEL, alone, launch, near, prepare, settings
 
+import sample
 import stages
 import train
 from checkpoint import read_vocabulary, save_model
@@ -22,7 +25,7 @@ from common import World
 from conftest import ROOT, make_config, make_model
 from data import buckets, latents, pictures, sources, states
 from data.buckets import Batch, Bucket, Plan, choose_resolutions, crop_to_fill, resolutions
-from data.pictures import Pictures, Where
+from data.pictures import Pictures, Rules, Where
 from data.sources import Mixture, Reader, parse_mixture
 from mos import MoS
 
@@ -75,8 +78,8 @@ def make_shards(path, shards=2, each=4):
     return path
 
 
-def read(path, where=None, broken=1.0, world=None):
-    return Pictures(path, [64], world or alone(), where and Where(where), broken)
+def read(path, where=None, broken=1.0, world=None, holdout=0.0):
+    return Pictures(str(path), [64], world or alone(), Rules(broken, holdout, where and Where(where)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ def steps(plan, start, stop):
 
 def source(sides, kind=1, shard=None):
     """Return what a plan needs to know of a source."""
-    return SimpleNamespace(sides=sides, kind=kind, shard=shard)
+    return SimpleNamespace(sides=sides, kind=kind, shard=shard, validation=False)
 
 
 def mixed(seed=0, batch=4, chunk=64):
@@ -270,6 +273,117 @@ def test_orientation(tmp_path):
     assert pixels.shape == (1, 3, 96, 64) and -1 <= pixels.min() < -0.9 < 0.9 < pixels.max() <= 1
 
 
+def encoded(image, form, **options):
+    """Return a picture's file."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def png(depth, colour_type, row, transparent=b""):
+    """Return a PNG of one row, two pixels, in a depth that PIL does not write."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, colour_type, 0, 0, 0)),
+              (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks if body or name == b"IEND")
+
+
+def filled(kind, *values):
+    """Return a picture of one row with these values."""
+    return Image.fromarray(np.array([values], kind))
+
+
+RED_BLUE = Image.new("P", (2, 1))
+RED_BLUE.putpalette([255, 0, 0, 0, 0, 255])
+RED_BLUE.putpixel((1, 0), 1)
+BROWN = Image.new("RGB", (2, 2), (200, 100, 50))
+ANIMATED = dict(save_all=True, append_images=[Image.new("RGB", (2, 2), "blue")])
+SEEN = {  # a file, and the levels of its first two pixels; a number: red, green and blue
+    "16-bit PNG": (encoded(filled(np.uint16, 128 * 257, 65535), "PNG"), 128, 255),
+    "16-bit TIFF": (encoded(filled(np.uint16, 128 * 257, 255), "TIFF"), 128, 1),
+    "16-bit TIFF, 0 is white": (encoded(filled(np.uint16, 65535, 127 * 257), "TIFF",
+                                        tiffinfo={262: 0}), 0, 128),
+    "16-bit PGM": (b"P5 2 1 65535 " + struct.pack(">HH", 128 * 257, 65535), 128, 255),
+    "32-bit TIFF": (encoded(filled(np.int32, 2 ** 30, 2 ** 31 - 1), "TIFF"), 128, 255),
+    "fractions": (encoded(filled(np.float32, 0.5, 1.2), "TIFF"), 128, 255),
+    "floats to 255": (encoded(filled(np.float32, 128, 255), "TIFF"), 128, 255),
+    "no number": (encoded(filled(np.float32, np.nan, 1), "TIFF"), 0, 255),
+    "RGBA": (encoded(Image.new("RGBA", (2, 1), (255, 0, 0, 0)), "PNG"), 255, 255),
+    "half transparent": (encoded(Image.new("LA", (2, 1), (0, 51)), "PNG"), 204, 204),
+    "WebP": (encoded(Image.new("RGBA", (2, 1), (0, 0, 255, 0)), "WEBP", lossless=True), 255, 255),
+    "palette": (encoded(RED_BLUE, "PNG", transparency=0), 255, (0, 0, 255)),
+    "palette of alphas": (encoded(RED_BLUE, "PNG", transparency=b"\x33\0"), (255, 204, 204), 255),
+    "GIF": (encoded(RED_BLUE, "GIF", transparency=1), (255, 0, 0), 255),
+    "16-bit grey with alpha": (png(16, 4, struct.pack(">HHHH", 32896, 65535, 9, 0)), 128, 255),
+    "16-bit grey, one transparent": (png(16, 0, struct.pack(">HH", 40000, 40001), b"\x9c\x40"),
+                                     255, 156),
+    "16-bit RGB, one transparent": (
+        png(16, 2, struct.pack(">6H", 40000, 3000, 99, 51400, 25700, 12850),
+            struct.pack(">HHH", 40000, 3000, 99)), 255, (200, 100, 50)),
+    "RGB, one transparent": (png(8, 2, bytes((5, 6, 7, 5, 6, 8)), b"\0\5\0\6\0\7"), 255,
+                             (5, 6, 8)),
+    "4-bit grey, one transparent": (png(4, 0, b"\x3a", b"\0\3"), 255, 170),
+    "2-bit grey, one transparent": (png(2, 0, b"\x90", b"\0\2"), 255, 85),
+    "1 bit, one transparent": (png(1, 0, b"\x40", b"\0\0"), 255, 255),
+    "CMYK": (encoded(BROWN.convert("CMYK"), "JPEG", quality=95), (200, 100, 50), (200, 100, 50)),
+    "animated PNG": (encoded(BROWN, "PNG", **ANIMATED), (200, 100, 50), (200, 100, 50)),
+    "animated WebP": (encoded(BROWN, "WEBP", lossless=True, **ANIMATED), (200, 100, 50),
+                      (200, 100, 50))}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_pictures_are_as_seen(name, tmp_path, monkeypatch):
+    """Deep, transparent, animated and printed pictures look as in a viewer, on white.
+
+    Training and sample.py read them by one function.
+    """
+    file, *expected = SEEN[name]
+    image = pictures.open_as_seen(io.BytesIO(file))
+    levels = np.array([np.broadcast_to(level, 3) for level in expected])
+    assert image.mode == "RGB" and abs(np.asarray(image, int)[0] - levels).max() <= 1
+    (tmp_path / "a").write_bytes(file)
+    monkeypatch.setattr(sample, "check_size", lambda size: None)
+    assert sample.read_picture(SimpleNamespace(image=tmp_path / "a", fit=False)) == image
+    monkeypatch.setattr(pictures, "LEAST_SIDE", 1)
+    monkeypatch.setattr(pictures, "crop_to_fill", lambda image, *_: image)
+    own = read(make_tar(tmp_path / "a.tar", {"0.png": file, "0.txt": b"words"}))
+    loaded = own.load(0, 32, 32)[0].permute(1, 2, 0)                            # (1, 2, 3)
+    assert (loaded.numpy() == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize("form", ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"))
+def test_every_orientation(form):
+    """The index has the sides of the turned picture; a value that is not defined turns nothing."""
+    corners = {2: "right top", 3: "right bottom", 4: "left bottom", 5: "left top",
+               6: "right top", 7: "right bottom", 8: "left bottom"}
+    image = Image.new("RGB", (96, 64))
+    image.paste("white", (0, 0, 48, 32))
+    for value in (None, *range(10), 255, 65535):
+        exif = Image.Exif()
+        if value is not None:
+            exif[pictures.ORIENTATION] = value
+        file = io.BytesIO(encoded(image, form, exif=exif))
+        seen = pictures.open_as_seen(file)
+        x, y = np.argwhere(np.asarray(seen)[..., 0].T > 128).mean(0) > np.array(seen.size) / 2
+        corner = f"{'right' if x else 'left'} {'bottom' if y else 'top'}"
+        assert seen.size == ((64, 96) if value in (5, 6, 7, 8) else (96, 64)) == \
+            pictures.read_size(file)
+        assert corner == corners.get(value, "left top")
+
+
+@pytest.mark.parametrize("options, size", (
+    (dict(xmp=b'<rdf:Description tiff:Orientation="6"/>'), (64, 96)),
+    (dict(xmp=b'<rdf:Description tiff:Orientation="9"/>'), (96, 64)),
+    (dict(exif=b"Exif\0\0junk of a camera"), (96, 64)),
+    (dict(exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\2\0\0\0\x026" + bytes(7)), (96, 64))),
+    ids=("XMP", "XMP, not defined", "damaged", "text"))
+def test_odd_orientations(options, size):
+    """XMP is heeded; damaged EXIF, and a text in place of a number, turn nothing."""
+    file = io.BytesIO(encoded(Image.new("RGB", (96, 64)), "JPEG", **options))
+    assert pictures.open_as_seen(file).size == pictures.read_size(file) == size
+
+
 def test_what_cannot_be_used_is_counted(tmp_path, monkeypatch, capsys):
     """Each reason is counted and named; past --max-broken a run stops with the list."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)
@@ -285,11 +399,11 @@ def test_what_cannot_be_used_is_counted(tmp_path, monkeypatch, capsys):
     reasons = {name.split("/")[-1]: reason for name, reason in data.broken.items()}
     assert reasons == {"1.png": "cannot be read", "2.png": "no caption", "10.png": "no caption",
                        "3.png": "its caption is empty", "4.txt": "no picture",
-                       "5.png": "its text or JSON is malformed", "6.png": "a side below 32 pixels",
+                       "5.png": "its JSON is malformed", "6.png": "a side below 32 pixels",
                        "7.png": "an aspect ratio beyond 8", "8.png": "more than 0 M pixels",
-                       "9.png": "its text or JSON is malformed"}
+                       "9.png": "its caption is not in UTF-8"}
     printed = capsys.readouterr().out
-    assert "left out of 11: 2 no caption, 2 its text or JSON is malformed" in printed
+    assert "left out of 11: 2 no caption, 1 cannot be read, 1 its caption is empty" in printed
     with pytest.raises(ValueError, match=r"10 of 11 samples .* --max-broken 0.9 allows: .*a.tar/1."
                                          "png: cannot be read, .*a.tar/2.png: no caption"):
         read(path, broken=0.9)
@@ -325,18 +439,23 @@ def test_broken_shard(tmp_path, cut, kept, broken):
 
 
 @pytest.mark.parametrize("message, files", (
-    ("not a folder", None), ("no pictures", {}), ("no caption.*a.txt", {"a.png": ""}),
+    ("not a folder", None), ("no pictures", {}),
+    ("a.png: no caption .expected a.txt, or a line of metadata.jsonl", {"a.png": ""}),
+    ("b/a.png: no caption .expected a.txt", {"b/a.png": "", "a.txt": ""}),
     ("none of its 1 samples", {"a.png": "junk", "a.txt": "words"}),
     ("none of its 1 samples", {"a.tar": "junk"}), ("no pictures", {"metadata.jsonl": "\n"}),
     ("line 3", {"metadata.jsonl": '{"file_name": "a.png", "text": "a"}\n\n{"file_name": \n'}),
-    ("line 1", {"metadata.jsonl": '{"file_name": "a.png"}'}), ("line 1", {"metadata.jsonl": "[1]"}),
+    ("a.png: no caption", {"metadata.jsonl": '{"file_name": "a.png"}'}),
+    ("b.png: no such file", {"metadata.jsonl": '{"file_name": "b.png", "text": "a"}'}),
+    ("line 1", {"metadata.jsonl": "[1]"}), ("line 1", {"metadata.jsonl": '{"text": "a"}'}),
     ("line 1", {"metadata.jsonl": '{"file_name": "a.png", "text": 5}'})))
 def test_folder_says_what_is_wrong(tmp_path, message, files):
     """A folder that cannot be used is a ValueError that names the folder, and the line."""
     for name, text in (files or {}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
-        read(tmp_path / "none" if files is None else tmp_path)
+        read(tmp_path / "none" if files is None else tmp_path, broken=0.0 if ":" in message else 1.0)
 
 
 def test_processes_share_the_index(tmp_path):
@@ -499,11 +618,40 @@ def test_latents_three_ways(world, light, tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     assert len(rows) == 19 and rows[0]["fields"].keys() == {"score", "width", "height"}
     assert {row["text"] for row in rows} == {caption(0), caption(1)}
-    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("opened a picture"))
-    monkeypatch.setattr(pictures, "list_entries", lambda *_: pytest.fail("looked at the sources"))
     monkeypatch.setattr(type(make_model().vae), "encode", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(pictures.Pictures, "load", lambda *_: pytest.fail("opened a picture"))
     again, _ = go(world, tmp_path / "again", latents=str(folder), **{**changes, "workers": 1})
     assert again == disk
+    monkeypatch.setattr(pictures, "list_entries", lambda *_: pytest.fail("looked at the sources"))
+    for name in "ab":
+        (world / name).rename(world / f"away_{name}")
+    try:
+        alone, _ = go(world, tmp_path / "alone", latents=str(folder), **changes)
+    finally:
+        for name in "ab":
+            (world / f"away_{name}").rename(world / name)
+    assert alone == disk and "is used alone" in capsys.readouterr().out
+
+
+def test_stored_latents_notice_other_pictures(world, light, tmp_path):
+    """Another caption, a replaced or an added picture: stored latents are refused."""
+    root = tmp_path / "copy"
+    shutil.copytree(world, root)
+    options = dict(latents=str(tmp_path / "latents"), steps=1)
+    go(root, tmp_path / "first", **options)
+    for name in ("0.png", "metadata.jsonl"):
+        path = root / "a" / name
+        kept = path.read_bytes()
+        if name == "0.png":
+            with Image.open(path) as image:
+                Image.new("RGB", image.size, "navy").save(path)
+        else:
+            path.write_bytes(kept.replace(b"red", b"blue", 1))
+        assert path.read_bytes() != kept
+        with pytest.raises(ValueError, match="latents: .* another pictures or captions"):
+            go(root, tmp_path / name, **options)
+        path.write_bytes(kept)
+    go(root, tmp_path / "last", **options)
 
 
 @pytest.mark.slow
@@ -621,7 +769,7 @@ def test_processes_share_the_encoding(world, light, tmp_path):
     c = settings("image", tmp_path, init=str(world / "init"), data="shapes", scenes=9,
                  latents=str(tmp_path / "z"))
     (tmp_path / "z").mkdir()
-    dataset = sources.open_sources(c, 32, alone())
+    dataset = sources.open_sources(c, make_config(size=32), alone())
     dataset.pieces = lambda length: Mixture.pieces(dataset, length, 2 * 32 * 32)
     stage = stages.ImageStage(MoS.from_pretrained(world / "init"), dataset, c, Second(1, 2, "cpu"))
     with pytest.raises(OSError):  # the others' are missing
@@ -670,7 +818,7 @@ def test_first_stages_follow_the_plan(stage, world, light, tmp_path):
     assert all(("padding" in row) == (stage == "understand") for row in rows)
     kind = train.KINDS[stage]
     c = settings(stage, tmp_path, batch=4, data=changes["data"], steps=6)
-    dataset = sources.open_sources(c, 64, alone())
+    dataset = sources.open_sources(c, make_config(size=64), alone())
     model = MoS(make_config(**MODEL), sources.build_tokenizer(dataset, 300))
     inputs = [kind(model, dataset, c, alone(r, n)) for n in (1, 2, 4) for r in range(n)]
     for one in inputs:

@@ -220,6 +220,7 @@ def test_edit(painter):
         one = dict(images=pictures()[i:i + 1], instructions=TEXTS[i:i + 1])
         assert same(both[i:i + 1], painter.edit(**{**call, **one, "seed": 3 + i}))
         assert same(both[i:i + 1], painter.edit(**{**call, **one, "seed": [3 + i]}))
+    assert same(both, painter.edit(**{**call, "negative": None}))
     for change in (dict(images=pictures()[::-1]), dict(instructions=TEXTS[::-1]), dict(seed=9),
                    dict(negative="blue star"), dict(guidance=5.0), dict(image_guidance=2.0),
                    dict(rescale=1.0), dict(steps=3), dict(schedule="linear-quadratic")):
@@ -246,9 +247,13 @@ def test_what_cannot_be_edited_is_refused(painter):
             ("one size, got none", dict(images=[], instructions=[])),
             ("multiple of 32 .*got 48x64", dict(images=pictures(2, 48))),
             ("2 pictures for 1 prompts", dict(instructions=TEXTS[:1])),
-            ("must be a list of texts", dict(instructions="a star")),
-            ("none of them empty", dict(instructions=["a star", " "])),
+            ("must be a list of PIL images", dict(images=pictures()[0])),
+            ("must be a list of PIL images", dict(images=[np.zeros((32, 64, 3), np.uint8)] * 2)),
+            ("must be a list of texts, got 'a star'", dict(instructions="a star")),
+            ("must be texts with words, got ' '", dict(instructions=["a star", " "])),
+            ("must be texts with words, got '. .'", dict(instructions=["a star", ". ."])),
             ("'zebra'", dict(instructions=["a zebra", "a star"])), ("seeds", dict(seed=[1])),
+            ("seed must be a whole number", dict(seed=1.0)),
             ("image_guidance", dict(image_guidance=math.nan)), ("steps", dict(steps=0))):
         with pytest.raises(ValueError, match=match):
             painter.edit(**{"images": pictures(), "instructions": TEXTS, "steps": 1, **change})

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import PARTS, load_parts
-from common import (ROOT, CommandLine, check_made, checksum, contact_sheet, pick_device, replacing,
-                    run, wrap, write_made)
+from checkpoint import PARTS, load_parts, published_folder
+from common import (ROOT, CommandLine, check_made, checksum, contact_sheet, pick_device,
+                    read_json_lines, replacing, run, wrap, write_made)
 from mos import MoS
 from world import edits, scores, shapes
 
@@ -69,9 +69,8 @@ def score(what, model, args, settings, failures):
 def obstacle(what, folder, model):
     """Return why a checkpoint cannot get one of SCORES, "" if it can."""
     c = model.config
-    elsewhere = {"understanding": c.und_folder, "vae": c.vae_folder}
     for part in SCORES[what][1]:
-        if not elsewhere.get(part) and not (Path(folder) / f"{part}.safetensors").is_file():
+        if not published_folder(c, part) and not (Path(folder) / f"{part}.safetensors").is_file():
             return f"no {part}.safetensors in {folder}"
     if not c.und_images and (what in ("understanding", "descriptions")
                              or what == "edits" and "understanding" in c.edit_inputs):
@@ -131,16 +130,12 @@ def draw_sheet(failures, columns=3):
 
 def read_prompts(path):
     """Read GenEval's prompts, a dict each. Raises ValueError for an invalid line, OSError."""
-    prompts = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            if not {"prompt", "tag", "include"} <= entry.keys() or not entry["prompt"].strip():
-                raise ValueError
-        except (ValueError, AttributeError):
-            raise ValueError(f'{path}, line {number}: expected JSON with "prompt", "tag" and '
-                             f'"include", as GenEval has it, got {line[:60]!r}') from None
-        prompts.append(entry)
+    def take(entry):
+        if not {"prompt", "tag", "include"} <= entry.keys() or not entry["prompt"].strip():
+            raise ValueError
+        return entry
+    prompts = read_json_lines(path, 'JSON with "prompt", "tag" and "include", as GenEval has it',
+                              take)
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts
