@@ -146,6 +146,7 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --gen-heads 7 => heads | --und-heads 7 => heads | --vae-width 0 | --registers -1 | --max-tokens 0
 --sampling-steps 0 | --guidance nan | --rescale 3 | --gen-patch 0
 --tower-device zebra => such as cuda:1
+--tower-device meta => such as cuda:1
 --parallel zebra => zebra | --parallel fsdp => torchrun | --parallel none --shards 2 => hsdp
 --shards -1 | --keep 0 | --patience 0
 --phase 512 => phase must be one of none in recipe laptop, got '512'
