@@ -274,10 +274,10 @@ def test_rewriting(checkpoint, model):
     assert prompts == ["a red circle"]
     assert text == published.rewrite("a red circle")
     assert len({published.rewrite("a red circle", 5.0, seed) for seed in range(4)}) > 1
-    model.tokenizer.stops = ()  # a small tower that was not trained to rewrite continues the prompt
     published.understanding.write = lambda *_: iter(())
     assert published.rewrite("a red circle") == "a red circle"
-    text = model.rewrite("a red circle")
+    model.understanding.write = lambda tokens, limit, *_: iter([5] * limit)
+    text = model.rewrite("a red circle")  # a tower that was not trained to rewrite continues it
     assert text.startswith("a red circle ")
     assert len(model.tokenizer.encode(text)) == model.config.max_tokens
     tokenizer = Tokenizer(["in", "detail", ":", "a", "red", "circle"])  # of one that was
