@@ -466,9 +466,10 @@ def choose_validation(name, draws, holdout):
 # --- The data set ---
 
 class StringArray:
-    """Many strings in one block of memory, which data processes share; paths as the system has them.
+    """Many strings in one block of memory, which data processes share.
 
-    A list would be copied into each of them: reading an element writes its reference count.
+    A list would be copied into each of them: reading an element writes its reference count. Paths
+    keep bytes that are not UTF-8.
     """
 
     def __init__(self, texts):
