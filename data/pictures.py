@@ -208,17 +208,18 @@ def list_entries(path):
     metadata = os.path.join(path, "metadata.jsonl")
     tars = [file for file in files if has_suffix(file, {".tar"})]
     if metadata in files:
-        entries = read_metadata(path, metadata)
-        used = {metadata, *(os.path.normpath(entry.path) for entry in entries)}
+        entries, read_entry = read_metadata(path, metadata), read_pair
+        used = {metadata, *(entry.path for entry in entries)}
     elif tars:
-        return tars, read_tar, [file for file in files if file not in tars]
+        entries, read_entry, used = tars, read_tar, set(tars)
     else:
-        entries = pair_with_texts(path, files)
+        entries, read_entry = pair_with_texts(path, files), read_pair
         used = {str(file) for entry in entries for file in (entry.path, entry.text)}
     if not entries:
         raise ValueError(f"{path} holds no pictures (.png, .jpg, .webp or another format that PIL "
                          "reads) and no *.tar")
-    return entries, read_pair, [file for file in files if file not in used]
+    used = {os.path.normpath(file) for file in used}
+    return entries, read_entry, [file for file in files if os.path.normpath(file) not in used]
 
 
 def read_metadata(folder, metadata):

@@ -511,7 +511,7 @@ def test_brackets_in_a_name(tmp_path):
     assert list(read(tmp_path / "t[0-9].tar").captions) == ["t1.tar"]
 
 
-def test_one_layout_of_a_folder(tmp_path, capsys):
+def test_one_layout_of_a_folder(tmp_path, monkeypatch, capsys):
     """metadata.jsonl comes before tars, tars before pairs; the rest is named."""
     folder = make_folder(tmp_path / "a", 2)
     make_tar(folder / "backup.tar", {"0.png": picture(0), "0.txt": b"of the tar"})
@@ -519,11 +519,17 @@ def test_one_layout_of_a_folder(tmp_path, capsys):
     (folder / "8.txt").write_text("a pair")
     assert list(read(folder).captions) == [caption(0), caption(1)]
     assert "files that are not used: 3 (8.png, 8.txt, backup.tar)" in capsys.readouterr().out
+    monkeypatch.chdir(folder)
+    assert read("./../a/.").paths[0].endswith("0.png")
+    assert "files that are not used: 3 (8.png, 8.txt, backup.tar)" in capsys.readouterr().out
     (folder / "metadata.jsonl").unlink()
     assert list(read(folder).captions) == ["of the tar"]
     assert "not used: 4 (0.png, 1.png, 8.png, 8.txt)" in capsys.readouterr().out
     (folder / "backup.tar").unlink()
-    assert list(read(folder).captions) == ["a pair"]
+    with pytest.raises(ValueError, match="2 of 3 samples .*/0.png: no caption .expected 0.txt"):
+        read("./", broken=0.5)
+    assert list(read("./").captions) == ["a pair"]
+    assert "not used" not in capsys.readouterr().out
 
 
 def test_hidden_members_of_a_tar(tmp_path):
