@@ -21,6 +21,7 @@ import json
 import os
 import tarfile
 import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,7 @@ class Sample(NamedTuple):
     path: str
     offset: int  # of the picture's bytes in the file
     size: int    # how many bytes they are; -1: up to the end of the file
+    mark: int    # checksum of the first bytes and the length, to notice another picture
     width: int   # in pixels, as shown: after the EXIF orientation
     height: int
     text: str
@@ -348,8 +350,11 @@ def make_sample(file, path, name, text, fields, member=None):
         raise ValueError("its caption is empty")
     width, height = read_size(file)
     shown = f"{path}/{member.name}" if member else path
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    mark = zlib.crc32(file.read(4096), length)
     return Sample(name=shown, path=path, offset=member.offset_data if member else 0,
-                  size=member.size if member else -1, width=width, height=height,
+                  size=member.size if member else -1, mark=mark, width=width, height=height,
                   text=printable(text.strip()), draw=draw(name, fields),
                   fields={**fields, "width": width, "height": height})
 
@@ -516,13 +521,14 @@ class Pictures:
         if not samples:
             what = f"fulfils --where {rules.where.text!r}" if rules.where else "can be used"
             raise ValueError(f"{self.name}: none of its {self.total} samples {what}")
-        _, paths, offsets, byte_counts, widths, heights, texts, draws, fields = zip(*samples)
+        _, paths, offsets, byte_counts, marks, widths, heights, texts, draws, fields = zip(*samples)
         self.paths = StringArray(paths)
         self.captions = StringArray(texts)
         self.fields = StringArray(map(json.dumps, fields))
         self.draws = np.array(draws)
         self.validation = choose_validation(self.name, draws, rules.holdout)
         self.byte_ranges = np.column_stack((offsets, byte_counts))
+        self.marks = np.array(marks)
         self.sides = choose_resolutions(np.array(widths), np.array(heights), sizes)
         if read_entry is read_tar:  # of each sample the number of its tar shard, (L,)
             _, self.shard = np.unique(paths, return_inverse=True)
@@ -540,6 +546,12 @@ class Pictures:
         world.print0(f"{self.name}: --where keeps {len(kept):,} of {len(samples):,}; of the "
                      f"others {count_reasons(dropped) or 'there are none'}")
         return kept
+
+    def digest(self):
+        """Return a short digest of the pictures and captions, to notice others."""
+        parts = (self.paths.data, self.captions.data, self.byte_ranges.tobytes(),
+                 self.marks.tobytes())
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def sample_name(self, index):
         """Return the name of a sample for messages."""

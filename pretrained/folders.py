@@ -39,7 +39,7 @@ def hint(folder):
     """Return what may help where a folder is not that of a model, to go on a sentence."""
     if (folder / "adapter_config.json").is_file():
         return "; this is a LoRA adapter: merge it into its model first"
-    inner = [path.parent.name for path in sorted(folder.glob("*/config.json"))]
+    inner = [path.parent.name for path in sorted(folder.glob("*/config.json"))][:5]
     return f"; it may be in one of its folders {', '.join(inner)}" if inner else ""
 
 
@@ -70,6 +70,10 @@ def weight_files(folder):
         if plain in paths:
             return [plain, *find_copies(plain, paths)]
         if shards := [path for path in paths if path.match(f"{name}-*-of-*")]:
+            count = int(shards[0].stem.rpartition("-")[2])
+            if len(shards) != count:
+                raise FileNotFoundError(f"{folder} holds {len(shards)} of the {count} files {name}-"
+                                        f"...-of-{count:05d}.safetensors; download it again")
             return shards
     if not paths:
         raise FileNotFoundError(f"no safetensors files in {folder}; convert its weights")

@@ -92,7 +92,8 @@ def write_tokenizer(folder, **config):
         padding=dict(strategy="BatchLongest", direction="Right", pad_to_multiple_of=None, pad_id=0,
                      pad_type_id=0, pad_token="<pad>")))
     write_json(folder, "tokenizer_config.json", dict(
-        chat_template=TEMPLATE, bos_token="<bos>", eos_token=dict(content="<eos>")) | config)
+        chat_template=TEMPLATE, bos_token="<bos>",
+        eos_token=dict(__type="AddedToken", content="<eos>", **options)) | config)
 
 
 def write_tower(folder, config=QWEN2, seed=0, shards=1):

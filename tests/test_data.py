@@ -922,11 +922,40 @@ def test_latents_three_ways(world, light, tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     assert len(rows) == 19 and rows[0]["fields"].keys() == {"score", "width", "height"}
     assert {row["text"] for row in rows} == {caption(0), caption(1)}
-    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("opened a picture"))
-    monkeypatch.setattr(pictures, "list_entries", lambda *_: pytest.fail("looked at the sources"))
     monkeypatch.setattr(type(make_model().vae), "encode", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(pictures.Pictures, "load", lambda *_: pytest.fail("opened a picture"))
     again, _ = go(world, tmp_path / "again", latents=str(folder), **{**changes, "workers": 1})
     assert again == disk
+    monkeypatch.setattr(pictures, "list_entries", lambda *_: pytest.fail("looked at the sources"))
+    for name in "ab":
+        (world / name).rename(world / f"away_{name}")
+    try:
+        alone, _ = go(world, tmp_path / "alone", latents=str(folder), **changes)
+    finally:
+        for name in "ab":
+            (world / f"away_{name}").rename(world / name)
+    assert alone == disk and "is used alone" in capsys.readouterr().out
+
+
+def test_stored_latents_notice_other_pictures(world, light, tmp_path):
+    """Another caption, a replaced or an added picture: stored latents are refused."""
+    root = tmp_path / "copy"
+    shutil.copytree(world, root)
+    options = dict(latents=str(tmp_path / "latents"), steps=1)
+    go(root, tmp_path / "first", **options)
+    for name in ("0.png", "metadata.jsonl"):
+        path = root / "a" / name
+        kept = path.read_bytes()
+        if name == "0.png":
+            with Image.open(path) as image:
+                Image.new("RGB", image.size, "navy").save(path)
+        else:
+            path.write_bytes(kept.replace(b"red", b"blue", 1))
+        assert path.read_bytes() != kept
+        with pytest.raises(ValueError, match="latents: .* another pictures or captions"):
+            go(root, tmp_path / name, **options)
+        path.write_bytes(kept)
+    go(root, tmp_path / "last", **options)
 
 
 @pytest.mark.slow

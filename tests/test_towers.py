@@ -229,6 +229,10 @@ def test_files_without_an_index(shards, tmp_path):
         (folder / "broken.safetensors").write_bytes(b"something else")
     found = load_tower(folder).state_dict()
     assert all(torch.equal(found[name], values) for name, values in expected.items())
+    if shards == 3:
+        (folder / "model-00002-of-00003.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match="holds 2 of the 3 files model-...-of-00003"):
+            load_tower(folder)
 
 
 @pytest.mark.parametrize("rope", ({}, dict(rope_parameters=dict(rope_type="default"))))
