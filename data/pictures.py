@@ -96,7 +96,6 @@ def open_as_seen(file):
         with Image.open(file) as image:
             turn = find_turn(image)
             scale_transparent_colour(image)
-            image.load()
             if image.mode[0] in WHITES:
                 image = scale_values(image)
             if image.has_transparency_data:

@@ -726,14 +726,19 @@ def test_validation_on_training_pictures(world, light, tmp_path, capsys):
 
 
 def test_shorter_captions_than_those_of_stored_latents(world, light, tmp_path, capsys):
-    """Captions in a folder of latents are left out like others, and counted."""
-    folder = str(tmp_path / "latents")
-    go(world, tmp_path / "one", data=f"{world}/a", latents=folder, steps=1)
+    """Captions in a folder of latents are left out like others; beside pictures it is refused."""
+    own = tmp_path / "a"
+    shutil.copytree(world / "a", own)
+    changes = dict(data=str(own), latents=str(tmp_path / "latents"), steps=1)
+    go(world, tmp_path / "one", **changes)
+    changes |= dict(max_tokens=6, max_broken=0.5)
+    with pytest.raises(ValueError, match="made with another pictures or captions"):
+        go(world, tmp_path / "two", **changes)
+    shutil.rmtree(own)
     with pytest.raises(ValueError, match="4 of 9 samples .*: sample 1: its caption is too long"):
-        go(world, tmp_path / "two", data=f"{world}/a", latents=folder, steps=1, max_tokens=6)
+        go(world, tmp_path / "two", **{**changes, "max_broken": 0.4})
     capsys.readouterr()
-    _, rows = go(world, tmp_path / "two", data=f"{world}/a", latents=folder, steps=1, max_tokens=6,
-                 max_broken=0.5)
+    go(world, tmp_path / "two", **changes)
     assert "left out of 9: 4 its caption is too long\n" in capsys.readouterr().out
 
 
