@@ -227,8 +227,8 @@ def read_metadata(folder, metadata):
     """Return the Entries of the lines of a metadata.jsonl. Raises ValueError."""
     def entry(fields):
         name = fields.pop("file_name")
-        text = fields.pop("text", None)
-        if not isinstance(text, str | None):
+        text = fields.pop("text", None) or ""
+        if not isinstance(text, str):
             raise TypeError
         return Entry(os.path.join(folder, name), os.path.normpath(name), text, fields)
     return read_json_lines(metadata, '{"file_name": ..., "text": ...}', entry)

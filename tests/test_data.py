@@ -450,7 +450,8 @@ def test_broken_shard(tmp_path, cut, kept, broken):
     ("none of its 1 samples", {"a.png": "junk", "a.txt": "words"}),
     ("none of its 1 samples", {"a.tar": "junk"}), ("no pictures", {"metadata.jsonl": "\n"}),
     ("line 3", {"metadata.jsonl": '{"file_name": "a.png", "text": "a"}\n\n{"file_name": \n'}),
-    ("a.png: no caption", {"metadata.jsonl": '{"file_name": "a.png"}'}),
+    ("b.png: no such file", {"metadata.jsonl": '{"file_name": "b.png"}'}),
+    ("a.png: its caption is empty", {"a.png": "", "metadata.jsonl": '{"file_name": "a.png"}'}),
     ("b.png: no such file", {"metadata.jsonl": '{"file_name": "b.png", "text": "a"}'}),
     ("line 1", {"metadata.jsonl": "[1]"}), ("line 1", {"metadata.jsonl": '{"text": "a"}'}),
     ("line 1", {"metadata.jsonl": '{"file_name": "a.png", "text": 5}'})))
