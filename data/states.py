@@ -5,6 +5,7 @@ it ahead of training (Producer, MoS App. B.4), or every prompt goes through it o
 stay on disk (Cache). Both return input embeddings (B, S, Du) and states (B, S, M, Du).
 """
 
+import atexit
 import hashlib
 import json
 import queue
@@ -66,6 +67,8 @@ class Producer:
             self.questions, self.answers, model.config, model.tokenizer, folder,
             torch.device(device)))
         self.process.start()
+        # At the end: it passes over the one SIGTERM that multiprocessing would send it.
+        atexit.register(self.process.kill)
 
     def ask(self, tokens):
         """Ask for the states of prompts (B, S)."""

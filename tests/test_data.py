@@ -989,12 +989,15 @@ def test_states_three_ways(world, light, tmp_path, monkeypatch):
 
 
 def test_dead_producer(world, light, tmp_path, monkeypatch):
-    """A producer that has died is an error of one line, not a hang."""
+    """A producer that has died is an error of one line, not a hang; it ends with the training."""
     monkeypatch.setattr(states, "WAIT", 0.1)
+    at_exit = []
+    monkeypatch.setattr(states.atexit, "register", at_exit.append)
     own = states.Producer.ask
 
     def ask(self, tokens):
         own(self, tokens)
+        assert self.process.kill in at_exit
         self.process.kill()
         self.process.join()
     monkeypatch.setattr(states.Producer, "ask", ask)
