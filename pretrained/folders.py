@@ -27,8 +27,8 @@ def read_json(folder, name="config.json"):
     """Return what a JSON file of a folder holds. Raises FileNotFoundError or ValueError."""
     path = Path(folder) / name
     if not path.is_file():
-        raise FileNotFoundError(f"no {name} in {folder}: give a model in Hugging Face's or "
-                                f"diffusers' layout{hint(Path(folder))}")
+        raise FileNotFoundError(f"no {name} in {folder}: --und-folder and --vae-folder name models "
+                                f"in Hugging Face's and diffusers' layout{hint(Path(folder))}")
     try:
         return json.loads(path.read_text("utf-8-sig"))  # the mark that some editors put in front
     except ValueError as e:

@@ -357,7 +357,7 @@ def test_named_by_folders_alone(smollm2, command, capsys, monkeypatch, tmp_path)
                        "which is no folder; give its place with --und-folder, or correct it in "
                        "that file")
     message = stop(command, capsys, sample, *draw, "--und-folder", "no", "--vae-folder", "no")
-    assert message.startswith("error: no tokenizer.json in no: give a model in Hugging Face's")
+    assert message.startswith("error: no tokenizer.json in no: --und-folder and --vae-folder")
     command(sample, *draw, "--und-folder", "../moved/tower", "--vae-folder", "../moved/vae")
     assert Path("out.png").read_bytes() == drawn
     monkeypatch.chdir(tmp_path)

@@ -173,7 +173,7 @@ def test_no_folder(folder):
     with pytest.raises(FileNotFoundError, match="no safetensors files in"):
         load_tower(folder)
     shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError, match="no config.json in .*Hugging Face's or"):
+    with pytest.raises(FileNotFoundError, match="no config.json in .*Hugging Face's and"):
         load_tower(folder)
 
 
