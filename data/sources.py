@@ -133,21 +133,24 @@ def build_tokenizer(dataset, samples=5000):
     return Tokenizer(words)
 
 
-def count_tokens(tokenizer, captions, longest):
-    """Return the tokens of each caption, (L,). Raises ValueError beyond `longest`."""
-    lengths = np.array([len(tokenizer.encode(text)) for text in captions])
+def count_tokens(tokenizer, captions, longest, placeholders=0):
+    """Return the tokens of each caption but for placeholders, (L,). Raises ValueError beyond `longest`.
+    """
+    lengths = np.array([len(tokenizer.encode(text, placeholders)) for text in captions])
+    lengths -= placeholders
     if lengths.max() > longest:
         text = captions[int(lengths.argmax())]
         raise ValueError(f"{text!r} has {lengths.max()} tokens, more than the {longest} allowed")
     return lengths
 
 
-def collate(stage, tokenizer, samples, length):
+def collate(stage, tokenizer, samples, length, placeholders=0):
     """Return samples as the tensors of a stage, prompts padded to S = length.
 
     "vae": pictures. "image": pictures and prompts (B, S). "understand": pictures, texts with
     targets, and what is said about the picture with targets: the text where a source says no more.
-    "edit": pictures, prompts (B, S), packed scenes to be edited (B, 21), and instructions (B, S).
+    "edit": pictures, prompts (B, S), what is to be edited, packed scenes (B, 21) or pictures, and
+    instructions (B, placeholders + S), with so many image tokens.
     """
     pictures = torch.stack([sample[0] for sample in samples])
     if stage == "vae":
@@ -157,7 +160,8 @@ def collate(stage, tokenizer, samples, length):
     prompts = tokenizer.batch([sample[1] for sample in samples], length)
     if stage == "image":
         return pictures, prompts
-    instructions = tokenizer.batch([sample[2] for sample in samples], length)
+    instructions = tokenizer.batch([sample[2] for sample in samples], length + placeholders,
+                                   placeholders)
     return pictures, prompts, pictures[:, 0], instructions
 
 
@@ -185,7 +189,10 @@ class Reader(Dataset):
         self.share = share
 
     def __getitem__(self, batch):
-        """Return a batch's tensors (None: no sample is good), captions and broken samples."""
+        """Return a batch's tensors (None: no sample is good), texts and broken samples.
+
+        texts: of each sample the caption, and a question or an instruction if it has one.
+        """
         broken = {}
         positions = np.arange(len(batch.index))
         samples = [self.first_good(batch, np.roll(positions, -position), broken)
@@ -193,7 +200,7 @@ class Reader(Dataset):
         if None in samples:
             return None, [], broken
         tensors = self.collate(samples, batch.bucket.length)
-        return tensors, [sample[1] for sample in samples], broken
+        return tensors, [sample[1:3] for sample in samples], broken
 
     def first_good(self, batch, positions, broken):
         """Return the first sample at these positions of the batch that can be read, or None."""
@@ -224,14 +231,14 @@ class Loader:
                             worker_init_fn=leave_stopping_to_parent)
 
     def batches(self, planned):
-        """Yield each planned batch with its tensors on the device, and its captions.
+        """Yield each planned batch with its tensors on the device, and its texts (see Reader).
 
         The first tensor holds pictures or latents. Raises ValueError where no sample of a batch
         can be read.
         """
         planned, ahead = itertools.tee(planned)
         contents = DataLoader(sampler=ahead, **self.options)
-        for batch, (tensors, captions, broken) in zip(planned, contents):
+        for batch, (tensors, texts, broken) in zip(planned, contents):
             self.broken |= broken
             if tensors is None:
                 names = [f"{self.sources[source].sample_name(index)} ({why})"
@@ -242,5 +249,5 @@ class Loader:
             if self.encode:
                 pictures = self.encode(pictures)
             others = [tensor.to(self.device, non_blocking=True) for tensor in others]
-            yield batch, (pictures, *others), captions
+            yield batch, (pictures, *others), texts
 

@@ -545,7 +545,7 @@ def test_broken_body_is_replaced(tmp_path):
     batch = Batch(np.zeros(6, int), np.array([5, 2, 3, 0, 4, 1]), Bucket(1, 64, 64, 16))
     whole = Reader([own], collate)[batch]
     order = [5, 0, 0, 0, 4, 1]
-    assert whole[1] == [caption(i) for i in order] and set(whole[2]) == {(0, 2), (0, 3)}
+    assert whole[1] == [(caption(i), None) for i in order] and set(whole[2]) == {(0, 2), (0, 3)}
     assert all(torch.equal(p, own.load(i, 64, 64)[0]) for p, i in zip(whole[0][0], order))
     for size in (2, 3):
         parts = [Reader([own], collate, alone(rank, size).share(6))[batch]

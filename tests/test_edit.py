@@ -22,8 +22,9 @@ from conftest import ROOT, make_config, make_model, same
 from data.sources import Mixture, build_tokenizer
 from kernels import Keys
 from mos import Context, MoS, guide, to_pixels
+from pretrained.encoders import InternVision, PerceptionEncoder
 from stages import EditStage
-from towers import Tokenizer
+from towers import Tokenizer, Understanding
 from world import edits, shapes
 from world.captions import read_caption
 from world.dataset import Edits, OutlinedShapes, Shapes, TowerTexts, in_detail
@@ -481,7 +482,7 @@ def test_what_is_not_overwritten(init, tmp_path):
     can write again.
     """
     (tmp_path / "mos.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="already holds a run of stage edit"):
+    with pytest.raises(ValueError, match="stage edit would overwrite .*mos.safetensors"):
         prepare("edit", tmp_path, init=str(init))
     (tmp_path / "checkpoints/image").mkdir(parents=True)
     trainer = prepare("edit", tmp_path, init=str(init))
@@ -506,5 +507,57 @@ def test_stages_of_a_whole_run(monkeypatch, tmp_path):
 def test_a_tower_without_eyes(init):
     """A tower that reads no pictures is refused before anything is encoded."""
     model = MoS(make_config(**MODEL, und_images=False), WORDS)
-    with pytest.raises(ValueError, match="which reads pictures, or --edit-inputs generation"):
+    with pytest.raises(ValueError, match="reads pictures .*--und-images.*or --edit-inputs gener"):
         EditStage(model, Mixture([Edits(64, 0, number=4)]), settings("edit"), alone())
+
+
+class Marked(Tokenizer):
+    """Marks the places of image tokens, and what follows them, as published tokenizers do."""
+
+    def encode(self, text, image_tokens=0):
+        first, *rest = super().encode(text)
+        marks = image_tokens * [self.index["<image>"]] + [self.index[":"]]
+        return [first, *(marks if image_tokens else []), *rest]
+
+
+@pytest.fixture(params=(InternVision, PerceptionEncoder))
+def published(request):
+    """A model whose tower has a published image encoder, of 4 image tokens."""
+    tokenizer = Marked([*WORDS.words, "<image>"])
+    model = make_model(max_tokens=80)
+    model.tokenizer = tokenizer
+    vision = request.param(width=32, depth=1, heads=2, hidden=48, out_width=40, image=56)
+    model.understanding = Understanding(
+        vocabulary=len(tokenizer), width=40, depth=5, heads=5, kv_heads=1, hidden=48,
+        vision=vision, image_token=tokenizer.index["<image>"]).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("dropout", (0.0, 1.0))
+def test_published_towers_read_in_training_as_in_sampling(published, dropout, monkeypatch):
+    """The picture is resized, its tokens have places in the text, also where that is dropped."""
+    validate_on_few(monkeypatch.setattr, 2)
+    world = Edits(64, 0, number=12)
+    stage = EditStage(published, Mixture([world]),
+                      settings("edit", batch=8, prompt_dropout=dropout), alone())
+    stage.begin(0)
+    inputs = stage.inputs(0)
+    images, reference, after, tokens, *_, explore = inputs[5:]
+    assert images.shape == (4, 3, 56, 56) and explore.shape == (4, tokens.shape[1], 6, 3)
+    trained = published.understand(tokens, images)
+    scenes = [world[i][0][0] for i in stage.seen[0].index]
+    pictures = world.to_pixels(torch.stack(scenes), "cpu")
+    texts = [world[i][2] for i in stage.seen[0].index]
+    read = published.read(texts, "", pictures)
+    rows = slice(4, 8) if dropout else slice(0, 4)  # the negative prompts are empty
+    real = read.keys.mask[rows].sum(1)
+    assert torch.equal(trained.keys.mask.sum(1), real) and real.min() > 4
+    for i, n in enumerate(real):
+        close(trained.inputs[i, :n], read.inputs[rows][i, :n], **TIGHT)
+        close(trained.states[i, :n], read.states[rows][i, :n], **TIGHT)
+    size = inputs[0].shape[2:]
+    forward = (published.flops(inputs[1].shape[1], size)
+               + published.flops(tokens.shape[1], size, edit=True))
+    assert stage.flops() == pytest.approx(3 * 4 * forward)
+    stage(*inputs)[0].backward()
+    assert published.generation.reference.grad.any() and reference.shape == after.shape
