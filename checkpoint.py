@@ -54,8 +54,8 @@ def frozen_parts(c, tokenizer):
             heads=c.und_heads, kv_heads=c.und_kv_heads, hidden=c.und_hidden, tied=c.und_tied,
             vision=Patches(16, c.und_width) if c.und_images else None)
     if len(tokenizer) > tower.embedding.num_embeddings:
-        raise ValueError(f"the tokenizer of {c.und_folder} has {len(tokenizer)} tokens, its tower "
-                         f"only {tower.embedding.num_embeddings}: not of one model")
+        raise ValueError(f"the tokenizer of {c.und_folder} has ids for {len(tokenizer)} tokens, "
+                         f"its tower only for {tower.embedding.num_embeddings}: not of one model")
     if c.vae_folder:
         from pretrained.folders import build_vae
         vae = build_vae(c.vae_folder)
@@ -112,13 +112,12 @@ def read_vocabulary(folder):
     return Tokenizer(words)
 
 
-
-def save_model(model, folder, parts=tuple(PARTS), write=True, about=None):
+def save_model(model, folder, parts=tuple(PARTS), write=True, trained=None):
     """Write the folder of a model: config.json, vocab.json and a safetensors file for each part.
 
-    parts: what to write; of the others neither weights nor settings nor words change. about: texts
-    by name for the files' metadata. Where parameters are sharded every process must call it, and
-    all but one without `write`.
+    parts: what to write; of the others neither weights nor settings nor words change. trained: the
+    stage and step that the files shall name, "vae 6000". Where parameters are sharded every process
+    must call it, and all but one without `write`.
     """
     c, folder = model.config, Path(folder)
     files = {part: {} for part in parts if not published_folder(c, part)}
@@ -135,7 +134,7 @@ def save_model(model, folder, parts=tuple(PARTS), write=True, about=None):
     folder.mkdir(parents=True, exist_ok=True)
     for part, tensors in files.items():
         with replacing(folder / f"{part}.safetensors") as path:
-            save_file(tensors, path, about)
+            save_file(tensors, path, trained and {"trained": trained})
     with replacing(folder / "config.json") as path:
         path.write_text(json.dumps(settings_to_write(c, folder, parts), indent=1))
     if "understanding" in files:
@@ -157,6 +156,13 @@ def words_of(tokenizer):
     return tokenizer.words[len(Tokenizer.SPECIAL):]
 
 
+def unloaded(kind, config, tokenizer):
+    """Return a model (`kind` is MoS) on the meta device: without memory, which may be shared out.
+    """
+    with torch.device("meta"):
+        return kind(config, tokenizer)
+
+
 def load_model(kind, folder, device="cpu", tower_device=None, parts=tuple(PARTS),
                vae_dtype=torch.float32, **changes):
     """Return the model (`kind` is MoS) of a folder that `save_model` wrote, ready to sample.
@@ -168,8 +174,13 @@ def load_model(kind, folder, device="cpu", tower_device=None, parts=tuple(PARTS)
     missing, broken or misshaped.
     """
     config = replace(read_config(folder), **changes)
-    with torch.device("meta"):
-        model = kind(config, read_tokenizer(config, folder))
+    for name in ("und_folder", "vae_folder"):
+        path = getattr(config, name)
+        if path and name not in changes and not Path(path).is_dir():
+            raise FileNotFoundError(f"{folder}/config.json names {path} as its {name}, which is no "
+                                    f"folder; give its place with --{name.replace('_', '-')}, or "
+                                    "correct it in that file")
+    model = unloaded(kind, config, read_tokenizer(config, folder))
     load_parts(model, folder, parts, device, tower_device, vae_dtype)
     return model
 
@@ -285,10 +296,10 @@ def exported_step(c):
     if not path.is_file():
         return 0
     with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-    if c.stage == "image" and about.get("stage") == "edit":
+        stage, _, step = (file.metadata() or {}).get("trained", "").partition(" ")
+    if c.stage == "image" and stage == "edit":
         return math.inf
-    return int(about["step"]) if about.get("stage") == c.stage else 0
+    return int(step) if stage == c.stage else 0
 
 
 def describe_run(c, model, dataset):
@@ -320,10 +331,12 @@ def check_same_run(checkpoint, run):
     """Raise ValueError that names what a run would now learn from that it has not begun with."""
     kept = read_run(checkpoint)
     refuse_changes(run["settings"], kept["settings"], checkpoint / MANIFEST)
-    for name in run.keys() & kept.keys() - {"settings"}:
-        if run[name] != kept[name]:
-            raise ValueError(f"{checkpoint} was trained with another {name}"
-                             f"{first_difference(kept[name], run[name])}; put that back, or choose "
+    names = {"tokenizer": "another tokenizer", "understanding": "another understanding tower",
+             "vae": "another VAE", "captions": "other captions"}
+    for key, name in names.items():
+        if key in run and run[key] != kept[key]:
+            raise ValueError(f"{checkpoint} was trained with {name}"
+                             f"{first_difference(kept[key], run[key])}; put that back, or choose "
                              "another --out")
 
 
@@ -528,12 +541,7 @@ def copy_tensors(targets, paths, our_name=lambda name: (name, 0), adapt=None):
     Raises ValueError for a damaged file, and for a tensor that is unknown, missing, in two files,
     or of another shape than ours.
     """
-    files = {}
-    for path in paths:
-        try:
-            files[path] = safe_open(path, "pt")
-        except SafetensorError as e:
-            raise ValueError(f"{path} is damaged ({e}); copy or train it again") from None
+    files = open_tensors(paths)
     sources = find_tensors(targets, files, our_name)
     for name, target in targets.items():
         parts = [sources[name][part] for part in sorted(sources[name])]
@@ -550,6 +558,25 @@ def copy_tensors(targets, paths, our_name=lambda name: (name, 0), adapt=None):
         assign(target, torch.cat(values) if len(values) > 1 else values[0])
 
 
+def open_tensors(paths):
+    """Return {path: open file} of safetensors files. Raises ValueError for a damaged one."""
+    files = {}
+    for path in paths:
+        try:
+            files[path] = safe_open(path, "pt")
+        except SafetensorError as e:
+            raise ValueError(describe_damage(path, e, "copy or train it again")) from None
+    return files
+
+
+def describe_damage(path, error, remedy):
+    """Return what to say about a file that cannot be read: its error, or that it is a pointer."""
+    with open(path, "rb") as file:
+        if file.read(12) == b"version http":
+            return f"{path} is only a pointer of Git LFS; fetch the file with git lfs pull"
+    return f"{path} is damaged ({error}); {remedy}"
+
+
 def find_tensors(targets, files, our_name):
     """Return {our name: {part: (path, name in the file)}} of open files; see `copy_tensors`."""
     sources = {name: {} for name in targets}
@@ -561,6 +588,10 @@ def find_tensors(targets, files, our_name):
                 source = theirs, 0
             if source is None:
                 continue
+            kind = file.get_slice(theirs).get_dtype()
+            if kind not in ("BF16", "F16", "F32", "F64"):
+                raise ValueError(f"{path}: tensor {theirs} has type {kind}; expected BF16, F16 or "
+                                 "F32: quantised weights are not read")
             name, part = source
             if name not in targets:
                 raise ValueError(f"{path}: tensor {theirs} is not part of this model")

@@ -14,6 +14,7 @@ same form: such a file is a recipe, too.
 
 import json
 import math
+import os
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from operator import index
@@ -72,12 +73,13 @@ def check_value(name, f, value):
 @dataclass(kw_only=True)
 class MoSConfig(Settings):
     """Everything that decides a model."""
-    vae_folder: str = setting("folder of Wan 2.2's VAE, which then decides the VAE's widths")
+    vae_folder: str = setting("folder of Wan 2.2's VAE, which then decides all other settings of "
+                              "the VAE", change=True)
     vae_channels: int = setting("C, latent channels", 1)
     vae_width: int = setting("channels of the encoder's first stage", 1)
     vae_decoder_width: int = setting("channels of the decoder's last stage", 1)
     und_folder: str = setting("folder of a language model in Hugging Face's layout, which is then "
-                              "the understanding tower")
+                              "the understanding tower and decides its sizes", change=True)
     und_chat: bool = setting("put prompts into that folder's chat template, as a user's message")
     und_images: bool = setting("the understanding tower also reads pictures")
     und_vocabulary: int = setting("tokens that the tower knows; 0: those of its tokenizer", 0)
@@ -140,8 +142,8 @@ class TrainConfig(Settings):
                           "here")
     phase: str = setting("the paper's phase of stage image, where the recipe has phases")
     out: str = setting("folder for the model, checkpoints, settings, log and pictures")
-    init: str = setting("folder whose weights this stage starts from: what earlier stages, or the "
-                        "phase before, have trained; empty: --out")
+    init: str = setting("folder whose weights the first stage starts from: what earlier stages, or "
+                        "the phase before, have trained; empty: --out")
     data: str = setting("shapes, a folder of pictures with captions, one of tar shards or their "
                         "pattern; several by weight: a=0.7,b=0.3")
     where: str = setting("use own pictures whose fields fulfil this: 'aesthetic >= 6'")
@@ -198,8 +200,9 @@ class TrainConfig(Settings):
         if self.stage in GENERATING and self.scenes < 1:
             raise ValueError(f"scenes must be at least 1 in stage {self.stage}, got {self.scenes}")
         try:
-            torch.device(self.tower_device or "cpu")
-        except RuntimeError:
+            if torch.device(self.tower_device or "cpu").type == "meta":
+                raise RuntimeError
+        except RuntimeError:  # unknown, or without memory
             raise ValueError("tower_device must be a device such as cuda:1, got "
                              f"{self.tower_device!r}") from None
 
@@ -320,14 +323,18 @@ def write_settings(c, config):
 def write_all_settings(runs, flags):
     """Write the settings of all stages of a `plan`, with the model's as far as they are known."""
     for c, values in runs:
-        known = {name: flags[name] for name in flags if name in values}
-        write_settings(c, MoSConfig(**values | known))
+        write_settings(c, MoSConfig(**model_values(values, flags)))
 
 
 def require(path):
     """Return the path of a file. Raises FileNotFoundError that says how to get a model's folder."""
+    folder = path.parent
+    if not path.is_file() and (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(f"no {path.name} in {folder}, whose training was stopped: python "
+                                f"train.py --resume --out {folder} goes on, with --export in place "
+                                "of --resume it writes the model of the last checkpoint")
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}: expected a folder that "
+        raise FileNotFoundError(f"no {path.name} in {folder}: expected a folder that "
                                 "train.py or save_pretrained wrote; name it by --init in "
                                 "training, by --checkpoint in sampling")
     return path
@@ -366,7 +373,9 @@ def plan(flags, recipe, resume=False):
         if flags.get("data", "shapes") != "shapes" and "edit" in stages:
             stages.remove("edit")  # whose edits are those of shapes
     runs = []
-    for stage in stages:
+    for number, stage in enumerate(stages):
+        if number > 0:  # it starts from what the stages before it have trained
+            flags = {name: value for name, value in flags.items() if name != "init"}
         if stage not in kept and stage not in recipe:
             raise ValueError(f"unknown stage {stage!r}, expected one of this recipe's: "
                              + ", ".join(name for name in STAGES if name in recipe))
@@ -402,15 +411,35 @@ def loads_own_weights(c):
     return c.stage == "edit" or later_phase or c.stage == "vae" and c.init != c.out
 
 
+def model_values(values, flags):
+    """Return the model's settings of a recipe under flags, and under those folders' own settings.
+
+    Published folders are named by their absolute paths, so that the model can be used from any
+    other folder. Raises ValueError for a flag that contradicts a folder.
+    """
+    from pretrained.folders import tower_settings, vae_settings  # which need this module
+    values = values | {name: value for name, value in flags.items() if name in values}
+    for name, settings in (("und_folder", tower_settings), ("vae_folder", vae_settings)):
+        folder = values[name]
+        found = settings(folder) if folder else {}
+        for setting, value in found.items():
+            if flags.get(setting, value) != value:
+                raise ValueError(f"{setting} is {value} in {folder} and cannot become "
+                                 f"{flags[setting]}; leave the flag out")
+        values |= found
+        values[name] = folder and os.path.abspath(folder)
+    return values
+
+
 def model_config(c, values, flags):
     """Return the MoSConfig of a stage: what an earlier stage has trained stays as it was.
 
     values: of the recipe, flags: those that were given. Raises ValueError for a flag that
-    contradicts the weights in --init.
+    contradicts the weights in --init, or a published folder.
     """
     if c.stage == "edit":
         values = asdict(read_config(c.init))
-    values = values | {name: value for name, value in flags.items() if name in values}
+    values = model_values(values, flags)
     trained = []  # beginnings of the names that belong to trained parts
     if c.stage in GENERATING:
         trained = [part for part in ("vae_", "und_") if not values[f"{part}folder"]]

@@ -226,7 +226,7 @@ def mix_states(states, index, weight, bias=None):
 
 def mix_project_twin(states, index, weight, proj, bias):
     """Return Proj(mixture) of MoS eq. (4): (B, S, Dg). proj: (Dg, Du), bias: (Dg,)."""
-    return F.linear(mix_states_twin(states, index, weight), proj, bias)
+    return F.linear(mix_states_twin(states, index, weight).type_as(proj), proj, bias)
 
 
 def mix_project(states, index, weight, proj, bias):

@@ -120,6 +120,7 @@ class Router(nn.Module):
         latent: G's patchified tokens (B, T, Dg) at positions (T, 3), t: (B,).
         """
         B, S, _ = context.shape
+        context = context.type_as(self.context.weight)  # a tower may be bf16 on a CPU, too
         c = self.context_norm(self.context(context))                        # (B, S, Dr)
         # NOTE (ours): input embeddings carry no order, so context token s stands at (2 + s, 0, 0),
         # behind the picture (0, y, x) and a reference picture (1, y, x).

@@ -78,8 +78,8 @@ def parse(arguments=None):
     if abs(args.seed) >= 2 ** 62:
         raise ValueError(f"--seed is too large: {args.seed}")
     try:
-        torch.empty(1, device=args.tower_device)
-    except (RuntimeError, AssertionError):  # unknown, or not in this PyTorch
+        torch.zeros(1, device=args.tower_device).item()
+    except (RuntimeError, AssertionError):  # unknown, without memory, or not in this PyTorch
         raise ValueError(f"--tower-device must be a device of this machine, cpu or cuda, got "
                          f"{args.tower_device!r}") from None
     check_writable(args.out)

@@ -191,16 +191,17 @@ class Patches(nn.Sequential):
 class Understanding(nn.Module):
     """The tower U of MoS sec. 3.1: the small world's, or a Llama, Qwen2 or Qwen3 from a folder.
 
-    vocabulary: number of token ids. width: Du. depth: M. tied: the output layer is the embedding.
-    head_width: Dh; None: width / heads. theta, rope_scaling: base of the rotary frequencies, and a
-    function that changes them. bias, qk_norm, eps: see DecoderBlock.
+    vocabulary: number of token ids. width: Du. depth: M. tied: the output layer is the embedding;
+    None: there is none, and the tower cannot write. head_width: Dh; None: width / heads. theta,
+    rope_scaling: base of the rotary frequencies, and a function that changes them, for texts of at
+    most `longest` tokens; None: of any. bias, qk_norm, eps: see DecoderBlock.
     vision: an image encoder, `Patches` or one of `pretrained/encoders.py`. image_token: the id of
     the placeholders in the text that image tokens replace; None: image tokens precede the text.
     """
 
     def __init__(self, vocabulary, width, depth, heads, kv_heads, hidden, tied=False, vision=None,
-                 image_token=None, head_width=None, theta=1e4, rope_scaling=None, bias=False,
-                 qk_norm=False, eps=1e-6):
+                 image_token=None, head_width=None, theta=1e4, rope_scaling=None, longest=None,
+                 bias=False, qk_norm=False, eps=1e-6):
         super().__init__()
         if heads % kv_heads or not head_width and width % heads:
             raise ValueError(f"the understanding tower's width {width} must be a multiple of its "
@@ -208,6 +209,7 @@ class Understanding(nn.Module):
         self.head_width = head_width or width // heads
         self.theta = theta
         self.rope_scaling = rope_scaling
+        self.longest = longest
         self.embedding = nn.Embedding(vocabulary, width)
         self.vision = vision
         self.image_token = image_token
@@ -218,7 +220,8 @@ class Understanding(nn.Module):
         self.norm = RMSNorm(width, eps)
         # NOTE (ours): the small world's output layer is not tied. Words with the same context, such
         # as "left" and "right", would get nearly equal embeddings and so nearly equal states.
-        self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
+        self.can_write = tied is not None
+        self.head = nn.Linear(width, vocabulary, bias=False) if tied is False else None
         initialise(self)
 
     def init_parameter(self, name, p):
@@ -251,10 +254,14 @@ class Understanding(nn.Module):
         """Return the states after each block, before any norm: (B, S, M, Du). MoS eq. (2).
 
         x: input embeddings (B, S, Du), which are not among the states. cache: a list for each
-        block, see DecoderBlock.
+        block, see DecoderBlock. Raises ValueError for a text of more than `longest` tokens.
         """
         first = cache[0][0].shape[1] if cache and cache[0] else 0
-        positions = torch.arange(first, first + x.shape[1], device=x.device)[:, None]  # (S, 1)
+        length = first + x.shape[1]
+        if self.longest and length > self.longest:
+            raise ValueError(f"a text of {length} tokens is too long for this understanding tower: "
+                             f"its rotary frequencies are for at most {self.longest}")
+        positions = torch.arange(first, length, device=x.device)[:, None]  # (S, 1)
         rope = rope_table(positions, (self.head_width,), self.theta, self.rope_scaling)
         states = []
         for m, block in enumerate(self.blocks):
@@ -263,7 +270,13 @@ class Understanding(nn.Module):
         return torch.stack(states, 2)                                       # (B, S, M, Du)
 
     def logits(self, states):
-        """Return next-token logits (B, S, V) in fp32 from the last block's states."""
+        """Return next-token logits (B, S, V) in fp32 from the last block's states.
+
+        Raises ValueError for a tower that has no output layer.
+        """
+        if not self.can_write:
+            raise ValueError("this understanding tower cannot write: its folder holds no output "
+                             "layer (lm_head.weight)")
         head = self.head or self.embedding
         x = self.norm(states[:, :, -1])                                     # (B, S, Du)
         return at_least_fp32(F.linear(x, head.weight))                      # (B, S, V)
@@ -310,8 +323,8 @@ class Understanding(nn.Module):
     def rewrite(self, tokenizer, prompt, limit, temperature=0.0, seed=0):
         """Write a detailed caption of the picture that a prompt asks for. MoS sec. 4.4.
 
-        limit: the most tokens of the caption, so that the tower can read it as a prompt. Raises
-        ValueError for a prompt without words.
+        limit: the most tokens of the caption, so that the tower can read it as a prompt. Where the
+        tower writes nothing the prompt stays. Raises ValueError for a prompt without words.
         """
         tokenizer.check_prompts([prompt])
         request, beginning = tokenizer.request(prompt)
@@ -322,4 +335,4 @@ class Understanding(nn.Module):
             caption = f"{beginning} {tokenizer.decode(ids[:length])}".strip()
             if len(tokenizer.encode(caption)) <= limit:
                 break
-        return caption
+        return caption or prompt

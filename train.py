@@ -240,7 +240,7 @@ class Trainer:
     def train(self):
         """Train to the last step, log, validate and save. Returns whether it got there."""
         c = self.c
-        with interruption() as interrupted:
+        with interruption() as interrupted, self.bar or contextlib.nullcontext():
             for step in range(self.first_step, c.steps):
                 self.step(step)
                 done = step + 1
@@ -256,17 +256,14 @@ class Trainer:
                 if done % c.eval_every == 0 or last:
                     self.validate(done)
                 if stop and not last:
-                    self.world.print0(
-                        f"\nstopped at step {done}; go on with: python train.py --resume --out "
-                        f"{c.out}; to draw with what it has learned so far: --export, not --resume")
+                    self.world.print0(f"\nstopped at step {done}; go on with --resume; --export "
+                                      "writes the model of this step, to draw with")
                     return False
         if self.writer.fault:
             raise OSError(self.writer.fault)
         if self.world.first and checkpoint.exported_step(c) < c.steps:
             raise OSError(f"the model could not be exported; make room in {c.out}, then: python "
                           f"train.py --resume --out {c.out}")
-        if self.bar:
-            self.bar.close()
         self.world.print0(f"peak memory {peak_memory(self.world.device) / 2**30:.2f} GiB")
         return True
 
@@ -312,7 +309,7 @@ class Trainer:
         """Write the model with the weights that are in it now. Raises OSError."""
         self.stage.complete()
         checkpoint.save_model(self.model, self.folder, checkpoint.parts_to_write(self.c),
-                              self.world.first, {"stage": self.c.stage, "step": str(step)})
+                              self.world.first, f"{self.c.stage} {step}")
 
     def validate(self, step):
         """Export the averaged weights, then validate them; log and print what was found."""
@@ -372,17 +369,15 @@ def prepare(c, values, flags, world, resume=False, export=False):
         raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
     last = checkpoint.find_last(c, world, export) if resume or export else None
     config = model_config(c, values, flags)
+    if c.stage in GENERATING:  # what is wrong with the frozen parts shows before data is read
+        model = checkpoint.unloaded(MoS, config, checkpoint.read_tokenizer(config, c.init))
     dataset = None
     if not export or c.stage == "vae":  # which measures its statistics on pictures
         dataset = open_sources(c, config, world)
-    if c.stage in GENERATING:
-        tokenizer = checkpoint.read_tokenizer(config, c.init)
-    elif dataset:
-        tokenizer = build_tokenizer(dataset)
-    else:
-        tokenizer = Tokenizer(checkpoint.read_run(last)["tokenizer"])
-    with torch.device("meta"):  # no memory yet: it may be shared out first
-        model = MoS(config, tokenizer)
+    if c.stage not in GENERATING:
+        tokenizer = build_tokenizer(dataset) if dataset else \
+            Tokenizer(checkpoint.read_run(last)["tokenizer"])
+        model = checkpoint.unloaded(MoS, config, tokenizer)
     if c.stage in GENERATING and world.device.type == "cuda":
         model.understanding.bfloat16()  # MoS App. A
     for block in model.generation.blocks:

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import save_file
 
-from checkpoint import fingerprint, load_part
+from checkpoint import fingerprint, load_part, unloaded
 from common import check_made, leave_stopping_to_parent, replacing, write_made
 from data.latents import open_shard, shard_path
 from kernels import autocast
@@ -28,8 +28,7 @@ WAIT = 5  # seconds between looks at a producer that does not answer
 
 def open_tower(config, tokenizer, folder, device):
     """Load a tower; return a function from prompts (B, S) to embeddings and states on the host."""
-    with torch.device("meta"):
-        model = MoS(config, tokenizer)
+    model = unloaded(MoS, config, tokenizer)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where kernels are launched
         model.understanding.bfloat16()

@@ -235,7 +235,7 @@ def expect(values, **expected):
     """Raise ValueError where a config.json has another value than the expected one."""
     for key, value in expected.items():
         if values.get(key, value) != value:
-            raise ValueError(f"config.json has {key} {values[key]!r}; expected {value!r}, as "
+            raise ValueError(f"its config.json has {key} {values[key]!r}; expected {value!r}, as "
                              "PLM's and InternVL's encoders are published")
 
 
@@ -255,27 +255,33 @@ def build_encoder(config):
     # PLM's folders name a "core" encoder; the changes in model_args make it the "lang" one.
     if match := re.match(r"vit_pe_(core|lang)_(large|gigantic)_patch14_", str(name)):
         return build_perception(config, vision, *match.groups())
-    raise ValueError(f"config.json has the vision model {name!r}; expected PLM's (vit_pe_lang_...) "
-                     "or InternVL's (internvl_vision, intern_vit_6b)")
+    raise ValueError(f"its config.json has the vision model {name!r}; expected PLM's "
+                     "(vit_pe_lang_...) or InternVL's (internvl_vision, intern_vit_6b)")
 
 
 def build_perception(config, vision, kind, size):
     """Return PLM's encoder of a kind and size, changed as `model_args` says."""
-    c = dict(img_size=448, patch_size=14, use_post_transformer_norm=kind == "core",
+    c = dict(img_size=448, patch_size=14, ref_feat_shape=32, rope_grid_offset=size == "large",
+             use_post_transformer_norm=kind == "core",
              **PERCEPTION[size]) | (vision.get("model_args") or {})
-    expect(c, use_post_transformer_norm=False)
+    image, patch = square_side(c["img_size"]), square_side(c["patch_size"])
+    c["ref_feat_shape"] = square_side(c["ref_feat_shape"])
+    expect(c, use_post_transformer_norm=False, use_pre_transformer_norm=True, attn_type="rope",
+           use_rot_pos_emb=True, ref_feat_shape=image // patch, rope_temperature=10000,
+           rope_grid_offset=float(c["class_token"]), rope_grid_indexing="xy")
     expect(config, projector_pooling_ratio=2, vision_use_cls_token=c["class_token"])
     return PerceptionEncoder(
         width=c["embed_dim"], depth=c["depth"], heads=c["num_heads"],
         hidden=int(c["embed_dim"] * c["mlp_ratio"]), out_width=text_config(config)["hidden_size"],
-        cls=c["class_token"], image=square_side(c["img_size"]), patch=square_side(c["patch_size"]))
+        cls=c["class_token"], image=image, patch=patch)
 
 
 def build_intern(config, vision):
     """Return InternVL's encoder; InternViT-6B, that of the largest models, is refused."""
     expect(vision, norm_type="layer_norm", layer_norm_eps=1e-6, hidden_act="gelu", qkv_bias=True,
            attention_bias=True, qk_normalization=False, use_qk_norm=False, use_mean_pooling=True)
-    expect(config, downsample_ratio=0.5, ps_version="v2", select_layer=-1, vision_feature_layer=-1)
+    expect(config, downsample_ratio=0.5, ps_version="v2", select_layer=-1, vision_feature_layer=-1,
+           projector_hidden_act="gelu")
     return InternVision(
         width=vision["hidden_size"], depth=vision["num_hidden_layers"],
         heads=vision["num_attention_heads"], hidden=vision["intermediate_size"],

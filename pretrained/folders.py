@@ -9,13 +9,14 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import lru_cache, partial, wraps
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import copy_tensors
+from checkpoint import copy_tensors, describe_damage, open_tensors
 from common import checksum
 from pretrained.encoders import build_encoder, is_vision_tensor, text_config
 from towers import Tokenizer, Understanding
@@ -27,11 +28,19 @@ def read_json(folder, name="config.json"):
     path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"no {name} in {folder}: give a model in Hugging Face's or "
-                                "diffusers' layout")
+                                f"diffusers' layout{hint(Path(folder))}")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8-sig"))  # the mark that some editors put in front
     except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}); copy it again") from None
+        raise ValueError(describe_damage(path, e, "copy it again")) from None
+
+
+def hint(folder):
+    """Return what may help where a folder is not that of a model, to go on a sentence."""
+    if (folder / "adapter_config.json").is_file():
+        return "; this is a LoRA adapter: merge it into its model first"
+    inner = [path.parent.name for path in sorted(folder.glob("*/config.json"))]
+    return f"; it may be in one of its folders {', '.join(inner)}" if inner else ""
 
 
 def one_line_errors(function):
@@ -121,8 +130,10 @@ def digest(folder, settings):
 FAMILIES = {"llama": {}, "qwen2": dict(bias=True), "qwen3": dict(qk_norm=True)}
 # What transformers takes for a value that a config.json leaves out.
 SIZES = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6)
-QWEN_SIZES = SIZES | dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32)
-DEFAULTS = {"llama": SIZES | dict(vocab_size=32000, intermediate_size=11008),
+QWEN_SIZES = SIZES | dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32,
+                          max_position_embeddings=32768)
+DEFAULTS = {"llama": SIZES | dict(vocab_size=32000, intermediate_size=11008,
+                                  max_position_embeddings=2048),
             "qwen2": QWEN_SIZES, "qwen3": QWEN_SIZES | dict(head_dim=128)}
 
 # A tensor's name: a prefix, the block (if it is in one), the module, and weight or bias.
@@ -145,6 +156,8 @@ def our_tower_name(tower, name):
             return None
         ours, part = tower.vision.our_name(name)
         return f"vision.{ours}", part
+    if name.endswith("rotary_emb.inv_freq"):  # follow from the configuration
+        return None
     if name.endswith("lm_head.weight"):
         return ("head.weight", 0) if tower.head else None
     match = TOWER_TENSOR.fullmatch(name)
@@ -174,8 +187,9 @@ def check_supported(folder, c, rope_type):
     family = c.get("model_type")
     differences = {
         f"model_type {family!r}": family not in FAMILIES,
-        # NOTE (ours): "dynamic" is accepted, as it changes nothing up to the length of training.
+        # NOTE (ours): "dynamic" changes nothing up to the length of training; no text is longer.
         f"rope_type {rope_type!r}": rope_type not in ("default", "dynamic", "llama3"),
+        "a quantization_config": c.get("quantization_config"),
         "another activation than silu": c.get("hidden_act", "silu") != "silu",
         "a sliding window": c.get("use_sliding_window"),
         "biases in its feed-forward networks": c.get("mlp_bias"),
@@ -183,7 +197,7 @@ def check_supported(folder, c, rope_type):
     for difference, exists in differences.items():
         if exists:
             raise ValueError(f"{Path(folder) / 'config.json'} has {difference}; expected one of "
-                             f"{', '.join(FAMILIES)} as they are published")
+                             f"{', '.join(FAMILIES)} as they are published, in BF16, F16 or F32")
 
 
 @one_line_errors
@@ -197,15 +211,25 @@ def describe_tower(folder):
     rope = {"rope_theta": c.get("rope_theta", 1e4),
             **(c.get("rope_parameters") or c.get("rope_scaling") or {})}
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    check_supported(folder, c, rope["rope_type"])
+    check_supported(folder, config | c, rope["rope_type"])
     c = DEFAULTS[c["model_type"]] | c
     if c.get("num_key_value_heads") is None:
         c["num_key_value_heads"] = c["num_attention_heads"]
     names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "intermediate_size", "rms_norm_eps")
+             "num_key_value_heads", "intermediate_size", "rms_norm_eps", "max_position_embeddings")
     return {**{name: c[name] for name in names}, "rope": rope, "head_dim": c.get("head_dim"),
             "tied": bool(config.get("tie_word_embeddings", c.get("tie_word_embeddings"))),
             "vision_config": config.get("vision_config")}
+
+
+def tower_settings(folder):
+    """Return the settings of a MoSConfig that a folder's tower decides."""
+    c = describe_tower(folder)
+    settings = dict(und_vocabulary=c["vocab_size"], und_width=c["hidden_size"],
+                    und_depth=c["num_hidden_layers"], und_heads=c["num_attention_heads"],
+                    und_kv_heads=c["num_key_value_heads"], und_hidden=c["intermediate_size"],
+                    und_tied=c["tied"])
+    return settings if c["vision_config"] else settings | dict(und_images=False)
 
 
 @one_line_errors
@@ -217,8 +241,14 @@ def build_tower(folder, images=True):
     """
     c = describe_tower(folder)
     config = read_json(folder)
-    vision = build_encoder(config) if images else None
+    try:
+        vision = build_encoder(config) if images else None
+    except ValueError as e:
+        raise ValueError(f"{folder}: {e}") from None
     rope = c["rope"]
+    names = [name for file in open_tensors(weight_files(folder)).values() for name in file.keys()]
+    if not c["tied"] and not any(name.endswith("lm_head.weight") for name in names):
+        c["tied"] = None  # it can read, which is all that MoS needs
     return Understanding(
         vocabulary=c["vocab_size"], width=c["hidden_size"], depth=c["num_hidden_layers"],
         heads=c["num_attention_heads"], kv_heads=c["num_key_value_heads"],
@@ -226,6 +256,7 @@ def build_tower(folder, images=True):
         image_token=find_image_token(folder, config) if vision else None, tied=c["tied"],
         theta=rope["rope_theta"],
         rope_scaling=llama3_scaling(**rope) if rope["rope_type"] == "llama3" else None,
+        longest=c["max_position_embeddings"] if rope["rope_type"] == "dynamic" else None,
         eps=c["rms_norm_eps"], **FAMILIES[c["model_type"]])
 
 
@@ -234,12 +265,16 @@ IMAGE_TOKENS = {"<IMG_CONTEXT>": ("<img>", "</img>\n"), "<|image|>": ("", "")}
 
 
 def find_image_token(folder, config):
-    """Return the id of the placeholder for image tokens, or None where the folder has none."""
+    """Return the id of the placeholder for image tokens. Raises ValueError where there is none."""
     if "image_token_id" in config:
         return config["image_token_id"]
     tokens = read_json(folder, "tokenizer.json")["added_tokens"]
     ids = {token["content"]: token["id"] for token in tokens}
-    return next((ids[text] for text in IMAGE_TOKENS if text in ids), None)
+    for text in IMAGE_TOKENS:
+        if text in ids:
+            return ids[text]
+    raise ValueError(f"{folder} names no placeholder for image tokens: expected image_token_id in "
+                     f"its config.json, or {' or '.join(IMAGE_TOKENS)} in its tokenizer.json")
 
 
 def load_tower_weights(folder, tower):
@@ -263,6 +298,9 @@ REQUEST = ("Write a caption of the picture that the following text asks for. Thi
            "background, light and style, in one paragraph and nothing else.\n\nText: ")
 
 
+FIXED_DATE = date(2024, 7, 26)
+
+
 class FolderTokenizer(Tokenizer):
     """The tokenizer of a folder, from its tokenizer.json. Raises FileNotFoundError or ValueError.
 
@@ -275,33 +313,44 @@ class FolderTokenizer(Tokenizer):
         except ImportError:
             raise ValueError(f"to read the words of {folder}, the package tokenizers is needed: "
                              "pip install tokenizers") from None
-        read_json(folder, "tokenizer.json")
+        content = read_json(folder, "tokenizer.json")
         try:
-            self.library = Library.from_file(str(Path(folder) / "tokenizer.json"))
+            self.library = Library.from_str(json.dumps(content))
         except Exception as e:  # the library has no exception of its own
             raise ValueError(f"{folder}/tokenizer.json is no tokenizer ({e})") from None
         self.library.no_padding()
         self.library.no_truncation()
+        self.folder = folder
         self.template = read_template(folder) if chat else None
         self.stops = read_stops(folder)
 
     def __len__(self):
-        return self.library.get_vocab_size()
+        """Return how many rows an embedding must have: ids may have gaps."""
+        return max(self.library.get_vocab().values()) + 1
 
-    def encode(self, text, image_tokens=0):
-        """Return the token ids of a text, at least one, after placeholders for image tokens."""
+    def encode(self, text, image_tokens=0, **options):
+        """Return the token ids of a text, at least one, after placeholders for image tokens.
+
+        options: variables of the chat template. Raises ValueError where there are no placeholders.
+        """
         if image_tokens:
-            placeholder = next(token for token in IMAGE_TOKENS
-                               if self.library.token_to_id(token) is not None)
-            before, after = IMAGE_TOKENS[placeholder]
-            text = before + placeholder * image_tokens + after + text
+            text = self.image_text(image_tokens) + text
         if self.template:  # it adds the tokenizer's special tokens itself
-            return self.library.encode(self.template(text), add_special_tokens=False).ids
+            text = self.template(text, **options)
+            return self.library.encode(text, add_special_tokens=False).ids
         # NOTE (ours): Qwen has no <bos>, so its empty prompt is the token that ends texts.
         return self.library.encode(text).ids or [self.stops[0]]
 
+    def image_text(self, count):
+        """Return the text that stands for a picture of `count` image tokens."""
+        for placeholder, (before, after) in IMAGE_TOKENS.items():
+            if self.library.token_to_id(placeholder) is not None:
+                return before + placeholder * count + after
+        raise ValueError(f"the tokenizer of {self.folder} has no placeholder for image tokens: "
+                         f"expected {' or '.join(IMAGE_TOKENS)}")
+
     def request(self, prompt):
-        return self.encode(REQUEST + prompt), ""
+        return self.encode(REQUEST + prompt, enable_thinking=False), ""
 
     def decode(self, ids):
         return self.library.decode(list(ids)).strip()
@@ -323,39 +372,86 @@ def read_stops(folder):
 
 @one_line_errors
 def read_template(folder):
-    """Return the function that puts a user's message into the chat template of a folder."""
-    from jinja2 import TemplateError  # jinja2 comes with torch
-    from jinja2.ext import loopcontrols
+    """Return the function that puts a user's message into the chat template of a folder.
+
+    It renders as transformers does. NOTE (ours): a template that asks for today's date gets a fixed
+    one, so that a prompt has the same states every day: that of Llama 3.2's own template.
+    """
+    import jinja2.ext  # it comes with torch
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    config = read_json(folder, "tokenizer_config.json")
-    path = Path(folder) / "chat_template.jinja"
-    source = path.read_text() if path.is_file() else config.get("chat_template")
-    if not isinstance(source, str):
-        raise ValueError(f"{folder} has no chat template; leave out --und-chat")
-    special_tokens = {}
-    for name, value in config.items():
-        if name.endswith("_token"):
-            special_tokens[name] = value["content"] if isinstance(value, dict) else value
+    source = find_template(folder)
+    special_tokens = read_special_tokens(folder)
 
     def raise_exception(message):
         """Templates call this for messages that they do not allow."""
-        raise TemplateError(message)
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        """Jinja's own filter would sort keys, and change characters of HTML."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks the model's answers for training; here it changes nothing."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=[loopcontrols])
+                                            extensions=[Generation, "jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": FIXED_DATE.strftime}
     try:
-        template = sandbox.from_string(source, dict(raise_exception=raise_exception))
-    except TemplateError as e:
+        template = sandbox.from_string(source)
+    except jinja2.TemplateError as e:
         raise ValueError(f"the chat template of {folder} is damaged: {e}") from None
 
-    def render(text):
+    def render(text, **options):
         try:
-            return template.render(messages=[dict(role="user", content=text)],
-                                   add_generation_prompt=True, **special_tokens)
-        except TemplateError as e:
+            return template.render(messages=[dict(role="user", content=text)], tools=None,
+                                   documents=None, add_generation_prompt=True, **special_tokens,
+                                   **options)
+        except Exception as e:  # a template is a program of its own
             raise ValueError(f"the chat template of {folder} cannot be filled ({e}); leave out "
                              "--und-chat") from None
     return render
+
+
+def find_template(folder):
+    """Return the text of a folder's chat template, that named "default" where it has several.
+
+    Raises ValueError where there is none.
+    """
+    path = Path(folder) / "chat_template.jinja"
+    if path.is_file():
+        source = path.read_text("utf-8-sig")
+    else:
+        source = read_json(folder, "tokenizer_config.json").get("chat_template")
+        if source is None and path.with_suffix(".json").is_file():
+            source = read_json(folder, "chat_template.json").get("chat_template")
+    if isinstance(source, list):
+        source = {named["name"]: named["template"] for named in source}
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not isinstance(source, str):
+        raise ValueError(f"{folder} has no chat template; leave out --und-chat")
+    return source
+
+
+def read_special_tokens(folder):
+    """Return the texts of a folder's special tokens by name, as transformers finds them."""
+    tokens = read_json(folder, "tokenizer_config.json")
+    older = Path(folder) / "special_tokens_map.json"
+    if "added_tokens_decoder" not in tokens and older.is_file():
+        tokens |= read_json(folder, older.name)
+    texts = {}
+    for name, value in tokens.items():
+        value = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(value, str):
+            texts[name] = value
+    return texts
 
 
 # --- Wan 2.2's VAE --------------------------------------------------------------------------------
@@ -379,6 +475,8 @@ WAN_NAMES = (
 # What diffusers takes for a value that a config.json leaves out.
 VAE_DEFAULTS = dict(z_dim=16, base_dim=96, decoder_base_dim=None, dim_mult=[1, 2, 4, 4],
                     num_res_blocks=2, temperal_downsample=[False, True, True])
+WAN_22 = dict(is_residual=True, patch_size=2, attn_scales=[], in_channels=12, out_channels=12,
+              _class_name="AutoencoderKLWan", quantization_config=None)
 
 
 @one_line_errors
@@ -387,17 +485,25 @@ def describe_vae(folder):
 
     Raises FileNotFoundError, or ValueError for anything but Wan 2.2's.
     """
-    c = read_json(folder)
-    if not c.get("is_residual") or c.get("patch_size") != 2 or c.get("attn_scales"):
-        raise ValueError(f"{folder} is not Wan 2.2's VAE: expected is_residual, patch_size 2 and "
-                         "no attn_scales in its config.json")
-    c = VAE_DEFAULTS | c
+    c = VAE_DEFAULTS | dict(is_residual=False, patch_size=None) | read_json(folder)
+    for name, value in WAN_22.items():
+        if c.get(name, value) != value:
+            raise ValueError(f"{folder} is not Wan 2.2's VAE: its config.json has {name} "
+                             f"{c[name]!r}; expected {value!r}")
     c["decoder_base_dim"] = c["decoder_base_dim"] or c["base_dim"]
     statistics = {name: c.get(name, []) for name in ("latents_mean", "latents_std")}
-    if any(len(values) != c["z_dim"] for values in statistics.values()):
+    if any(len(values) != c["z_dim"] for values in statistics.values()) \
+            or min(statistics["latents_std"]) <= 0:
         raise ValueError(f"{folder}/config.json must have {c['z_dim']} numbers each in "
-                         "latents_mean and latents_std")
+                         "latents_mean and latents_std, the latter above 0")
     return {**{name: c[name] for name in VAE_DEFAULTS}, **statistics}
+
+
+def vae_settings(folder):
+    """Return the settings of a MoSConfig that a folder's VAE decides."""
+    c = describe_vae(folder)
+    return dict(vae_channels=c["z_dim"], vae_width=c["base_dim"],
+                vae_decoder_width=c["decoder_base_dim"])
 
 
 @one_line_errors

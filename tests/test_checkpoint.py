@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training import alone
 
 import checkpoint
 from checkpoint import PARTS
@@ -27,7 +28,6 @@ def test_save_and_load(model, tmp_path):
     assert loaded.config == model.config and loaded.tokenizer.words == model.tokenizer.words
     loaded.save_pretrained(tmp_path)
     assert not loaded.training and contents(tmp_path) == files
-    (tmp_path / "vae.safetensors").unlink()
 
 
 HEAD = "generation.head.weight"
@@ -63,7 +63,7 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     old = contents(tmp_path)
 
-    def full(tensors, path):
+    def full(tensors, path, about):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
@@ -71,3 +71,18 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         make_model(1).save_pretrained(tmp_path)
     assert contents(tmp_path) == old
+
+
+def test_a_training_checkpoint_fits_one_run(tmp_path):
+    """Values and step come back; a tensor more, a tensor less and another shape are refused."""
+    kept = {"a": torch.rand(2, 3), "b": torch.rand(4)}
+    checkpoint.save(tmp_path, 7, kept, alone(), 1, {})
+    folder, = checkpoint.checkpoints(tmp_path)
+    tensors = {name: torch.zeros_like(values) for name, values in kept.items()}
+    assert checkpoint.load(folder, tensors) == 7
+    assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+    for wrong, message in (({"a": tensors["a"]}, "also holds b"),
+                           ({**tensors, "c": torch.zeros(1)}, "does not fit"),
+                           ({**tensors, "b": torch.zeros(5)}, "does not fit")):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load(folder, wrong)

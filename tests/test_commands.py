@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from itertools import combinations
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from checkpoint import read_vocabulary
-from common import to_tensor
+from common import contact_sheet, to_tensor
 from config import MoSConfig
-from conftest import ROOT, SMALL, make_config, make_model, product_files, run_script
+from conftest import ROOT, SMALL, make_config, make_model, product_files, run_script, same
 from mos import MoS
 from tools import curves, estimate, evaluate, routing
 from towers import Tokenizer
@@ -31,9 +32,11 @@ def cases(text):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder with a small model of random weights."""
+    """A folder with a small model of random weights, whose pictures have all levels."""
     folder = tmp_path_factory.mktemp("small") / "model"
-    make_model().save_pretrained(folder)
+    model = make_model()
+    model.vae.decoder.conv_out.weight.data.mul_(6)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -294,16 +297,56 @@ def orientation(number):
     return exif
 
 
-def test_grid(draw, tmp_path):
-    """Several prompts are rows, --num pictures columns; picture i of them has seed + i."""
+def test_grid(draw, small, tmp_path):
+    """Several prompts are labelled rows, --num pictures columns; picture i of them has seed + i."""
+    texts = ["a red circle", "two stars"]
     grid = draw("--prompt 'a red circle' 'two stars' --num 3 --steps 1 --seed 7")
-    assert grid.size == (3 * 68 - 4, 2 * (68 + 32) - 4)  # 4 white pixels between pictures
+    images = MoS.from_pretrained(small).generate([texts[0]] * 3 + [texts[1]] * 3, steps=1, seed=7)
+    assert not any(same([a], [b]) for a, b in combinations(images, 2))
+    assert same([grid], [contact_sheet([images[:3], images[3:]], texts)])
     assert grid.info["prompt"] == "a red circle | two stars"
-    alone = draw("--prompt 'two stars' --steps 1 --seed 12")
-    tile = grid.crop((2 * 68, 100 + 32, 2 * 68 + 64, 100 + 96))
-    assert all(abs(a - b) <= 2 for a, b in zip(tile.tobytes(), alone.tobytes(), strict=True))
     assert draw("--prompt 'two stars' --num 2 --steps 1").size == (132, 96)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+FLAGS = {"--steps 3": {"steps": 3}, "--guidance 6": {"guidance": 6.0},
+         "--rescale 0.1": {"rescale": 0.1}, "--schedule linear-quadratic": {
+             "schedule": "linear-quadratic"}, "--seed 4": {"seed": 4},
+         "--negative 'blue star'": {"negative": "blue star"}}
+
+
+@pytest.mark.parametrize("flag, setting", (*FLAGS.items(), ("--size 32x96", {"size": (32, 96)})))
+def test_flags_of_drawing(flag, setting, draw, small):
+    """A flag draws what the model draws with that setting, which is another picture."""
+    model, prompt, plain = MoS.from_pretrained(small), ["a red circle"], {"steps": 2, "seed": 1}
+    picture = draw(f"--prompt 'a red circle' --steps 2 --seed 1 {flag}")
+    assert same([picture], model.generate(prompt, **plain | setting))
+    assert not same([picture], model.generate(prompt, **plain))
+
+
+@pytest.mark.parametrize("flag, setting", (*FLAGS.items(),
+                                           ("--image-guidance 3", {"image_guidance": 3.0})))
+def test_flags_of_editing(flag, setting, draw, small, tmp_path):
+    """So does a flag of an edit."""
+    model, prompt, plain = MoS.from_pretrained(small), ["a red circle"], {"steps": 2, "seed": 1}
+    own = Image.effect_noise((64, 32), 90).convert("RGB")
+    own.save(tmp_path / "in.png")
+    picture = draw(f"--image in.png --prompt 'a red circle' --steps 2 --seed 1 {flag}")
+    assert same([picture], model.edit([own], prompt, **plain | setting))
+    assert not same([picture], model.edit([own], prompt, **plain))
+
+
+@pytest.mark.parametrize("flags, temperature", (("", 0.0), ("--temperature 2", 2.0)))
+def test_rewriting(flags, temperature, draw, small, capsys):
+    """--rewrite draws, prints and notes what the tower writes of the prompt, by its seed."""
+    model = MoS.from_pretrained(small)
+    text = model.rewrite("two stars", temperature, 3)
+    picture = draw(f"--prompt 'two stars' --rewrite --seed 3 --steps 1 {flags}")
+    assert same([picture], model.generate([text], steps=1, seed=3))
+    assert not same([picture], model.generate(["two stars"], steps=1, seed=3))
+    assert picture.info["prompt"] == "two stars" and picture.info["rewritten"] == text
+    assert f"'two stars' became {text!r}" in capsys.readouterr().out
+    assert (text == model.rewrite("two stars", 0.0, 3)) == (temperature == 0)
 
 
 @pytest.mark.parametrize("flags, name", (

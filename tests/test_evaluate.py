@@ -221,6 +221,79 @@ def test_a_caption_that_is_none_is_not_true(monkeypatch):
     assert failures[0].note == "written: a photo of a" and len(failures) == 4
 
 
+def test_the_counts_of_genevals_tasks(monkeypatch):
+    """Without a number each task has as many prompts as GenEval has; dense ones are DPG's."""
+    asked = []
+    monkeypatch.setattr(shapes, "benchmark", lambda task, count, *_: asked.append(
+        (task, count)) or [])
+    monkeypatch.setattr(scores, "dense_benchmark", lambda count, *_: asked.append(count) or [])
+    monkeypatch.setattr(edits, "edit_benchmark", lambda type, count, *_: asked.append(count) or [])
+    monkeypatch.setattr(scores, "draw_and_judge", lambda *_, **__: [])
+    scores.score_tasks(None, splits=("seen",))
+    scores.score_dense(None, splits=("seen",))
+    scores.score_edits(None, splits=("seen",), types=("add",))
+    assert asked == [("single object", 80), ("two objects", 99), ("counting", 80), ("colours", 94),
+                     ("position", 100), ("attribution", 100), 1065, 100]
+
+
+class Copy(torch.nn.Linear):
+    """In a VAE's place: what comes back is `keep` times what went in."""
+
+    def __init__(self, keep):
+        super().__init__(1, 1)
+        self.keep = keep
+
+    def encode(self, pictures):
+        return pictures * self.keep
+
+    def decode(self, latents):
+        return latents
+
+
+def test_the_judge_sees_what_the_vae_keeps(monkeypatch):
+    """It reads no scene after a VAE that keeps nothing; the PSNR is that of the same pictures."""
+    assert scores.score_judge(4, SIZE, SIZE, vae=Copy(1.0)) == (4, math.inf)
+    right, decibels = scores.score_judge(4, SIZE, SIZE, vae=Copy(0.0), split="val")
+    world = [shapes.draw_scene(rng, shapes.draw_task(rng), "val")
+             for rng in (random.Random(f"judge 0 {i}") for i in range(4))]
+    true = shapes.render(shapes.pack(world), SIZE, SIZE)
+    assert right == 0
+    assert decibels == pytest.approx(10 * math.log10(4 / true.square().mean().item()), abs=1e-3)
+    asked = []
+    monkeypatch.setattr(scores, "score_judge", lambda number, height=128, width=128, **given: (
+        asked.append((number, height, width, given)) or (len(asked), 30.0 + len(asked))))
+    model = Truth()
+    table = scores.score_vae(model, 9, 5)
+    assert asked == [(9, SIZE, SIZE, dict(vae=model.vae, seed=5, split=split, style=style))
+                     for split, style in (("val", "filled"), ("held", "filled"),
+                                          ("val", "outlined"))]
+    assert table == {"right": {"seen": [1, 9, 9], "held-out": [2, 9, 9], "outlined": [3, 9, 9]},
+                    "PSNR": {"seen": 31.0, "held-out": 32.0, "outlined": 33.0}}
+    del asked[:]
+    sizes = scores.score_sizes(12, 5)
+    assert asked == [(12, 128, 128, {"seed": 5}), *((3, *size, {"seed": 5}) for size in (
+        (96, 96), (160, 160), (256, 256), (128, 256)))]
+    assert sizes["128x256"] == {"renders": [5, 3, 3]} and list(sizes)[0] == "128x128"
+
+
+def test_which_questions_are_answered(small, monkeypatch):
+    """All questions about new pictures of the split are asked, each about its own picture."""
+    model, asked = MoS.from_pretrained(small), []
+
+    def loss(tokens, targets, pictures):
+        asked.extend(zip(tokens, targets, pictures))
+        return None, {"text_accuracy": torch.tensor(0.25 if len(tokens) == 4 else 1.0)}
+
+    model.understanding.loss = loss
+    assert scores.score_understanding(model, 6, "held", seed=2, batch=4) == 1 + 2
+    world = Shapes(64, 2, "held")
+    for i, (tokens, targets, picture) in enumerate(asked):
+        packed, _, question, answer = world[2 * i + 1]
+        expected = model.tokenizer.ids_and_targets(question, answer, length=48)
+        assert [tokens.tolist(), targets.tolist()] == [*expected] and len(asked) == 6
+        assert torch.equal(picture, world.to_pixels(packed[None], "cpu")[0])
+
+
 # --- Captions -------------------------------------------------------------------------------------
 
 def test_reading_inverts_describing():
@@ -314,13 +387,14 @@ def test_dense_prompts_keep_to_their_split():
     """Their words name a held-out combination, or none; they are true, new and readable."""
     limit = make_config().max_tokens
     for held in (False, True):
-        found = dense_benchmark(100, 0, held)
+        found = dense_benchmark(60, 0, held)
         assert found[:20] == dense_benchmark(20, 0, held) != dense_benchmark(20, 1, held)
         for prompt, scene in found:
             assert shows_held(prompt.objects, prompt.relations) == held, prompt
             assert satisfies(prompt, scene) and len(prompt.text.split()) < limit
             assert shows_held(scene.objects, facts(scene)) == held
-        assert len({prompt.text for prompt, _ in found}) > 97
+            assert shapes.in_split(scene, "held" if held else "val")
+        assert len({prompt.text for prompt, _ in found}) > 57
     assert any(not shows_held(prompt.objects, ()) for prompt, _ in found)  # but by a relation
 
 
@@ -529,6 +603,38 @@ def test_a_checkpoint_is_scored_as_far_as_it_goes(small, command, tmp_path):
     printed = command(tmp_path, "--number", 1)
     assert printed.count("left out, no understanding.safetensors") == 6
     assert "PSNR" in printed and "256x256" in printed
+
+
+def test_every_flag_reaches_its_score(small, command, monkeypatch, tmp_path):
+    """Numbers, seeds and settings; edits have their own guidance, and that of the picture."""
+    asked = {}
+    for name in ("tasks", "dense", "edits", "understanding", "descriptions", "loss", "vae",
+                 "sizes"):
+        def record(*given, name=name, **named):
+            positional = [value for value in given if not isinstance(value, MoS)]
+            named.pop("failures", None)
+            asked.setdefault(name, []).append((positional, named))
+            return 3 if name == "understanding" else {"row": {"seen": [1, 2, 2]}}
+        monkeypatch.setattr(scores, f"score_{name}", record)
+    command(small, "--number", 6, "--pictures", 2, "--seed", 5, "--batch", 7, "--steps", 4,
+            "--rescale", 0.5, "--image-guidance", 1.5, "--schedule", "linear-quadratic",
+            "--json", "a.json")
+    plain = dict(seed=5, batch=7, steps=4, guidance=3.0, rescale=0.5, schedule="linear-quadratic")
+    assert asked["tasks"] == [([6, 2], dict(tasks=shapes.TASKS, **plain))]
+    assert asked["dense"] == [([6], plain)]
+    assert asked["edits"] == [([6], {**plain, "guidance": 1.5, "image_guidance": 1.5})]
+    assert asked["understanding"] == [([6, "val", 5], {}), ([6, "held", 5], {})]
+    assert asked["descriptions"][0][0][:2] == [6, 5]
+    assert asked["loss"] == asked["vae"] == asked["sizes"] == [([6, 5], {})]
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert data["scores"]["understanding"] == {
+        "questions": {"seen": [3, 6, 6], "held-out": [3, 6, 6]}}
+    asked.clear()
+    command(small, "--what", "tasks", "edits", "--tasks", "position", "--guidance", 2)
+    assert asked.keys() == {"tasks", "edits"}
+    assert asked["tasks"][0][1]["tasks"] == ["position"]
+    assert asked["tasks"][0][1]["guidance"] == asked["edits"][0][1]["guidance"] == 2
+    assert asked["tasks"][0][0] == [None, 4] and asked["edits"][0][0] == [None]
 
 
 def test_tasks_alone(small, command):

@@ -8,89 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import SMOLLM2, TEMPLATE, WORDS, write_tower, write_vae
 from safetensors.torch import load_file, save_file
 
 import sample
 import train
 from checkpoint import fingerprint, load_parts, read_tokenizer
+from config import read_config
 from conftest import SMALL, make_config
 from mos import MoS
 from pretrained.folders import FolderTokenizer, load_tower, load_vae
-from towers import Tokenizer, Understanding
-from vae import VAE
+from tools import evaluate
+from towers import Tokenizer
 
-WORDS = "<pad> <bos> <eos> <user> <tower> a red blue circle square above : in detail".split()
-TEMPLATE = ("{{ bos_token }}{% for message in messages %}{% if message.role != 'user' %}"
-            "{{ raise_exception('no') }}{% endif %}<user>{{ message['content'] }}<eos>{% endfor %}"
-            "{% if add_generation_prompt %}<tower>{% endif %}")
-TOWER = dict(width=40, depth=5, heads=5, kv_heads=1, hidden=48)
 MODEL = {name: value for name, value in SMALL.items() if not name.startswith(("vae_w", "vae_d"))}
-
-
-QWEN2_NAMES = {  # our modules, and Qwen2's of which each is made
-    "embedding": ["model.embed_tokens"], "norm": ["model.norm"], "head": ["lm_head"],
-    "norm1": ["input_layernorm"], "norm2": ["post_attention_layernorm"],
-    "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "out": ["self_attn.o_proj"], "ffn.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-    "ffn.down": ["mlp.down_proj"]}
-
-
-def qwen2_tensors(tower):
-    """Return five times the parameters of a tower, named and split as in Qwen2."""
-    tensors = {}
-    for name, p in tower.named_parameters():
-        module, kind = name.rsplit(".", 1)
-        prefix = ""
-        if module.startswith("blocks."):
-            _, block, module = module.split(".", 2)
-            prefix = f"model.layers.{block}."
-        names = QWEN2_NAMES[module]
-        rows = [40, 8, 8] if module == "qkv" else len(p) // len(names)
-        for theirs, values in zip(names, p.detach().split(rows)):
-            tensors[f"{prefix}{theirs}.{kind}"] = 5 * values
-    return tensors
-
-
-def write_tokenizer(folder):
-    """Write a tokenizer of WORDS that, unlike ours, pads and truncates, and a chat template."""
-    from tokenizers import AddedToken
-    from tokenizers import Tokenizer as Library
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from tokenizers.processors import TemplateProcessing
-    library = Library(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    library.pre_tokenizer = Whitespace()
-    library.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    library.add_special_tokens([AddedToken(word) for word in WORDS[:5]])
-    library.enable_padding()
-    library.enable_truncation(4)
-    library.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
-        chat_template=TEMPLATE, bos_token="<bos>", eos_token=dict(content="<eos>"))))
-
-
-def write_tower(folder):
-    """Write a random Qwen2 in Hugging Face's layout, with its tokenizer."""
-    folder.mkdir()
-    torch.manual_seed(0)
-    tower = Understanding(len(WORDS), **TOWER, bias=True)
-    save_file(qwen2_tensors(tower), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(dict(
-        model_type="qwen2", vocab_size=len(WORDS), hidden_size=40, num_hidden_layers=5,
-        num_attention_heads=5, num_key_value_heads=1, intermediate_size=48, rms_norm_eps=1e-6,
-        eos_token_id=2)))
-    write_tokenizer(folder)
-
-
-def write_vae(folder):
-    """Write a random VAE in diffusers' layout."""
-    folder.mkdir()
-    torch.manual_seed(0)
-    save_file(dict(VAE(6, 4, 4).named_parameters()), folder / "weights.safetensors")
-    (folder / "config.json").write_text(json.dumps(dict(
-        z_dim=6, base_dim=4, decoder_base_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
-        temperal_downsample=[False, True, True], is_residual=True, patch_size=2,
-        latents_mean=[0.1 * i for i in range(6)], latents_std=[1 + 0.1 * i for i in range(6)])))
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +29,8 @@ def parts(tmp_path_factory):
     """The folders of a tower and of a VAE, as settings of a model."""
     pytest.importorskip("tokenizers")
     root = tmp_path_factory.mktemp("parts")
-    write_tower(root / "tower")
-    write_vae(root / "vae")
-    return dict(und_folder=str(root / "tower"), vae_folder=str(root / "vae"))
+    return dict(und_folder=str(write_tower(root / "tower")),
+                vae_folder=str(write_vae(root / "vae")))
 
 
 @pytest.fixture(scope="module")
@@ -203,36 +133,137 @@ def test_rewriting(checkpoint, model):
     assert beginning == ""
 
 
-def test_commands(checkpoint, parts, tmp_path, monkeypatch, capsys):
-    """train.py and sample.py take the folders of tower and VAE as flags."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def write_pictures(folder):
+    """Write two pictures with captions; return the folder."""
+    folder.mkdir()
     for i, text in enumerate(("a red circle", "a blue square")):
-        sample.Image.new("RGB", (64, 64), text.split()[1]).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(text)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in
-             {**MODEL, **parts, "data": pictures, "out": tmp_path / "run", "latents": "step",
-              "states": tmp_path / "states", "parallel": "none", "stage": "image"}.items()]
-    options = "--steps=3 --batch=2 --scenes=1 --warmup=1 --max-broken=1 --seed=1".split()
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags, *options])
-    train.main()
-    out = tmp_path / "out.png"
-    command = ["sample.py", "--prompt", "a red circle", "--checkpoint", str(tmp_path / "run"),
-               "--out", str(out)]
+        sample.Image.new("RGB", (64, 64), text.split()[1]).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(text)
+    return folder
 
+
+def train_flags(**settings):
+    """Return the flags of a few steps of stage image, with a small generation tower."""
+    own = {name: value for name, value in SMALL.items() if not name.startswith(("und_", "vae_"))}
+    values = {**own, "stage": "image", "steps": 2, "batch": 2, "scenes": 1, "warmup": 1, "seed": 1,
+              "max_broken": 1, "data": "pictures", "latents": "memory", "out": "run", **settings}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def stop(command, capsys, *arguments):
+    """Return the one line with which a command stops."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        command(*arguments)
+    line, = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture
+def smollm2(command, tmp_path):
+    """In an empty folder: pictures, the narrow SmolLM2 and a VAE, and the two as flags."""
+    pytest.importorskip("tokenizers")
+    write_pictures(tmp_path / "pictures")
+    write_tower(tmp_path / "parts/tower", SMOLLM2)
+    write_vae(tmp_path / "parts/vae")
+    return dict(und_folder="parts/tower", vae_folder="parts/vae")
+
+
+def test_named_by_folders_alone(smollm2, command, capsys, monkeypatch, tmp_path):
+    """A tower of 9 and 3 heads and a VAE train and draw; config.json holds what they are.
+
+    The model is found from any directory, and may be moved away from its parts.
+    """
+    command(train, *train_flags(**smollm2))
+    config = read_config("run")
+    true = dict(und_vocabulary=14, und_width=72, und_depth=4, und_heads=9, und_kv_heads=3,
+                und_hidden=96, und_tied=True, und_images=False, vae_channels=6, vae_width=4,
+                vae_decoder_width=4, und_folder=str(tmp_path / "parts/tower"),
+                vae_folder=str(tmp_path / "parts/vae"))
+    assert {name: getattr(config, name) for name in true} == true
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.safetensors")) == ["mos.safetensors"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    draw = ["--checkpoint", "../run", "--prompt", "a red circle"]
+    command(sample, *draw)
+    drawn = Path("out.png").read_bytes()
+    command(evaluate, "../run", "--what", "loss", "--number", 1, "--json", "loss.json")
+    scored = json.loads(Path("loss.json").read_text())["scores"]["loss"]["mean"]["seen"][0]
+    assert 0.1 < scored < 10
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    message = stop(command, capsys, sample, *draw)
+    assert message == (f"error: ../run/config.json names {tmp_path}/parts/tower as its und_folder, "
+                       "which is no folder; give its place with --und-folder, or correct it in "
+                       "that file")
+    command(sample, *draw, "--und-folder", "../moved/tower", "--vae-folder", "../moved/vae")
+    assert Path("out.png").read_bytes() == drawn
+    monkeypatch.chdir(tmp_path)
+    command(train, "--resume", "--out", "run", "--und-folder", "moved/tower", "--steps", 3,
+            "--vae-folder", "moved/vae")
+    assert read_config("run").und_folder == str(tmp_path / "moved/tower")
+
+
+@pytest.mark.parametrize("setting, value, found", (
+    ("und_width", 80, 72), ("und_depth", 5, 4), ("und_heads", 8, 9), ("und_kv_heads", 1, 3),
+    ("und_hidden", 48, 96), ("und_vocabulary", 30, 14), ("vae_channels", 48, 6),
+    ("vae_width", 20, 4)))
+def test_flags_against_folders(setting, value, found, smollm2, command, capsys):
+    """A flag that contradicts a folder is refused by name, before any data is looked at."""
+    message = stop(command, capsys, train,
+                   *train_flags(**smollm2, **{setting: value, "data": "nowhere"}))
+    folder = smollm2[f"{setting[:3]}_folder"]
+    assert message == (f"error: {setting} is {found} in {folder} and cannot become {value}; "
+                       "leave the flag out")
+
+
+def test_frozen_parts_come_before_data(smollm2, command, capsys, tmp_path):
+    """What is wrong with a folder, or does not fit its true depth, shows before data is read."""
+    message = stop(command, capsys, train, *train_flags(**smollm2, k=5, data="nowhere"))
+    assert "k=5 states cannot be chosen from und_depth=4" in message
+    command(train, *train_flags(**smollm2, k=4))
+    (tmp_path / "parts/tower/tokenizer.json").unlink()
+    message = stop(command, capsys, train, *train_flags(**smollm2, data="nowhere", out="other"))
+    assert message.startswith("error: no tokenizer.json in ")
+
+
+def test_stored_latents_and_states(smollm2, command, capsys, tmp_path):
+    """They are made from a folder's VAE and tower; those of another one are refused by name.
+
+    The other one has files of the same names and sizes: only what they hold differs.
+    """
+    stored = dict(**smollm2, latents="latents", states="states")
+    command(train, *train_flags(**stored))
+    command(train, *train_flags(**stored, out="again"))
+    assert "1 of 1 shards made now" in (text := capsys.readouterr().out)
+    assert "0 of 1 shards made now" in text
+    trained, again = load_file("run/mos.safetensors"), load_file("again/mos.safetensors")
+    assert all(torch.equal(values, again[name]) for name, values in trained.items())
+    message = stop(command, capsys, train, *train_flags(**stored, out="chat"), "--und-chat")
+    assert message.startswith("error: states: states was made with another tokenizer or chat templ")
+    other = write_tower(tmp_path / "other", SMOLLM2, seed=1)
+    assert [p.stat().st_size for p in sorted(other.iterdir())] == [
+        p.stat().st_size for p in sorted(Path("parts/tower").iterdir())]
+    message = stop(command, capsys, train,
+                   *train_flags(**stored | dict(und_folder="other"), out="tower"))
+    assert message.startswith("error: states: states was made with another tower ")
+    rewrite_tensor(Path("parts/vae"), "decoder.conv_out.weight")
+    message = stop(command, capsys, train, *train_flags(**stored, out="vae"))
+    assert message.startswith("error: latents: latents was made with another vae ")
+
+
+def test_commands(checkpoint, parts, tmp_path, command, capsys):
+    """sample.py takes the folders of tower and VAE as flags, and draws the same in every way."""
     def draw(*flags):
         """Return the pixels that sample.py draws with some more flags."""
-        monkeypatch.setattr(sys, "argv", [*command, *flags])
-        sample.main()
-        return sample.Image.open(out).convert("RGB").tobytes()
+        command(sample, "--prompt", "a red circle", "--checkpoint", checkpoint, *flags)
+        return sample.Image.open("out.png").convert("RGB").tobytes()
 
     picture = draw()
     assert draw("--drop-tower") == picture
     assert draw("--tower-device", "cpu") == picture
     assert draw("--vae-dtype", "bfloat16") != picture
-    monkeypatch.setattr(sys, "argv", command + ["--und-folder", str(tmp_path)])
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json in"):
-        sample.main()
+    assert "no tokenizer.json in" in stop(command, capsys, sample, "--prompt", "a red circle",
+                                          "--checkpoint", checkpoint, "--und-folder", tmp_path)
 
 
 def test_other_folders(parts):
@@ -327,14 +358,5 @@ def test_spoiled_files(parts, tmp_path):
         load_tower(folder)
     config = make_config(**{**MODEL, **parts})
     tokenizer = Tokenizer(map(str, range(99)))  # of more words than the tower has
-    with pytest.raises(ValueError, match="has 102 tokens, its tower only 14: not of one model"):
+    with pytest.raises(ValueError, match="has ids for 102 tokens, its tower only for 14: not of"):
         MoS(config, tokenizer)
-
-
-def test_dynamic_frequencies(parts, tmp_path):
-    """The "dynamic" frequencies of InternVL3 change nothing up to the length of training."""
-    folder = copy_folder(parts, tmp_path, "und", rope_scaling=dict(rope_type="dynamic", factor=2.0))
-    tokens = torch.tensor([[1, 5, 6, 8]])
-    plain = load_tower(parts["und_folder"], dtype=torch.float32)
-    dynamic = load_tower(folder, dtype=torch.float32)
-    assert torch.equal(plain(plain.embed(tokens)), dynamic(dynamic.embed(tokens)))

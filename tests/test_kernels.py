@@ -226,7 +226,7 @@ SMALL = {
     "channels, one pixel": (channel_case, 1, 1, 1, 40),
     "channels, 5000": (channel_case, 1, 2, 2, 5000),
     "channels, no sample": (channel_case, 0, 2, 2, 40),
-    "channels, small": (channel_case, 1, 3, 3, 40, dict(scale=1e-6))}
+    "channels, small": (channel_case, 1, 3, 3, 40, dict(scale=1e-8))}
 LARGE = {  # on a GPU, and compiled without one
     "norm 2560": (norm_case, 4608, 2560),
     "norm 3072": (norm_case, 4608, 3072),

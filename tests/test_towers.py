@@ -6,15 +6,16 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from published import tower_tensors, write_json, write_tower
 from safetensors.torch import load_file, save_file
 
 from conftest import SMALL as SMALL_MODEL
 from conftest import make_config
 from mos import MoS
+from pretrained import folders
 from pretrained.folders import FolderTokenizer, load_tower, load_tower_weights
 from towers import Tokenizer
 
-transformers = pytest.importorskip("transformers")
 SMALL = dict(vocab_size=61, hidden_size=48, num_hidden_layers=3, num_attention_heads=6,
              num_key_value_heads=2, intermediate_size=80, max_position_embeddings=256)
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0,
@@ -31,6 +32,7 @@ FAMILIES = {
 
 def make(kind, folder):
     """Save a random model of a family in several files, all its biases and norms random, too."""
+    transformers = pytest.importorskip("transformers")
     name, changes = FAMILIES[kind]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
@@ -43,10 +45,23 @@ def make(kind, folder):
     return model
 
 
+QWEN2 = SMALL | dict(model_type="qwen2", eos_token_id=2)
+
+
 @pytest.fixture
 def folder(tmp_path):
-    make("qwen2", tmp_path)
-    return tmp_path
+    """The folder of a random Qwen2 in three files, written without transformers."""
+    return write_tower(tmp_path / "tower", QWEN2, shards=3)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_written_tensors_are_named_as_theirs(kind, tmp_path):
+    """The random folders of other tests have the names and shapes of transformers' own."""
+    expected = {name: p.shape for name, p in make(kind, tmp_path).state_dict().items()}
+    config = json.loads((tmp_path / "config.json").read_text())
+    if config["tie_word_embeddings"]:
+        del expected["lm_head.weight"]
+    assert {name: p.shape for name, p in tower_tensors(config).items()} == expected
 
 
 @pytest.mark.parametrize("length", (100, 37, 1))
@@ -96,9 +111,21 @@ def test_bf16(folder):
     assert not any(p.requires_grad for p in tower.parameters())
 
 
+def take_tensors(folder):
+    """Return all tensors of a folder, and delete its weight files."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    return tensors
+
+
 @pytest.mark.parametrize("damage, message", (
     (lambda t: t.pop("model.norm.weight"), "norm.weight is missing"),
-    (lambda t: t.pop("lm_head.weight"), "head.weight is missing"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(48).char()}), "norm.weight has type I8; "),
+    (lambda t: t.update({"lm_head.weight": torch.ones(61, 48).to(torch.float8_e4m3fn)}),
+     "tensor lm_head.weight has type F8_E4M3; expected BF16, F16 or F32"),
     (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"),
      r"1.self_attn.q_proj.bias with .*1.self_attn.v_proj.bias has shape \(64,\), .*\(80,\)"),
     (lambda t: t.pop("model.layers.0.mlp.up_proj.weight"), r"has shape \(80, 48\), "),
@@ -106,12 +133,8 @@ def test_bf16(folder):
     (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.ones(1)}), "is not part of"),
     (lambda t: t.update({"model.norm.weight": torch.ones(1)}), r"shape \(1,\), .*for \(48,\)")))
 def test_damaged_tensors(damage, message, folder):
-    """A tensor that is missing, unknown or of a wrong shape is named."""
-    tensors = {}
-    for path in folder.glob("*.safetensors"):
-        tensors |= load_file(path)
-        path.unlink()
-    (folder / "model.safetensors.index.json").unlink()
+    """A tensor that is missing, unknown, of a wrong shape or of few bits is named."""
+    tensors = take_tensors(folder)
     damage(tensors)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=message):
@@ -121,11 +144,7 @@ def test_damaged_tensors(damage, message, folder):
 def test_parts_of_others_are_left(folder):
     """An unused image encoder's tensors are skipped, and tower names may have other prefixes."""
     expected = load_tower(folder).state_dict()
-    originals = {}
-    for path in folder.glob("*.safetensors"):
-        originals |= load_file(path)
-        path.unlink()
-    (folder / "model.safetensors.index.json").unlink()
+    originals = take_tensors(folder)
     for prefix in ("language_model.model.", "model.language_model."):
         tensors = {"vision_model.x": torch.ones(1), "mlp1.0.weight": torch.ones(1)}
         for name, values in originals.items():
@@ -138,11 +157,11 @@ def test_parts_of_others_are_left(folder):
 @pytest.mark.parametrize("change, message", (
     (dict(model_type="bert"), "model_type 'bert'; expected one of llama, qwen2, qwen3"),
     (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "rope_type 'yarn'"),
+    (dict(quantization_config=dict(quant_method="fp8")), "a quantization_config; .*BF16"),
     (dict(use_sliding_window=True), "a sliding window")))
 def test_other_families(change, message, folder):
     """A model that this decoder cannot compute is refused, with the reason."""
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    write_json(folder, "config.json", QWEN2 | change)
     with pytest.raises(ValueError, match=message):
         load_tower(folder)
 
@@ -179,8 +198,105 @@ def edit_with(folder):
     assert edited[0].tobytes() != edited[1].tobytes()
 
 
+def test_shards_of_an_index(folder):
+    """The files that index.json names are read, and no others; a missing one is named."""
+    expected = load_tower(folder).state_dict()
+    for name in ("consolidated", "adapter_model", "._model-00001-of-00003"):
+        (folder / f"{name}.safetensors").write_bytes(b"something else")
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-copy.safetensors")
+    found = load_tower(folder).state_dict()
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model-00002-of-00003.safetensors in .*: by "
+                       "model.safetensors.index.json it holds model.+weight and 12 other tensors"):
+        load_tower(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no model as it is published .*weight_map"):
+        load_tower(folder)
+
+
+@pytest.mark.parametrize("shards", (1, 3))
+def test_files_without_an_index(shards, tmp_path):
+    """The file of the usual name is read alone, or the numbered ones; a variant is left, too."""
+    folder = write_tower(tmp_path, QWEN2, shards=shards)
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    expected = load_tower(folder).state_dict()
+    other = {"lm_head.lora_A.weight": torch.ones(1)}
+    for name in ("consolidated", "adapter_model", "model.fp16"):
+        save_file(other, folder / f"{name}.safetensors")
+    if shards == 1:
+        shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
+        (folder / "broken.safetensors").write_bytes(b"something else")
+    found = load_tower(folder).state_dict()
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
+@pytest.mark.parametrize("rope", ({}, dict(rope_parameters=dict(rope_type="default"))))
+@pytest.mark.parametrize("family, heads, kv_heads, head_width", (
+    ("llama", 8, 8, 8), ("qwen2", 32, 32, 2), ("qwen3", 32, 32, 128)))
+def test_defaults(family, heads, kv_heads, head_width, rope, tmp_path):
+    """A value that a config.json leaves out is that of transformers, for each family."""
+    lean = dict(model_type=family, vocab_size=61, hidden_size=64, num_hidden_layers=1,
+                num_attention_heads=heads, intermediate_size=80)
+    write_tower(tmp_path, lean | dict(num_key_value_heads=kv_heads, head_dim=head_width))
+    write_json(tmp_path, "config.json", lean | rope)
+    tower = load_tower(tmp_path)
+    assert tower.theta == 1e4 and tower.rope_scaling is None
+    assert tower.norm.eps == tower.blocks[0].eps == 1e-6
+    assert tower.head_width == head_width
+    assert len(tower.blocks[0].qkv.weight) == (heads + 2 * kv_heads) * head_width
+
+
+def test_defaults_are_those_of_transformers():
+    """Every value that may be left out is what transformers' own configurations hold."""
+    transformers = pytest.importorskip("transformers")
+    for family, ours in folders.DEFAULTS.items():
+        theirs = getattr(transformers, f"{family.capitalize()}Config")()
+        assert ours == {name: getattr(theirs, name) for name in ours}
+        if "num_key_value_heads" not in ours:
+            assert theirs.num_key_value_heads == theirs.num_attention_heads
+        assert theirs.rope_parameters == dict(rope_type="default", rope_theta=1e4)
+
+
+def test_rotary_buffers(folder):
+    """The frequencies that old folders store are left out: they follow from config.json."""
+    tensors = take_tensors(folder)
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    save_file(tensors | buffers, folder / "model.safetensors")
+    assert torch.equal(load_tower(folder, dtype=torch.float32).norm.weight,
+                       tensors["model.norm.weight"])
+
+
+def test_no_output_layer(folder):
+    """A tower that was saved without one can be read, and says why it cannot write."""
+    tensors = take_tensors(folder)
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    tower = load_tower(folder)
+    assert tower(tower.embed(torch.tensor([[1, 5]]))).shape == (1, 2, 3, 48)
+    with pytest.raises(ValueError, match="cannot write: .*no output layer .lm_head.weight."):
+        next(tower.write(torch.tensor([[1, 5]]), 4, ()))
+
+
+def test_dynamic_frequencies(folder):
+    """They change nothing up to the length of training; longer texts are refused, also in writing.
+    """
+    tokens = torch.arange(20)[None]
+    plain = load_tower(folder, dtype=torch.float32)
+    write_json(folder, "config.json", QWEN2 | dict(
+        max_position_embeddings=20, rope_scaling=dict(rope_type="dynamic", factor=2.0)))
+    dynamic = load_tower(folder, dtype=torch.float32)
+    assert torch.equal(plain(plain.embed(tokens)), dynamic(dynamic.embed(tokens)))
+    with pytest.raises(ValueError, match="a text of 21 tokens is too long .* at most 20"):
+        dynamic(dynamic.embed(torch.arange(21)[None]))
+    assert len(list(dynamic.write(tokens[:, :16], 5, ()))) == 5
+    with pytest.raises(ValueError, match="a text of 21 tokens is too long"):
+        list(dynamic.write(tokens[:, :16], 6, ()))
+
+
 def test_pictures(tmp_path):
     """With a picture, InternVL's states after every block and its texts equal transformers'."""
+    transformers = pytest.importorskip("transformers")
     vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
                   image_size=[56, 56], patch_size=[14, 14], layer_norm_eps=1e-6,
                   attention_bias=True)

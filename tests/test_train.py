@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from training import (LONG, MODEL, QUICK, alone, at_step, contents, ctrl_c, curve, go, launch,
@@ -240,17 +241,24 @@ def test_a_process_that_stops_answering(light, tmp_path):
 
 @pytest.mark.parametrize("error", (OSError("disk full"), CheckpointException(
     "save", {0: _wrap_exception(OSError("disk full"))})))
-def test_torn_save(error, light, tmp_path, monkeypatch):
-    """A save that dies half-way leaves the last checkpoint as it was, and nothing beside it."""
+def test_torn_save(error, light, tmp_path, monkeypatch, capsys):
+    """A save that dies half-way leaves the last checkpoint as it was, and nothing beside it.
+
+    Training goes on, and at its end exports the model and says what is missing.
+    """
     def torn(tensors, storage_writer, **_):
         (storage_writer.path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
         raise error
     assert go("vae", tmp_path, steps=2)
     before = contents(tmp_path / "checkpoints")
     monkeypatch.setattr(dcp, "save", torn)
-    with pytest.raises(OSError, match="step 3 could not be written .* older ones are kept: .*full"):
+    with pytest.raises(OSError, match="step 4 could not be written .* older ones are kept: .*full"):
         go("vae", tmp_path, steps=4, save_every=1, resume=True)
     assert contents(tmp_path / "checkpoints") == before and len(before) == 2
+    assert re.search("step 3 could not be written .* goes on", capsys.readouterr().out)
+    assert curve(tmp_path)[0][-1][0] == 4  # it went on, there might have been room again
+    with safe_open(tmp_path / "vae.safetensors", "pt") as file:
+        assert file.metadata() == {"trained": "vae 4"}
 
 
 def test_saving_in_the_background(light, tmp_path, monkeypatch):
@@ -330,7 +338,9 @@ def test_not_finite(what, step, light, tmp_path, monkeypatch, capsys):
 def test_frozen_parts(light, trained, tmp_path, monkeypatch):
     """The image stage changes router and generation tower, and no bit of VAE and understanding."""
     kept = []
-    monkeypatch.setattr(checkpoint, "save_model", lambda model, *_, **__: kept.append(model))
+    save = checkpoint.save_model
+    monkeypatch.setattr(checkpoint, "save_model",
+                        lambda model, *rest: kept.append(model) or save(model, *rest))
     assert go("image", tmp_path, init=str(trained), steps=2, weight_decay=1.0)
     old, new = MoS.from_pretrained(trained).state_dict(), kept[-1].state_dict()
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}

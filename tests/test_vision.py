@@ -17,8 +17,10 @@ INTERN = dict(model_type="internvl_vision", hidden_size=WIDTH, num_hidden_layers
               image_size=[14 * SIDE] * 2, patch_size=[14, 14])
 QWEN2 = dict(model_type="qwen2", vocab_size=61, hidden_size=OUT, num_hidden_layers=1,
              num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
-SMALL = dict(img_size=[14 * SIDE] * 2, embed_dim=WIDTH, depth=2, num_heads=HEADS, mlp_ratio=1.5,
-             global_pool="", use_post_transformer_norm=False, init_values=0.1)
+SMALL = dict(img_size=[14 * SIDE] * 2, ref_feat_shape=[SIDE] * 2, embed_dim=WIDTH, depth=2,
+             num_heads=HEADS, mlp_ratio=1.5, global_pool="", use_post_transformer_norm=False,
+             init_values=0.1)
+LARGE = SMALL | dict(depth=1, ref_feat_shape=[32, 32])  # for pictures of 448x448
 
 
 def plm(size, model_args=(), kind="lang", **changes):
@@ -323,9 +325,38 @@ def as_opengvlab(tensors):
     return stacked
 
 
-def test_spellings(theirs):
+def intern_tensors():
+    """Return random tensors named as in transformers' folder of a small InternVL."""
+    shapes = {"vision_tower.embeddings.cls_token": (1, 1, WIDTH),
+              "vision_tower.embeddings.position_embeddings": (1, 1 + SIDE ** 2, WIDTH),
+              "vision_tower.embeddings.patch_embeddings.projection.weight": (WIDTH, 3, 14, 14),
+              "vision_tower.embeddings.patch_embeddings.projection.bias": (WIDTH,)}
+    layers = {"multi_modal_projector.layer_norm": (4 * WIDTH,),
+              "multi_modal_projector.linear_1": (OUT, 4 * WIDTH),
+              "multi_modal_projector.linear_2": (OUT, OUT)}
+    for i in range(2):
+        block = f"vision_tower.encoder.layer.{i}."
+        shapes |= {f"{block}lambda_{n}": (WIDTH,) for n in (1, 2)}
+        layers |= {f"{block}layernorm_{place}": (WIDTH,) for place in ("before", "after")}
+        layers |= {f"{block}attention.{name}": (WIDTH, WIDTH)
+                   for name in ("q_proj", "k_proj", "v_proj", "projection_layer")}
+        layers |= {f"{block}mlp.fc1": (HIDDEN, WIDTH), f"{block}mlp.fc2": (WIDTH, HIDDEN)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    torch.manual_seed(0)
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_random_tensors_are_named_as_theirs(theirs):
+    """What other tests use in place of transformers' tensors has their names and shapes."""
+    expected = {name: p.shape for name, p in theirs.state_dict().items()
+                if not name.startswith("language_model.")}
+    assert {name: p.shape for name, p in intern_tensors().items()} == expected
+
+
+def test_spellings():
     """Both spellings of InternVL's names, with `model.` in front or not, fill the same encoder."""
-    tensors = theirs.state_dict()
+    tensors = intern_tensors()
     expected = load(build_encoder(internvl()), tensors).state_dict()
     opengvlab = as_opengvlab(tensors)
     assert "vision_model.encoder.layers.1.attn.qkv.bias" in opengvlab
@@ -364,12 +395,19 @@ def test_unknown_names(config, name):
     (plm("large", kind="core"), "use_post_transformer_norm True; expected False"),
     (plm("large", projector_pooling_ratio=1), "projector_pooling_ratio 1; expected 2"),
     (plm("large", vision_use_cls_token=False), "vision_use_cls_token False; expected True"),
+    (plm("large", dict(ref_feat_shape=[16, 16])), "ref_feat_shape 16; expected 32"),
+    (plm("large", dict(img_size=[56, 56])), "ref_feat_shape 32; expected 4"),
+    (plm("large", dict(rope_temperature=100.0)), "rope_temperature 100.0; expected 10000"),
+    (plm("large", dict(rope_grid_offset=0)), "rope_grid_offset 0; expected 1.0"),
+    (plm("gigantic", dict(rope_grid_offset=1.0)), "rope_grid_offset 1.0; expected 0.0"),
+    (plm("gigantic", dict(rope_grid_indexing="ij")), "rope_grid_indexing 'ij'; expected 'xy'"),
     (plm("gigantic", SMALL | dict(num_heads=3)), "32 must be a multiple of four times its 3"),
     (internvl(norm_type="rms_norm"), "norm_type 'rms_norm'; expected 'layer_norm'"),
     (internvl(use_qk_norm=True), "use_qk_norm True"),
     (internvl(attention_bias=False), "attention_bias False; expected True"),
     (internvl(use_mean_pooling=False), "use_mean_pooling False"),
     (internvl(dict(ps_version="v1")), "ps_version 'v1'; expected 'v2'"),
+    (internvl(dict(projector_hidden_act="relu")), "projector_hidden_act 'relu'; expected 'gelu'"),
     (internvl(dict(downsample_ratio=0.25)), "downsample_ratio 0.25")))
 def test_other_encoders(config, message):
     """Another encoder than PLM's or InternVL's is refused, with the reason."""
@@ -414,8 +452,8 @@ def test_published_sizes(config, kind, encoder, projector):
     assert len(list(model.blocks.parameters())) == 14 * N
 
 
-@pytest.mark.parametrize("config", (plm("large", SMALL | dict(img_size=[448, 448], depth=1)),
-                                    plm("gigantic", SMALL | dict(img_size=448, depth=1)),
+@pytest.mark.parametrize("config", (plm("large", LARGE | dict(img_size=[448, 448])),
+                                    plm("gigantic", LARGE | dict(img_size=448)),
                                     internvl(image_size=448, num_hidden_layers=1)))
 def test_tile(config):
     """A picture of 448x448 is 256 tokens, and an encoder in bf16 takes pictures in fp32."""

@@ -62,18 +62,18 @@ def settings(stage, out="runs/none", recipe="laptop", **changes):
     return plan(flags, read_recipe(recipe, changes.get("phase", "")))[0][0]
 
 
-def prepare(stage, out, recipe="laptop", resume=False, **changes):
+def prepare(stage, out, recipe="laptop", resume=False, export=False, **changes):
     """The Trainer of a quick stage."""
     flags = flags_of(stage, out, changes)
-    (c, values), = plan(flags, read_recipe(recipe, changes.get("phase", "")), resume)
-    if not resume:
+    (c, values), = plan(flags, read_recipe(recipe, changes.get("phase", "")), resume or export)
+    if not resume and not export:
         checkpoint.check_free(c)
-    return train.prepare(c, values, flags, alone(), resume)
+    return train.prepare(c, values, flags, alone(), resume, export)
 
 
 def go(stage, out, resume=False, export=False, **changes):
     """Train one stage of the tiny model in this process; returns whether it finished."""
-    return train.run_stage(prepare(stage, out, resume=resume or export, **changes), export)
+    return train.run_stage(prepare(stage, out, resume=resume, export=export, **changes), export)
 
 
 def start(folder, processes=1, double="", **values):

@@ -25,10 +25,11 @@ from tools import evaluate
 from world import scores
 from world.dataset import Shapes
 
-# A block's norm removes the scale of the mixture that Proj hands it, unless Proj has a bias or the
-# states are normalised one by one. (state_norm, factor on the start of Proj's bias) of each arm:
+# A block's norm removes the scale of the mixture that Proj hands it, unless Proj adds a bias to it.
+# A norm for each state ("pre") comes before the mixture and so does not help. Each arm with its
+# state_norm, and the factor on the first values of Proj's bias:
 SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 1.0), "post, bias 0": ("post", 0.0),
-              "pre, bias N(0, 0.02)": ("pre", 1.0)}
+              "pre, bias N(0, 0.02)": ("pre", 1.0), "pre, bias 0": ("pre", 0.0)}
 WEIGHED = ("colours", "position")
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 # Settings that are changed, one or two at a time, while the others are the model's:
@@ -47,7 +48,9 @@ def prepare(world, **flags):
 
 
 def train_arm(bias, rescaled, shared, world, **flags):
-    """Train one arm; return its validation loss and the router's gradient norm, first and last.
+    """Train one arm; return its validation loss, and three norms of the router's gradient.
+
+    The norms are the first step's, and the means of the first and the last tenth of the steps.
 
     bias: factor on the first values of Proj's bias. rescaled: whether states grow from 1 to 100
     times by layer, as in large models. shared: a dict that the first arm fills for the others.
@@ -71,24 +74,25 @@ def train_arm(bias, rescaled, shared, world, **flags):
     norms = [torch.stack(values).sum().sqrt().item() for values in squares]
     tenth = math.ceil(len(norms) / 10)
     loss = scores.losses_by_time(model, *stage.val).mean().item()
-    return loss, sum(norms[:tenth]) / tenth, sum(norms[-tenth:]) / tenth
+    return loss, norms[0], sum(norms[:tenth]) / tenth, sum(norms[-tenth:]) / tenth
 
 
 def scale_trap(args, world):
     """Print the table `scale-trap`."""
-    print(f"{'':37} {'':>9} {'router gradient in the':>24}")
-    print(f"{'states':12} {'arm':24} {'val loss':>9} {'first tenth':>12} {'last tenth':>11}")
+    print(f"{'':37} {'':>9} {'gradient norm of the router':>37}")
+    print(f"{'states':12} {'arm':24} {'val loss':>9} {'first step':>12} {'first tenth':>12} "
+          f"{'last tenth':>11}")
     shared = {}
     for k in (2, 1):
         for rescaled in (False, True):
             for name, (norm, bias) in SCALE_TRAP.items():
                 with contextlib.redirect_stdout(None):
-                    loss, early, late = train_arm(
+                    loss, first, early, late = train_arm(
                         bias, rescaled, shared, world, k=k, state_norm=norm, init=args.init,
                         seed=args.seed, steps=args.steps, warmup=100, tasks=("colours",))
                 states = "1 to 100" if rescaled else "as trained"
-                print(f"{states:12} {f'k={k}, {name}':24} {loss:9.4f} {early:12.1e} {late:11.1e}",
-                      flush=True)
+                print(f"{states:12} {f'k={k}, {name}':24} {loss:9.4f} {first:12.1e} {early:12.1e} "
+                      f"{late:11.1e}", flush=True)
 
 
 def pack(folder, scenes, count):

@@ -1,0 +1,93 @@
+"""What parts of a model compute, by value: places of tokens, options, sampled words, pixels."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import contact_sheet, to_image, to_tensor
+from conftest import make_model, same
+from router import select
+from towers import Understanding
+
+close = torch.testing.assert_close
+TIGHT = dict(rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", (1, 2))
+def test_tokens_of_an_oblong_picture(patch):
+    """Row by row: token i is read off, and its velocity written to, the patch at its position."""
+    model, p = make_model(gen_patch=patch), patch
+    G, z = model.generation, torch.randn(2, 6, 2 * p, 3 * p)
+    x, positions = G.patchify(z, reference=-z)
+    corners = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert positions.tolist() == [[image, *corner] for image in (0, 1) for corner in corners]
+    v = G.unpatchify(torch.cat((torch.randn(2, 3, 64), x), 1), 2 * p, 3 * p)  # after 3 registers
+    for i, (row, column) in enumerate(corners):
+        where = ..., slice(row * p, (row + 1) * p), slice(column * p, (column + 1) * p)
+        close(x[:, i], G.embed(z[where].flatten(1)), **TIGHT)
+        close(x[:, 6 + i], G.embed(-z[where].flatten(1)) + G.reference, **TIGHT)
+        close(v[where].flatten(1), G.head(G.norm(x[:, i])), **TIGHT)
+
+
+@torch.no_grad()
+def test_options_of_the_choice_reach_the_model(monkeypatch):
+    """k, epsilon and renormalize are what `select` gets; each changes the velocity."""
+    asked, velocities = [], []
+
+    def spy(weights, k, epsilon, explore, renormalize):
+        asked.append((k, epsilon, renormalize))
+        return select(weights, k, epsilon, explore, renormalize)
+
+    monkeypatch.setattr("mos.select", spy)
+    options = [(2, 0.5, False), (2, 0.5, True), (3, 0.5, False), (2, 0.9, False)]
+    for k, epsilon, renormalize in options:
+        model = make_model(k=k, epsilon=epsilon, renormalize=renormalize)
+        torch.manual_seed(1)
+        z, explore = torch.randn(1, 6, 4, 4), torch.rand(1, 4, 6, 3)
+        context = model.understand(model.tokenizer.batch(["a red circle"]))
+        velocities.append(model(z, torch.tensor([0.5]), context, explore))
+    assert asked == options
+    assert not any(torch.allclose(velocities[0], v, rtol=1e-3, atol=1e-3) for v in velocities[1:])
+
+
+@pytest.mark.parametrize("temperature", (0.5, 2.0))
+def test_temperature(temperature):
+    """Words are drawn from softmax(logits / temperature), by the seed (4 sigma)."""
+    tower, logits = Understanding(5, 8, 1, 1, 1, 8), torch.tensor([0.0, 1.0, 2.0, 0.5, -1.0])
+    tower.logits = lambda states: logits.expand(1, states.shape[1], 5)
+    draws, start = 1000, torch.zeros(1, 1, dtype=torch.long)
+    words = list(tower.write(start, draws, (), temperature, seed=3))
+    expected = np.exp(logits.numpy() / temperature)
+    expected /= expected.sum()
+    spread = 4 * (draws * expected * (1 - expected)) ** 0.5
+    assert (abs(np.bincount(words, minlength=5) - draws * expected) < spread).all()
+    assert list(tower.write(start, 50, (), temperature, seed=3)) == words[:50]
+    assert list(tower.write(start, 50, (), temperature, seed=4)) != words[:50]
+    assert list(tower.write(start, 4, ())) == [2] * 4 and not [*tower.write(start, 4, (2,))]
+
+
+def test_pixels_are_rounded():
+    """A value between two levels becomes the nearer one; all levels come back as they were."""
+    levels = torch.arange(256.0).expand(3, 2, 256)
+    for off in (0, 0.45, -0.45):
+        drawn = to_image((levels + off).clamp(0, 255) / 127.5 - 1)
+        assert drawn.size == (256, 2)
+        assert torch.equal(torch.from_numpy(np.array(drawn)).movedim(2, 0), levels.byte())
+        assert torch.equal(to_tensor(drawn), levels / 127.5 - 1)
+
+
+def test_sheets_of_pictures():
+    """Rows by columns, each row's label above it; two labels are not those of other rows."""
+    colours = ["red", "green", "blue", "black", "gray", "white"]
+    tiles = [Image.new("RGB", (40, 20), colour) for colour in colours]
+    sheet = contact_sheet([tiles[:3], tiles[3:]], ["words of one", "of two"])
+    assert sheet.size == (3 * 44 - 4, 2 * (20 + 4 + 32) - 4)
+    for i, tile in enumerate(tiles):
+        x, y = i % 3 * 44, i // 3 * 56 + 32
+        assert same([sheet.crop((x, y, x + 40, y + 20))], [tile])
+    for row, label in enumerate(("words of one", "of two")):
+        alone = contact_sheet([tiles[:3]], [label])
+        assert same([sheet.crop((0, 56 * row, 128, 56 * row + 32))],
+                    [alone.crop((0, 0, 128, 32))])
