@@ -329,15 +329,16 @@ class ImageStage(Stage):
         """Return this process's latents and prompts of a step, and all that is random."""
         if not self.states:
             z0, tokens = self.next_batch()
-            return self.random_inputs(z0, tokens, self.empty_ids, self.generator(step))
+            return self.random_inputs(z0, tokens, self.generator(step))
         return self.inputs_with_states(step)
 
-    def random_inputs(self, z0, tokens, empty_ids, generator, image_tokens=0):
+    def random_inputs(self, z0, tokens, generator, image_tokens=0, empty_ids=None):
         """Draw t, noise, exploration and prompt dropout for the global batch.
 
-        empty_ids: the token ids of a dropped prompt. image_tokens: how many stand before each text.
-        Returns the Flow of this process's slice.
+        image_tokens: how many stand before each text. empty_ids: the token ids of a dropped text,
+        None: of a prompt. Returns the Flow of this process's slice.
         """
+        empty_ids = self.empty_ids if empty_ids is None else empty_ids
         m = self.model.config
         c = self.c
         share = self.share
@@ -375,8 +376,7 @@ class ImageStage(Stage):
         """Return the inputs of a step and the states of its prompts, which are asked for ahead."""
         while len(self.ahead) <= self.states.ahead and step + len(self.ahead) < self.c.steps:
             z0, tokens = self.next_batch()
-            generator = self.generator(step + len(self.ahead))
-            flow = self.random_inputs(z0, tokens, self.empty_ids, generator)
+            flow = self.random_inputs(z0, tokens, self.generator(step + len(self.ahead)))
             self.ahead.append(flow)
             self.states.ask(flow.tokens)
         return *self.ahead.popleft(), *self.states.answer(self.world.device)
@@ -559,9 +559,10 @@ class EditStage(ImageStage):
         latents, prompts, images, instructions = self.next_batch()
         before, after, scene = latents.unbind(1)                                # (B, C, h, w) each
         generator = self.generator(step)
-        drawing = self.random_inputs(scene, prompts, self.empty_ids, generator)
-        editing = self.random_inputs(after, instructions, self.empty_instruction, generator,
-                                     image_tokens=self.image_tokens(*images.shape[2:]))
+        drawing = self.random_inputs(scene, prompts, generator)
+        before_text = self.image_tokens(*images.shape[2:])
+        editing = self.random_inputs(after, instructions, generator, before_text,
+                                     self.empty_instruction)
         return *drawing, images, before, *editing
 
     def forward(self, *inputs):
