@@ -406,6 +406,28 @@ def read_lines(path):
         raise ValueError(f"{path} is damaged ({e}); delete its folder and start again") from None
 
 
+def read_json_lines(path, expected, take):
+    """Return what `take` makes of the JSON value of each line of a file; empty lines are skipped.
+
+    Raises ValueError that names the file and line, and what was expected, where `take` raises an
+    error, and for another encoding than UTF-8.
+    """
+    taken = []
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not in UTF-8 (byte {e.start} is 0x{e.object[e.start]:02x}); "
+                         "save it in that encoding") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            if line.strip():
+                taken.append(take(json.loads(line)))
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: expected {expected}, got "
+                             f"{line.strip()[:60]!r}") from None
+    return taken
+
+
 # --- Command lines --------------------------------------------------------------------------------
 
 def tqdm_or_none(**options):

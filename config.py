@@ -148,6 +148,8 @@ class TrainConfig(Settings):
                         "pattern; several by weight: a=0.7,b=0.3")
     where: str = setting("use own pictures whose fields fulfil this: 'aesthetic >= 6'")
     max_broken: float = setting("largest share of own pictures that cannot be used", 0, 1)
+    holdout: float = setting("share of own pictures that is held back from training, for "
+                             "validation", 0, 0.5)
     sizes: tuple = setting("own pictures are drawn at about these sizes, each at the largest that "
                            "its area has; empty: the model's size")
     length_step: int = setting("pad prompts to multiples of this, and batch those of one length; "

@@ -22,6 +22,7 @@ import torch.nn as nn
 from common import contact_sheet, going_on, replacing, to_image
 from data.buckets import Batch, Bucket
 from data.latents import Memory, Stored, encode, store
+from data.pictures import Rules
 from data.sources import Loader, Mixture, collate, count_tokens
 from data.states import Cache, Producer
 from kernels import Keys, autocast, cast
@@ -146,7 +147,7 @@ class Stage(nn.Module):
         """Measure what belongs to the weights when they are exported: here nothing."""
 
     def unseen(self, count):
-        """Return a Mixture of scenes that training does not see, or the own pictures."""
+        """Return a Mixture with scenes that training does not see, or of the own pictures."""
         scenes = self.dataset.scenes
         if scenes is None:
             return self.dataset
@@ -156,11 +157,13 @@ class Stage(nn.Module):
     def validation_batch(self, count):
         """Return the tensors of up to `count` unseen samples of the model's size."""
         data = self.unseen(count)
+        return self.load(data, *data.samples(count, validation=True))
+
+    def load(self, data, source, index):
+        """Return the tensors of samples of a Mixture, all in the model's size."""
         size = self.model.config.size
-        index = np.arange(min(count, len(data.sources[0].sides)))
         bucket = Bucket(0, size, size, self.model.config.max_tokens)
-        batch = Batch(np.zeros_like(index), index, bucket)
-        (_, tensors, _), = self.loader(data).batches([batch])
+        (_, tensors, _), = self.loader(data).batches([Batch(source, index, bucket)])
         return tensors
 
 
@@ -185,11 +188,18 @@ class VaeStage(Stage):
 
     @torch.no_grad()
     def complete(self):
-        """Measure the statistics by which latents are normalised, on pictures of validation."""
+        """Measure the statistics by which latents are normalised: on pictures of validation, but of
+        own pictures on those of training, because few of them may be held back.
+        """
+        vae = self.model.vae
         (self.val,) = self.validation_batch(200)
-        self.val_latents = [self.model.vae.posterior(part)[0] for part in self.val.split(50)]
-        std, mean = torch.std_mean(torch.cat(self.val_latents), (0, 2, 3))
-        self.model.vae.set_statistics(mean, std)
+        self.val_latents = [vae.posterior(part)[0] for part in self.val.split(50)]
+        latents = self.val_latents
+        if not self.dataset.scenes:
+            (pictures,) = self.load(self.dataset, *self.dataset.samples(200, validation=False))
+            latents = [vae.posterior(part)[0] for part in pictures.split(50)]
+        std, mean = torch.std_mean(torch.cat(latents), (0, 2, 3))
+        vae.set_statistics(mean, std)
 
     @torch.no_grad()
     def validate(self, step, folder):
@@ -293,8 +303,8 @@ class ImageStage(Stage):
             self.load_into_memory()
         elif c.latents != "step" and not isinstance(self.dataset.sources[0], Stored):
             pieces = self.dataset.pieces(longest)
-            stored = store(Path(c.latents), self.dataset, self.loader(), pieces, c.max_broken,
-                           self.world)
+            stored = store(Path(c.latents), self.dataset, self.loader(), pieces,
+                           rules=Rules(c.max_broken, c.holdout), world=self.world)
             self.dataset = Mixture(stored, self.dataset.weights, self.dataset.scenes)
             self.prompt_lengths = self.count_lengths()
             self.broken = {}
@@ -308,10 +318,11 @@ class ImageStage(Stage):
 
     def load_into_memory(self):
         """Encode all pictures and keep the latents on the device."""
-        pieces = self.dataset.pieces(self.model.config.max_tokens)
+        pieces = [piece for piece in self.dataset.pieces(self.model.config.max_tokens)
+                  if not self.dataset.is_validation(piece)]
         self.memory = Memory(self.dataset, self.loader().batches(pieces), self.world.device)
         self.prompt_lengths = self.memory.lengths()
-        self.world.print0(f"encoded {len(self.memory.tokens)} samples")
+        self.world.print0(f"encoded {sum(len(piece.index) for piece in pieces)} samples")
 
     def batches_from(self, planned):
         if self.c.latents == "memory":
@@ -402,10 +413,11 @@ class ImageStage(Stage):
     # --- validation ------------------------------------------------------------------------------
 
     def validation_samples(self):
-        """Return the tensors and texts of up to 256 unseen samples of one size."""
+        """Return the tensors and texts of up to 256 unseen samples of one source and size."""
         data = self.unseen(256)
-        pieces = [piece for piece in data.pieces(self.model.config.max_tokens)
-                  if piece.source[0] == 0]
+        pieces = data.pieces(self.model.config.max_tokens)
+        pieces = [piece for piece in pieces if data.is_validation(piece)] or \
+            [piece for piece in pieces if piece.source[0] == 0]
         piece = max(pieces, key=lambda piece: len(piece.index))
         piece = piece._replace(source=piece.source[:256], index=piece.index[:256])
         (_, tensors, texts), = self.loader(data).batches([piece])

@@ -369,11 +369,13 @@ def prepare(c, values, flags, world, resume=False, export=False):
         raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
     last = checkpoint.find_last(c, world, export) if resume or export else None
     config = model_config(c, values, flags)
+    tokenizer = None
     if c.stage in GENERATING:  # what is wrong with the frozen parts shows before data is read
-        model = checkpoint.unloaded(MoS, config, checkpoint.read_tokenizer(config, c.init))
+        tokenizer = checkpoint.read_tokenizer(config, c.init)
+        model = checkpoint.unloaded(MoS, config, tokenizer)
     dataset = None
     if not export or c.stage == "vae":  # which measures its statistics on pictures
-        dataset = open_sources(c, config, world)
+        dataset = open_sources(c, config, world, tokenizer)
     if c.stage not in GENERATING:
         tokenizer = build_tokenizer(dataset) if dataset else \
             Tokenizer(checkpoint.read_run(last)["tokenizer"])

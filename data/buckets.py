@@ -88,34 +88,40 @@ class Plan:
     samples only within windows of WINDOW shards: few files are read at a time.
 
     A source has a `kind` (see Bucket), `sides`: heights and widths of its L samples, (L, 2), or
-    (2,) without end, and `shard`: the tar shard of each sample, (L,), or None. lengths: for each
-    source the tokens of the prompts, (L,) or one number. batch: samples in a batch. length_step:
-    prompts are padded to the next multiple of it, or with 0 to the longest of all sources. Raises
-    ValueError if there are too many buckets.
+    (2,) without end, `shard`: the tar shard of each sample, (L,), or None, and `validation`: which
+    samples are held back, (L,), or False. lengths: for each source the tokens of the prompts, (L,)
+    or one number. batch: samples in a batch. length_step: prompts are padded to the next multiple
+    of it, or with 0 to the longest of all sources. Raises ValueError if there are too many buckets.
     """
 
     CHUNK = 2 ** 16  # samples that are drawn at a time
 
     def __init__(self, sources, *, lengths, weights, batch, seed, length_step=0):
-        longest = max(np.max(length) for length in lengths)
+        sides = [np.reshape(source.sides, (-1, 2)) for source in sources]  # (without end: one row)
+        self.training = [np.flatnonzero(~np.broadcast_to(source.validation, len(rows)))
+                         for source, rows in zip(sources, sides)]  # the samples that are drawn
+        lengths = [np.broadcast_to(length, len(rows))[training]
+                   for length, rows, training in zip(lengths, sides, self.training)]
+        longest = max(length.max() for length in lengths)
         rows = []
-        for source, length in zip(sources, lengths):
+        for k, (source, length) in enumerate(zip(sources, lengths)):
             padded = longest
             if length_step:
-                padded = (np.asarray(length) + length_step - 1) // length_step * length_step
-            height, width = np.reshape(source.sides, (-1, 2)).T
+                padded = (length + length_step - 1) // length_step * length_step
+            height, width = sides[k][self.training[k]].T
             rows.append(np.column_stack(np.broadcast_arrays(source.kind, height, width, padded)))
         table, ids = np.unique(np.concatenate(rows), axis=0, return_inverse=True)
         if len(table) > 2 ** 16:  # see fill_buckets
             raise ValueError(f"{len(table):,} buckets are too many; choose a larger --length-step")
         ends = np.cumsum([len(row) for row in rows])
         self.buckets = [Bucket(*map(int, row)) for row in table]
-        self.bucket_ids = np.split(ids.reshape(-1), ends[:-1])  # (without end: of one sample)
+        self.bucket_ids = np.split(ids.reshape(-1), ends[:-1])  # (without end: one)
         self.endless = [source.sides.ndim == 1 for source in sources]
         self.shares = np.cumsum(weights) / np.sum(weights)
         self.batch = batch
         self.seed = seed
-        self.shards = [source.shard for source in sources]
+        self.shards = [None if source.shard is None else source.shard[training]
+                       for source, training in zip(sources, self.training)]
         self.epoch_order = functools.lru_cache(2 * len(sources))(self._epoch_order)
 
     def batches(self, start, stop):
@@ -158,13 +164,14 @@ class Plan:
         for k, ids in enumerate(self.bucket_ids):
             members = np.flatnonzero(source == k)
             drawn = self.next_samples(k, cursors[k], len(members))
-            index[members] = drawn
+            index[members] = drawn if self.endless[k] else self.training[k][drawn]
             bucket_id[members] = ids[0 if self.endless[k] else drawn]
             cursors[k] += len(members)
         return np.stack((source, index, bucket_id))
 
     def next_samples(self, source, cursor, count):
-        """Return the indices of `count` samples of a source after the first `cursor` ones."""
+        """Return the places in `training` of `count` samples of a source after the first `cursor`.
+        """
         if self.endless[source]:
             return np.arange(cursor, cursor + count)
         length = len(self.bucket_ids[source])
@@ -174,7 +181,7 @@ class Plan:
         return order[begin:begin + count]
 
     def _epoch_order(self, source, epoch):
-        """Return the order of a source's L samples in an epoch, (L,)."""
+        """Return the order of a source's n training samples in an epoch, (n,)."""
         seed = self.seed * 100_003 + epoch
         order = permutation(len(self.bucket_ids[source]), seed)
         shard = self.shards[source]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from checkpoint import fingerprint
 from common import check_made, read_lines, replacing, write_made
-from data.pictures import StringArray, Unreadable
+from data.pictures import StringArray, Unreadable, choose_validation, leave_out
 from towers import Tokenizer
 
 
@@ -99,19 +99,29 @@ def open_shard(folder, number):
 
 
 class Stored:
-    """A source whose latents lie in a folder; rows: its lines of index.jsonl."""
+    """A source whose latents lie in a folder; rows: its lines of index.jsonl.
 
-    shard, broken = None, {}
+    rules: of pictures.Pictures. Raises ValueError where too many captions cannot be used.
+    """
 
-    def __init__(self, folder, name, rows):
+    shard = None
+
+    def __init__(self, folder, name, rows, rules, world):
         rows.sort(key=lambda row: row["index"])
         self.folder = folder
         self.name = name
         self.kind = rows[0]["kind"]
         self.total = len(rows)
+        faults = [rules.caption_fault(row["text"]) for row in rows]
+        self.broken = {f"sample {row['index']}": fault for row, fault in zip(rows, faults) if fault}
+        leave_out(self, rules.max_broken, world)
+        rows = [row for row, fault in zip(rows, faults) if not fault]
+        if not rows:
+            raise ValueError(f"{name}: none of the captions in {folder} can be used")
         self.captions = StringArray([row["text"] for row in rows])
         self.sides = np.array([(row["height"], row["width"]) for row in rows])
         self.locations = np.array([(row["file"], row["row"]) for row in rows])
+        self.validation = choose_validation(name, [row["draw"] for row in rows], rules.holdout)
         if rows[0]["shard"] is not None:
             self.shard = np.array([row["shard"] for row in rows])
 
@@ -142,18 +152,18 @@ def made_from(c, config, data, sizes):
     return {"vae": vae, "sizes": sizes, "data": list(data), "where": c.where, "shapes": world}
 
 
-def read_stored(folder, made):
-    """Return the Stored sources of a folder, or None if it is not complete. Raises ValueError."""
+def read_stored(folder, made, rules, world):
+    """Return the Stored sources of a folder, [] if it is not complete. Raises ValueError."""
     check_made(folder, made, "latents")
     if not (folder / "index.jsonl").is_file():
-        return None
+        return []
     rows = [[] for _ in made["data"]]
     for row in read_lines(folder / "index.jsonl"):
         rows[row["source"]].append(row)
-    return [Stored(folder, name, lines) for name, lines in zip(made["data"], rows)]
+    return [Stored(folder, name, lines, rules, world) for name, lines in zip(made["data"], rows)]
 
 
-def store(folder, dataset, loader, pieces, max_broken, world):
+def store(folder, dataset, loader, pieces, *, rules, world):
     """Encode the pieces that a folder lacks, each process its part. Returns the Stored sources.
 
     Raises ValueError for another data set's folder, and where too many samples are broken.
@@ -179,13 +189,13 @@ def store(folder, dataset, loader, pieces, max_broken, world):
     world.wait()
     broken = {(int(piece.source[0]), int(index)): why for number, piece in enumerate(pieces)
               for index, why in read_about(folder, number)[1].items()}
-    dataset.check(broken, max_broken)
+    dataset.check(broken, rules.max_broken)
     if world.first:
         write_index(folder, dataset, pieces)
     world.wait()
     world.print0(f"{folder}: {len(pieces)} shards of latents, {len(missing)} encoded by this "
                  f"process in {time.time() - begin:.0f} s")
-    return read_stored(folder, dataset.made)
+    return read_stored(folder, dataset.made, rules, world)
 
 
 def write_shard(path, piece, latents, captions, broken):
@@ -221,5 +231,6 @@ def write_index(folder, dataset, pieces):
                         "kind": source.kind, "height": piece.bucket.height,
                         "width": piece.bucket.width,
                         "shard": None if source.shard is None else int(source.shard[index]),
+                        "draw": float(source.draws[index]) if source.kind else 1.0,
                         "fields": json.loads(source.fields[index]) if source.kind else {}}
                 file.write(json.dumps(line) + "\n")

@@ -1,17 +1,21 @@
 """Own pictures with captions: the formats, the index of what is there, filtering, and loading.
 
-A data set of own pictures is one of
+A data set of own pictures is the first of these that a folder is:
 * a folder with `metadata.jsonl`, each line {"file_name": ..., "text": ..., any further fields};
-* a folder of pairs such as 0001.png and 0001.txt;
 * tar shards in WebDataset's layout, as a folder with *.tar or as a pattern such as `shards/*.tar`:
   neighbours in a shard such as 0001.jpg with 0001.txt, or with 0001.json ("text" or "caption", and
-  any further fields), are one sample.
-The index reads every picture's header once. Samples that cannot be used are left out and counted
-by reason; a condition on the fields (`--where`) may leave out more.
+  any further fields), are one sample;
+* a folder of pairs such as 0001.png and 0001.txt.
+Subfolders count, names that begin with a dot do not, and what is not used is named. The index reads
+every picture's header once. Samples that cannot be used are left out and counted by reason; a
+condition on the fields (`--where`) may leave out more. A share is held back for validation, chosen
+by a hash of each picture's name, or by a field "split".
 """
 
 import ast
+import functools
 import glob
+import hashlib
 import io
 import json
 import os
@@ -25,10 +29,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import move
+from common import move, read_json_lines
 from data.buckets import choose_resolutions, crop_to_fill
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+NO_PIXELS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # PIL needs other programs for these
 LEAST_SIDE = 32  # pixels of a picture
 LARGEST_RATIO = 8  # of its sides; PIL itself refuses more than 178 M pixels
 ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags of EXIF and TIFF
@@ -44,12 +48,14 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 class Sample(NamedTuple):
     """A picture that can be used: where its bytes are, what it shows, and what to filter by."""
+    name: str    # for messages
     path: str
     offset: int  # of the picture's bytes in the file
     size: int    # how many bytes they are; -1: up to the end of the file
     width: int   # in pixels, as shown: after the EXIF orientation
     height: int
     text: str
+    draw: float  # see draw()
     fields: dict
 
 
@@ -57,6 +63,19 @@ class Broken(NamedTuple):
     """A sample that cannot be used, and why."""
     name: str
     reason: str
+
+
+class Rules(NamedTuple):
+    """Which samples of a data set are used, and for what.
+
+    max_broken: the largest share that cannot be used. holdout: the share that is held back for
+    validation. where: the condition (a Where) that a sample must fulfil. caption_fault: gives the
+    reason why a caption cannot be used, or "".
+    """
+    max_broken: float
+    holdout: float
+    where: object = None
+    caption_fault: object = lambda text: ""
 
 
 class Unreadable(Exception):
@@ -128,62 +147,132 @@ def scale_values(image):
 
 # --- Where the samples are: folders and tar shards ---
 
-def list_entries(path):
-    """Return the entries of a data set, and the function that yields the samples of an entry.
+class Entry(NamedTuple):
+    """A picture in a folder: its file, its path within the folder, its caption, other fields.
 
-    An entry is the path of a tar shard, or (path, text, fields) of a picture. Raises ValueError
-    where there are none, for a missing caption and for a malformed line.
+    text: the caption, the path of its file, or None.
     """
-    folder = Path(path)
-    tars = folder.glob("*.tar") if folder.is_dir() else glob.glob(str(path))
-    tars = sorted(map(str, tars))
-    if tars and all(name.endswith(".tar") for name in tars):
-        return tars, read_tar
-    if not folder.is_dir():
-        raise ValueError(f"{path} is not a folder of pictures or tar shards, nor a pattern that "
-                         "matches *.tar files")
-    if (folder / "metadata.jsonl").is_file():
-        entries = list(read_metadata(folder))
-    else:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-        entries = [(file, file.with_suffix(".txt"), {}) for file in files]
-    for picture, text, _ in entries:
-        if isinstance(text, Path) and not text.is_file():
-            raise ValueError(f"{picture} has no caption: expected {text.name} beside it, "
-                             "or a metadata.jsonl")
-    if not entries:
-        raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)}) and no *.tar")
-    return entries, read_pair
+    path: str
+    name: str
+    text: str | Path | None
+    fields: dict
 
 
-def read_metadata(folder):
-    """Yield (path, text, fields) of the lines of metadata.jsonl. Raises ValueError."""
-    metadata = folder / "metadata.jsonl"
-    for number, line in enumerate(metadata.read_text("utf-8-sig").split("\n"), 1):
-        if not line.strip():
+@functools.cache
+def suffixes():
+    """Return the suffixes, such as ".png", of the formats whose pixels PIL can read by itself."""
+    return {suffix for suffix, form in Image.registered_extensions().items()
+            if form in Image.OPEN and form not in NO_PIXELS}
+
+
+def has_suffix(path, known):
+    """Return whether the path of a file ends with one of some suffixes, in any case."""
+    return os.path.splitext(path)[1].lower() in known
+
+
+def is_hidden(name):
+    """Return whether a file, or a folder on the way to it, has a name that begins with a dot."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def list_files(folder):
+    """Yield the paths of all files in a folder and its subfolders but hidden ones, in order.
+
+    Links to folders are followed, once each. Raises OSError for a folder that cannot be read.
+    """
+    def stop(error):
+        raise error
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        if os.path.realpath(parent) in seen:
+            folders.clear()
             continue
-        try:
-            fields = json.loads(line)
-            path = folder / fields.pop("file_name")
-            text = fields.pop("text")
-            if not isinstance(text, str):
-                raise TypeError
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
-            raise ValueError(f'{metadata}, line {number}: expected {{"file_name": ..., "text": '
-                             f'...}}, got {line[:60]!r}') from None
-        yield path, text, fields
+        seen.add(os.path.realpath(parent))
+        yield from (os.path.join(parent, name) for name in sorted(names) if not is_hidden(name))
+
+
+def list_entries(path):
+    """Return the entries of a data set, the function that reads one, and the files not used.
+
+    An entry is the path of a tar shard, or an Entry. Raises ValueError where there are none, and
+    for a malformed line of metadata.jsonl.
+    """
+    if not os.path.isdir(path):
+        tars = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+        if not tars or not all(has_suffix(name, {".tar"}) for name in tars):
+            raise ValueError(f"{path} is not a folder of pictures or tar shards, nor a pattern "
+                             "that matches *.tar files")
+        return tars, read_tar, []
+    files = list(list_files(path))
+    metadata = os.path.join(path, "metadata.jsonl")
+    tars = [file for file in files if has_suffix(file, {".tar"})]
+    if metadata in files:
+        entries = read_metadata(path, metadata)
+        used = {metadata, *(os.path.normpath(entry.path) for entry in entries)}
+    elif tars:
+        return tars, read_tar, [file for file in files if file not in tars]
+    else:
+        entries = pair_with_texts(path, files)
+        used = {str(file) for entry in entries for file in (entry.path, entry.text)}
+    if not entries:
+        raise ValueError(f"{path} holds no pictures (.png, .jpg, .webp or another format that PIL "
+                         "reads) and no *.tar")
+    return entries, read_pair, [file for file in files if file not in used]
+
+
+def read_metadata(folder, metadata):
+    """Return the Entries of the lines of a metadata.jsonl. Raises ValueError."""
+    def entry(fields):
+        name = fields.pop("file_name")
+        text = fields.pop("text", None)
+        if not isinstance(text, str | None):
+            raise TypeError
+        return Entry(os.path.join(folder, name), os.path.normpath(name), text, fields)
+    return read_json_lines(metadata, '{"file_name": ..., "text": ...}', entry)
+
+
+def pair_with_texts(folder, files):
+    """Return the Entry of each picture among the files of a folder; its text is beside it."""
+    texts = {os.path.splitext(file)[0]: Path(file) for file in files if has_suffix(file, {".txt"})}
+    return [Entry(file, os.path.relpath(file, folder), texts.get(os.path.splitext(file)[0]), {})
+            for file in files if has_suffix(file, suffixes())]
 
 
 def read_pair(entry):
-    """Yield the Sample (or Broken) of a picture's path, its text or the text's path, and fields."""
-    path, text, fields = entry
+    """Yield the Sample (or Broken) of an Entry."""
     try:
+        text = entry.text
         if isinstance(text, Path):
-            text = text.read_text("utf-8-sig")
-        with open(path, "rb") as file:
-            yield make_sample(file, path, text, fields)
-    except (OSError, UnicodeError):
-        yield Broken(str(path), "cannot be read")
+            text = decode_caption(text.read_bytes())
+        if text is None:
+            stem, _ = os.path.splitext(os.path.basename(entry.path))
+            raise ValueError(f"no caption (expected {stem}.txt, or a line of metadata.jsonl)")
+        with open(entry.path, "rb") as file:
+            yield make_sample(file, entry.path, entry.name, text, entry.fields)
+    except FileNotFoundError:
+        yield Broken(entry.path, "no such file")
+    except OSError:
+        yield Broken(entry.path, "cannot be read")
+    except ValueError as e:
+        yield Broken(entry.path, str(e))
+
+
+def check_caption(result, caption_fault):
+    """Return a Sample, or a Broken in its place if its caption cannot be used."""
+    reason = caption_fault(result.text) if isinstance(result, Sample) else ""
+    return Broken(result.name, reason) if reason else result
+
+
+def decode_caption(content):
+    """Return the text of a caption's bytes. Raises ValueError for other encodings than UTF-8."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeError:
+        text = "\0"
+    if "\0" in text:  # as in UTF-16
+        raise ValueError("its caption is not in UTF-8")
+    return text
 
 
 def read_tar(path):
@@ -209,6 +298,8 @@ def split_by_sample(tar):
     members = {}
     try:
         for member in tar:
+            if is_hidden(member.name):
+                continue
             folder, _, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
             if (folder, stem) != current and members:
@@ -218,7 +309,7 @@ def split_by_sample(tar):
             if member.isfile() and member.offset_data + member.size <= total_size:
                 members["." + suffix.lower()] = member
     except tarfile.ReadError:  # the tar breaks off here, maybe within the last sample
-        if not (members.keys() & set(SUFFIXES) and members.keys() & {".txt", ".json"}):
+        if not (members.keys() & suffixes() and members.keys() & {".txt", ".json"}):
             return
     if members:
         yield members
@@ -226,7 +317,7 @@ def split_by_sample(tar):
 
 def read_members(path, tar, members):
     """Return the Sample (or Broken) of a tar's {suffix: member}: the text is in .txt or .json."""
-    picture = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
+    picture = next((members[suffix] for suffix in members if suffix in suffixes()), None)
     if not picture:
         first = next(iter(members.values()))
         return Broken(f"{path}/{first.name}", "no picture")
@@ -234,26 +325,43 @@ def read_members(path, tar, members):
         fields = json.load(tar.extractfile(members[".json"])) if ".json" in members else {}
         caption = fields.pop("caption", None)
         text = fields.pop("text", caption)
-        if ".txt" in members:
-            text = tar.extractfile(members[".txt"]).read().decode("utf-8-sig")
     except (ValueError, AttributeError, TypeError):
-        return Broken(f"{path}/{picture.name}", "its text or JSON is malformed")
-    return make_sample(tar.extractfile(picture), path, text, fields, member=picture)
-
-
-def make_sample(file, path, text, fields, member=None):
-    """Return the Sample of an open picture file, or Broken; member: its TarInfo, if in a tar."""
+        return Broken(f"{path}/{picture.name}", "its JSON is malformed")
     try:
-        if not isinstance(text, str):
-            raise ValueError("no caption")
-        if not text.strip():
-            raise ValueError("its caption is empty")
-        width, height = read_size(file)
+        if ".txt" in members:
+            text = decode_caption(tar.extractfile(members[".txt"]).read())
+        name = f"{os.path.basename(path)}/{picture.name}"
+        return make_sample(tar.extractfile(picture), path, name, text, fields, member=picture)
     except ValueError as e:
-        return Broken(f"{path}/{member.name}" if member else str(path), str(e))
-    return Sample(path=str(path), offset=member.offset_data if member else 0,
+        return Broken(f"{path}/{picture.name}", str(e))
+
+
+def make_sample(file, path, name, text, fields, member=None):
+    """Return the Sample of an open picture file. Raises ValueError with the reason if it has none.
+
+    name: within its data set. member: its TarInfo, if it is in a tar.
+    """
+    if not isinstance(text, str):
+        raise ValueError("no caption")
+    if not text.strip():
+        raise ValueError("its caption is empty")
+    width, height = read_size(file)
+    shown = f"{path}/{member.name}" if member else path
+    return Sample(name=shown, path=path, offset=member.offset_data if member else 0,
                   size=member.size if member else -1, width=width, height=height,
-                  text=text.strip(), fields={**fields, "width": width, "height": height})
+                  text=printable(text.strip()), draw=draw(name, fields),
+                  fields={**fields, "width": width, "height": height})
+
+
+def draw(name, fields):
+    """Return a number that decides whether a sample is for validation: it is if below --holdout.
+
+    In [0, 1), from a hash of its name in its data set; but 1 or -1 where it has a field "split".
+    """
+    if fields.get("split") is not None:
+        return 1.0 if fields["split"] == "train" else -1.0
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4]) / 2 ** 32
 
 
 def read_size(file):
@@ -307,32 +415,64 @@ class Where:
             raise ValueError(f"where: {self.text!r} cannot be evaluated: {reason}") from None
 
 
+def printable(text):
+    """Return a text that can be printed: bytes of a file's name that are not UTF-8 become "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def first_few(texts, most):
+    """Return the first texts of a list as one text that can be printed."""
+    return printable(", ".join([*texts[:most], "..."] if len(texts) > most else texts))
+
+
 def check_broken(name, broken, total, most):
     """Raise ValueError if more than the share `most` of samples is broken ({name: reason})."""
-    if len(broken) <= most * total:
-        return
-    listed = [f"{sample}: {reason}" for sample, reason in broken.items()]
-    if len(listed) > 20:
-        listed[20:] = ["..."]
-    raise ValueError(f"{name}: {len(broken)} of {total} samples cannot be used, more than "
-                     f"--max-broken {most} allows: {', '.join(listed)}")
+    if len(broken) > most * total:
+        listed = [f"{sample}: {reason}" for sample, reason in broken.items()]
+        raise ValueError(f"{name}: {len(broken)} of {total} samples cannot be used, more than "
+                         f"--max-broken {most} allows: {first_few(listed, 20)}")
+
+
+def leave_out(source, most, world):
+    """Check the samples that a source cannot use, and print how many they are, and why."""
+    check_broken(source.name, source.broken, source.total, most)
+    if source.broken:
+        world.print0(f"{source.name}: left out of {source.total:,}: "
+                     f"{count_reasons(source.broken.values())}")
 
 
 def count_reasons(reasons):
-    """Return how often each reason occurs, the most frequent first, as one text."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in Counter(reasons).most_common())
+    """Return how often each reason occurs, the most frequent first, without what is in brackets."""
+    kinds = Counter(reason.split(" (")[0] for reason in reasons)
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+
+
+def choose_validation(name, draws, holdout):
+    """Return which of L samples are held back from training, for validation: (L,).
+
+    draws: of each sample, see `draw`. Where the share `holdout` is less than one sample, or would
+    leave nothing to train on, it is 0. Raises ValueError where the field "split" leaves nothing.
+    """
+    draws = np.array(draws)
+    chosen = draws < holdout
+    if holdout * len(draws) < 1 or chosen.all():
+        chosen = draws < 0
+    if chosen.all():
+        raise ValueError(f"{name}: the field split of all {len(chosen)} samples holds them back "
+                         'from training; expected some with "split": "train"')
+    return chosen
 
 
 # --- The data set ---
 
 class StringArray:
-    """Many strings in one block of memory, which data processes share.
+    """Many strings in one block of memory, which data processes share; paths as the system has them.
 
     A list would be copied into each of them: reading an element writes its reference count.
     """
 
     def __init__(self, texts):
-        encoded = [text.encode("utf-8", "replace") for text in texts]
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
         self.ends = np.cumsum([0, *map(len, encoded)])
         self.data = b"".join(encoded)
 
@@ -342,42 +482,44 @@ class StringArray:
     def __getitem__(self, i):
         if i >= len(self):
             raise IndexError(i)
-        return self.data[self.ends[i]:self.ends[i + 1]].decode()
+        return self.data[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogateescape")
 
 
 class Pictures:
     """The data source of own pictures with captions, in one of the formats above.
 
-    sizes: see buckets.choose_resolutions. where: the condition (a Where) that a sample must
-    fulfil. The processes of `world` share the reading of headers, and all get the same index, of
-    40 bytes and three texts a sample. Raises ValueError as `list_entries` does, if more than the
-    share `max_broken` of samples cannot be used, and if none is left.
+    sizes: see buckets.choose_resolutions. The processes of `world` share the reading of headers,
+    and all get the same index, of 49 bytes and three texts a sample. Raises ValueError as
+    `list_entries` does, if more samples cannot be used than the Rules allow, and if none is left.
     """
 
     kind, shard = 1, None  # see buckets.Plan
 
-    def __init__(self, path, sizes, world, where=None, max_broken=0.05):
-        self.name = str(path)
-        entries, read_entry = list_entries(path)
+    def __init__(self, path, sizes, world, rules):
+        self.name = printable(path)
+        entries, read_entry, unused = list_entries(path)
+        if unused:
+            world.print0(f"{self.name}: files that are not used: {len(unused):,} "
+                         f"({first_few([os.path.relpath(file, path) for file in unused], 5)})")
         part = range(world.rank, len(entries), world.size)  # that this process reads
-        results = world.gather({i: list(read_entry(entries[i])) for i in part})
+        results = world.gather({i: [check_caption(result, rules.caption_fault)
+                                    for result in read_entry(entries[i])] for i in part})
         results = [result for i in sorted(results) for result in results[i]]
         samples = [result for result in results if isinstance(result, Sample)]
         self.total = len(results)
         self.broken = dict(result for result in results if isinstance(result, Broken))
-        check_broken(path, self.broken, self.total, max_broken)
-        if self.broken:
-            world.print0(f"{path}: left out of {self.total:,}: "
-                         f"{count_reasons(self.broken.values())}")
-        if where:
-            samples = self.filter(samples, where, world)
+        leave_out(self, rules.max_broken, world)
+        if rules.where:
+            samples = self.filter(samples, rules.where, world)
         if not samples:
-            what = f"fulfils --where {where.text!r}" if where else "can be used"
-            raise ValueError(f"{path}: none of its {self.total} samples {what}")
-        paths, offsets, byte_counts, widths, heights, texts, fields = zip(*samples)
+            what = f"fulfils --where {rules.where.text!r}" if rules.where else "can be used"
+            raise ValueError(f"{self.name}: none of its {self.total} samples {what}")
+        _, paths, offsets, byte_counts, widths, heights, texts, draws, fields = zip(*samples)
         self.paths = StringArray(paths)
         self.captions = StringArray(texts)
         self.fields = StringArray(map(json.dumps, fields))
+        self.draws = np.array(draws)
+        self.validation = choose_validation(self.name, draws, rules.holdout)
         self.byte_ranges = np.column_stack((offsets, byte_counts))
         self.sides = choose_resolutions(np.array(widths), np.array(heights), sizes)
         if read_entry is read_tar:  # of each sample the number of its tar shard, (L,)
@@ -400,7 +542,7 @@ class Pictures:
     def sample_name(self, index):
         """Return the name of a sample for messages."""
         offset = self.byte_ranges[index, 0]
-        return self.paths[index] + (f" at byte {offset}" if offset else "")
+        return printable(self.paths[index]) + (f" at byte {offset}" if offset else "")
 
     def texts(self, _):
         """Return all captions, for a vocabulary."""

@@ -7,6 +7,7 @@ Sample i is always the same sample. Stored latents take the place of pictures if
 
 import hashlib
 import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common import leave_stopping_to_parent
-from data.buckets import STRIDE, Batch, Bucket, Plan
+from data.buckets import STRIDE, Batch, Bucket, Plan, permutation
 from data.latents import Stored, made_from, read_stored
-from data.pictures import Pictures, Unreadable, Where, check_broken
+from data.pictures import Pictures, Rules, Unreadable, Where, check_broken
 from towers import Tokenizer
 from world.dataset import WORLDS, Shapes
 
@@ -58,16 +59,43 @@ class Mixture:
                     length_step=step)
 
     def pieces(self, length, pixels=2 ** 24):
-        """Return batches of at most so many pixels that hold every sample once, in order."""
+        """Return batches of at most so many pixels that hold every sample once, in order.
+
+        All samples of a batch are for training, or all are for validation.
+        """
         result = []
         for k, source in enumerate(self.sources):
-            for height, width in np.unique(source.sides, axis=0).tolist():
-                index = np.flatnonzero((source.sides == (height, width)).all(1))
+            table = np.column_stack((source.sides, np.broadcast_to(source.validation,
+                                                                   len(source.sides))))
+            for row in np.unique(table, axis=0).tolist():
+                height, width, _ = row
+                index = np.flatnonzero((table == row).all(1))
                 most = max(1, pixels // (height * width))
                 bucket = Bucket(source.kind, height, width, length)
                 for part in np.split(index, range(most, len(index), most)):
                     result.append(Batch(np.full(len(part), k), part, bucket))
         return result
+
+    def samples(self, count, validation):
+        """Return source and index of up to `count` samples for validation, or for training.
+
+        Where none are for validation they are the first ones of the first source; those for
+        training are drawn at random.
+        """
+        parts = [np.flatnonzero(source.validation == validation) if source.kind else []
+                 for source in self.sources]
+        index = np.concatenate(parts).astype(int)
+        source = np.repeat(np.arange(len(parts)), list(map(len, parts)))
+        if not len(index):
+            index = np.arange(len(self.sources[0].sides))
+            source = np.zeros_like(index)
+        order = slice(count) if validation else permutation(len(index), 0)[:count]
+        return source[order], index[order]
+
+    def is_validation(self, batch):
+        """Return whether the samples of one of the pieces are held back from training."""
+        validation = np.atleast_1d(self.sources[batch.source[0]].validation)
+        return bool(validation[batch.index[0] % len(validation)])
 
     def check(self, broken, most):
         """Raise ValueError if more than a share `most` of a source is in {(source, index): why}."""
@@ -79,6 +107,8 @@ class Mixture:
 
 def parse_mixture(text):
     """Return {path: weight} of `--data`: a lone path, or path=weight,path=weight."""
+    if not text.strip():
+        raise ValueError("data is empty; expected shapes, a folder of pictures, or tar shards")
     if "=" not in text or Path(text).exists():
         return {text: 1.0}
     weights = {}
@@ -94,11 +124,12 @@ def parse_mixture(text):
     return weights
 
 
-def open_sources(c, config, world):
+def open_sources(c, config, world, tokenizer=None):
     """Return the Mixture that a TrainConfig asks for, or of stored latents if there are some.
 
-    config: the model's, whose size is that of pictures where c.sizes names none. Raises ValueError
-    as the sources do.
+    config: the model's, whose size is that of pictures where c.sizes names none. Captions that it
+    cannot read are left out: too long, or not in the words of its tokenizer (None: not made yet).
+    Raises ValueError as the sources do.
     """
     weights = parse_mixture(c.data)
     where = Where(c.where) if c.where else None
@@ -111,15 +142,43 @@ def open_sources(c, config, world):
         raise ValueError(f"data: stage edit knows only edits of shapes, got {c.data!r}")
     number = c.scenes if c.stage in ("image", "edit") else None
     scenes = WORLDS[c.stage](config.size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
+    rules = Rules(c.max_broken, c.holdout, where,
+                  partial(caption_fault, c.stage, tokenizer, config.max_tokens))
+    sources = []
     made = None
     if c.stage == "image" and c.latents not in ("memory", "step"):
         made = made_from(c, config, weights, sizes)
-        stored = read_stored(Path(c.latents), made)
-        if stored:
-            return Mixture(stored, weights.values(), scenes if stored[0].kind == 0 else None)
-    sources = [scenes if path == "shapes" else Pictures(path, sizes, world, where, c.max_broken)
-               for path in weights]
-    return Mixture(sources, weights.values(), made=made)
+        sources = read_stored(Path(c.latents), made, rules, world)
+    if not sources:
+        sources = [scenes if path == "shapes" else Pictures(path, sizes, world, rules)
+                   for path in weights]
+    dataset = Mixture(sources, weights.values(), scenes if sources[0].kind == 0 else None, made)
+    introduce_validation(dataset, world)
+    return dataset
+
+
+def introduce_validation(dataset, world):
+    """Print how many own pictures are held back for validation, or that none are."""
+    for source in dataset.sources:
+        if source.kind == 1:
+            world.print0(f"{source.name}: {source.validation.sum():,} of "
+                         f"{len(source.validation):,} pictures are held back for validation")
+    if not dataset.scenes and not any(np.any(source.validation) for source in dataset.sources):
+        world.print0("no picture is held back: validation is on training pictures")
+
+
+def caption_fault(stage, tokenizer, longest, text):
+    """Return why a stage cannot learn from a caption, or ""."""
+    if stage == "vae":
+        return ""
+    try:
+        tokens = len(tokenizer.encode(text) if tokenizer else ["<bos>"] + Tokenizer.split(text))
+    except ValueError as e:
+        return f"its caption has words that the tower does not know ({str(e).split(' in ')[0]})"
+    tokens += stage == "understand"  # <eos>
+    if tokens <= longest:
+        return ""
+    return f"its caption is too long ({tokens} tokens; --max-tokens is {longest})"
 
 
 # --- Batches ---

@@ -25,7 +25,7 @@ import train
 import vae
 from config import STAGES
 from conftest import ROOT, make_config, make_model, product_files
-from data.pictures import Pictures
+from data.pictures import Pictures, Rules
 from mos import MoS
 from pretrained import encoders
 from tools import routing
@@ -212,7 +212,7 @@ def run_everything(watch, folder):
         deep = Image.new("I;16", (40 + i, 50))
         deep.save(folder / f"{i}.png", "TIFF", tiffinfo={262: 0})  # 0 is white
         (folder / f"{i}.txt").write_text("a star")
-    own = Pictures(folder, [32], train.World(0, 1, torch.device("cpu")))
+    own = Pictures(str(folder), [32], train.World(0, 1, torch.device("cpu")), Rules(0.0, 0.0))
     for height, width in ((64, 96), (96, 32)):
         watch({}, own.load, 0, height, width)
     letters = {"kernels.py": dict(B=2, S=10, D=48, F=64, K=3, Du=48, Dg=32)}

@@ -25,7 +25,7 @@ from common import World
 from conftest import ROOT, make_config, make_model
 from data import buckets, latents, pictures, sources, states
 from data.buckets import Batch, Bucket, Plan, choose_resolutions, crop_to_fill, resolutions
-from data.pictures import Pictures, Where
+from data.pictures import Pictures, Rules, Where
 from data.sources import Mixture, Reader, parse_mixture
 from mos import MoS
 
@@ -78,8 +78,8 @@ def make_shards(path, shards=2, each=4):
     return path
 
 
-def read(path, where=None, broken=1.0, world=None):
-    return Pictures(path, [64], world or alone(), where and Where(where), broken)
+def read(path, where=None, broken=1.0, world=None, holdout=0.0):
+    return Pictures(str(path), [64], world or alone(), Rules(broken, holdout, where and Where(where)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def steps(plan, start, stop):
 
 def source(sides, kind=1, shard=None):
     """Return what a plan needs to know of a source."""
-    return SimpleNamespace(sides=sides, kind=kind, shard=shard)
+    return SimpleNamespace(sides=sides, kind=kind, shard=shard, validation=False)
 
 
 def mixed(seed=0, batch=4, chunk=64):
@@ -344,7 +344,7 @@ def test_pictures_are_as_seen(name, tmp_path, monkeypatch):
     assert image.mode == "RGB" and abs(np.asarray(image, int)[0] - levels).max() <= 1
     (tmp_path / "a").write_bytes(file)
     monkeypatch.setattr(sample, "check_size", lambda size: None)
-    assert sample.read_picture(tmp_path / "a") == image
+    assert sample.read_picture(SimpleNamespace(image=tmp_path / "a", fit=False)) == image
     monkeypatch.setattr(pictures, "LEAST_SIDE", 1)
     monkeypatch.setattr(pictures, "crop_to_fill", lambda image, *_: image)
     own = read(make_tar(tmp_path / "a.tar", {"0.png": file, "0.txt": b"words"}))
@@ -399,11 +399,11 @@ def test_what_cannot_be_used_is_counted(tmp_path, monkeypatch, capsys):
     reasons = {name.split("/")[-1]: reason for name, reason in data.broken.items()}
     assert reasons == {"1.png": "cannot be read", "2.png": "no caption", "10.png": "no caption",
                        "3.png": "its caption is empty", "4.txt": "no picture",
-                       "5.png": "its text or JSON is malformed", "6.png": "a side below 32 pixels",
+                       "5.png": "its JSON is malformed", "6.png": "a side below 32 pixels",
                        "7.png": "an aspect ratio beyond 8", "8.png": "more than 0 M pixels",
-                       "9.png": "its text or JSON is malformed"}
+                       "9.png": "its caption is not in UTF-8"}
     printed = capsys.readouterr().out
-    assert "left out of 11: 2 no caption, 2 its text or JSON is malformed" in printed
+    assert "left out of 11: 2 no caption, 1 cannot be read, 1 its caption is empty" in printed
     with pytest.raises(ValueError, match=r"10 of 11 samples .* --max-broken 0.9 allows: .*a.tar/1."
                                          "png: cannot be read, .*a.tar/2.png: no caption"):
         read(path, broken=0.9)
@@ -439,18 +439,23 @@ def test_broken_shard(tmp_path, cut, kept, broken):
 
 
 @pytest.mark.parametrize("message, files", (
-    ("not a folder", None), ("no pictures", {}), ("no caption.*a.txt", {"a.png": ""}),
+    ("not a folder", None), ("no pictures", {}),
+    ("a.png: no caption .expected a.txt, or a line of metadata.jsonl", {"a.png": ""}),
+    ("b/a.png: no caption .expected a.txt", {"b/a.png": "", "a.txt": ""}),
     ("none of its 1 samples", {"a.png": "junk", "a.txt": "words"}),
     ("none of its 1 samples", {"a.tar": "junk"}), ("no pictures", {"metadata.jsonl": "\n"}),
     ("line 3", {"metadata.jsonl": '{"file_name": "a.png", "text": "a"}\n\n{"file_name": \n'}),
-    ("line 1", {"metadata.jsonl": '{"file_name": "a.png"}'}), ("line 1", {"metadata.jsonl": "[1]"}),
+    ("a.png: no caption", {"metadata.jsonl": '{"file_name": "a.png"}'}),
+    ("b.png: no such file", {"metadata.jsonl": '{"file_name": "b.png", "text": "a"}'}),
+    ("line 1", {"metadata.jsonl": "[1]"}), ("line 1", {"metadata.jsonl": '{"text": "a"}'}),
     ("line 1", {"metadata.jsonl": '{"file_name": "a.png", "text": 5}'})))
 def test_folder_says_what_is_wrong(tmp_path, message, files):
     """A folder that cannot be used is a ValueError that names the folder, and the line."""
     for name, text in (files or {}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
-        read(tmp_path / "none" if files is None else tmp_path)
+        read(tmp_path / "none" if files is None else tmp_path, broken=0.0 if ":" in message else 1.0)
 
 
 def test_processes_share_the_index(tmp_path):

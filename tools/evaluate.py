@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import PARTS, load_parts, published_folder
-from common import (ROOT, CommandLine, check_made, checksum, contact_sheet, pick_device, replacing,
-                    run, wrap, write_made)
+from common import (ROOT, CommandLine, check_made, checksum, contact_sheet, pick_device,
+                    read_json_lines, replacing, run, wrap, write_made)
 from mos import MoS
 from world import edits, scores, shapes
 
@@ -130,16 +130,12 @@ def draw_sheet(failures, columns=3):
 
 def read_prompts(path):
     """Read GenEval's prompts, a dict each. Raises ValueError for an invalid line, OSError."""
-    prompts = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            if not {"prompt", "tag", "include"} <= entry.keys() or not entry["prompt"].strip():
-                raise ValueError
-        except (ValueError, AttributeError):
-            raise ValueError(f'{path}, line {number}: expected JSON with "prompt", "tag" and '
-                             f'"include", as GenEval has it, got {line[:60]!r}') from None
-        prompts.append(entry)
+    def take(entry):
+        if not {"prompt", "tag", "include"} <= entry.keys() or not entry["prompt"].strip():
+            raise ValueError
+        return entry
+    prompts = read_json_lines(path, 'JSON with "prompt", "tag" and "include", as GenEval has it',
+                              take)
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts

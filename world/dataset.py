@@ -16,6 +16,7 @@ class Shapes:
     """
 
     kind, name, shard, total, broken = 0, "shapes", None, 0, {}  # see data.sources.Mixture
+    validation = False  # scenes for validation are others, of the split "val"
 
     def __init__(self, size, seed, split="train", tasks=(), grid=shapes.GRID, number=None):
         unknown = set(tasks) - set(shapes.MIXTURE)
