@@ -87,8 +87,9 @@ class Stage(nn.Module):
     def loader(self, dataset=None, share=slice(None)):
         """Return a Loader of the training data, with data processes, or of another data set."""
         join = partial(collate, self.c.stage, self.model.tokenizer, placeholders=self.placeholders)
-        return Loader(dataset or self.dataset, join, self.world.device, share=share, encode=self.encoder(),
-                      workers=0 if dataset else self.c.workers, broken=self.broken)
+        return Loader(dataset or self.dataset, join, self.world.device, share=share,
+                      encode=self.encoder(), workers=0 if dataset else self.c.workers,
+                      broken=self.broken)
 
     def encoder(self):
         """Return the function that turns pictures into what the stage learns from, if any."""

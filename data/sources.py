@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from common import leave_stopping_to_parent
 from data.buckets import STRIDE, Batch, Bucket, Plan, permutation
 from data.latents import Stored, made_from, read_stored
+from data.pairs import Pairs
 from data.pictures import Pictures, Rules, Unreadable, Where, check_broken
 from towers import Tokenizer
 from world.dataset import WORLDS, Shapes
@@ -51,6 +52,8 @@ class Mixture:
         for source in self.sources:
             if not isinstance(source, Shapes):
                 digest.update(source.captions.data)
+            if isinstance(source, Pairs):
+                digest.update(source.instructions.data)
         return digest.hexdigest()
 
     def plan(self, lengths, step, batch, seed):
@@ -138,19 +141,23 @@ def open_sources(c, config, world, tokenizer=None):
     sizes = [int(text) if str(text).isdecimal() else 0 for text in c.sizes] or [config.size]
     if any(side < STRIDE or side % STRIDE for side in sizes):
         raise ValueError(f"sizes must be multiples of {STRIDE}, got {' '.join(map(str, c.sizes))}")
-    if c.stage == "edit" and c.data != "shapes":
-        raise ValueError(f"data: stage edit knows only edits of shapes, got {c.data!r}")
+    if c.stage == "edit" and len(weights) > 1:
+        raise ValueError(f"data: stage edit takes shapes or one folder with edits, got {c.data!r}")
     number = c.scenes if c.stage in ("image", "edit") else None
     scenes = WORLDS[c.stage](config.size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
-    rules = Rules(c.max_broken, c.holdout, where,
-                  partial(caption_fault, c.stage, tokenizer, config.max_tokens))
+    # One placeholder, where instructions hold image tokens: what marks their place counts.
+    placeholders = int(c.stage == "edit" and config.und_folder != "" and config.und_images
+                       and "understanding" in config.edit_inputs)
+    rules = Rules(c.max_broken, c.holdout, where, stage=c.stage, caption_fault=partial(
+        caption_fault, c.stage, tokenizer, config.max_tokens, placeholders))
     sources = []
     made = None
     if c.stage == "image" and c.latents not in ("memory", "step"):
         made = made_from(c, config, weights, sizes)
         sources = read_stored(Path(c.latents), made, rules, world)
     if not sources:
-        sources = [scenes if path == "shapes" else Pictures(path, sizes, world, rules)
+        own = Pairs if c.stage == "edit" else Pictures
+        sources = [scenes if path == "shapes" else own(path, sizes, world, rules)
                    for path in weights]
     dataset = Mixture(sources, weights.values(), scenes if sources[0].kind == 0 else None, made)
     introduce_validation(dataset, world)
@@ -167,15 +174,21 @@ def introduce_validation(dataset, world):
         world.print0("no picture is held back: validation is on training pictures")
 
 
-def caption_fault(stage, tokenizer, longest, text):
-    """Return why a stage cannot learn from a caption, or ""."""
+def caption_fault(stage, tokenizer, longest, placeholders, text):
+    """Return why a stage cannot learn from a caption, or "".
+
+    placeholders: image tokens in the text, which are not counted; what marks them is.
+    """
     if stage == "vae":
         return ""
     try:
-        tokens = len(tokenizer.encode(text) if tokenizer else ["<bos>"] + Tokenizer.split(text))
+        empty, ids = (tokenizer.encode(words, placeholders) if tokenizer else
+                      ["<bos>", *Tokenizer.split(words)] for words in ("", text))
     except ValueError as e:
         return f"its caption has words that the tower does not know ({str(e).split(' in ')[0]})"
-    tokens += stage == "understand"  # <eos>
+    if ids == empty:
+        return "its caption has no words"
+    tokens = len(ids) - placeholders + (stage == "understand")  # <eos>
     if tokens <= longest:
         return ""
     return f"its caption is too long ({tokens} tokens; --max-tokens is {longest})"
@@ -193,7 +206,8 @@ def build_tokenizer(dataset, samples=5000):
 
 
 def count_tokens(tokenizer, captions, longest, placeholders=0):
-    """Return the tokens of each caption but for placeholders, (L,). Raises ValueError beyond `longest`.
+    """Return the tokens of each caption without placeholders, (L,). Raises ValueError beyond
+    `longest`.
     """
     lengths = np.array([len(tokenizer.encode(text, placeholders)) for text in captions])
     lengths -= placeholders

@@ -344,7 +344,7 @@ def test_pictures_are_as_seen(name, tmp_path, monkeypatch):
     assert image.mode == "RGB" and abs(np.asarray(image, int)[0] - levels).max() <= 1
     (tmp_path / "a").write_bytes(file)
     monkeypatch.setattr(sample, "check_size", lambda size: None)
-    assert sample.read_picture(SimpleNamespace(image=tmp_path / "a", fit=False)) == image
+    assert sample.read_picture(tmp_path / "a") == image
     monkeypatch.setattr(pictures, "LEAST_SIDE", 1)
     monkeypatch.setattr(pictures, "crop_to_fill", lambda image, *_: image)
     own = read(make_tar(tmp_path / "a.tar", {"0.png": file, "0.txt": b"words"}))
