@@ -312,7 +312,7 @@ def describe_run(c, model, dataset):
     run = {"settings": {name: settings[name] for name in settings.keys() - {"out", "init"}}}
     if c.stage != "vae":
         run["tokenizer"] = describe_tokenizer(config, model.tokenizer)
-        if dataset:
+        if dataset and not dataset.made:  # stored latents say themselves what they are made from
             run["captions"] = dataset.captions_digest()
     if c.stage in GENERATING:
         run |= {part: fingerprint(config, c.init, part) for part in ("vae", "understanding")}
@@ -334,9 +334,9 @@ def check_same_run(checkpoint, run):
     names = {"tokenizer": "another tokenizer", "understanding": "another understanding tower",
              "vae": "another VAE", "captions": "other captions"}
     for key, name in names.items():
-        if key in run and run[key] != kept[key]:
+        if key in run and run[key] != kept.get(key):
             raise ValueError(f"{checkpoint} was trained with {name}"
-                             f"{first_difference(kept[key], run[key])}; put that back, or choose "
+                             f"{first_difference(kept.get(key), run[key])}; put that back, or choose "
                              "another --out")
 
 

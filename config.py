@@ -145,7 +145,8 @@ class TrainConfig(Settings):
     init: str = setting("folder whose weights the first stage starts from: what earlier stages, or "
                         "the phase before, have trained; empty: --out")
     data: str = setting("shapes, a folder of pictures with captions, one of tar shards or their "
-                        "pattern; several by weight: a=0.7,b=0.3")
+                        "pattern; several by weight: a=0.7,b=0.3; stage edit: shapes or one folder "
+                        "with edits")
     where: str = setting("use own pictures whose fields fulfil this: 'aesthetic >= 6'")
     max_broken: float = setting("largest share of own pictures that cannot be used", 0, 1)
     holdout: float = setting("share of own pictures that is held back from training, for "
@@ -361,19 +362,25 @@ def plan(flags, recipe, resume=False):
     """Return [(TrainConfig, model settings)], one for each stage that a command line asks for.
 
     flags: {name: value} of the settings that are given. resume: stages whose settings are kept in
-    the --out folder have those. Raises ValueError for a stage that the recipe does not train, and
-    for a flag that would change what a resumed run has learned from.
+    the --out folder have those. A part that a published folder holds needs no stage. Raises
+    ValueError for a stage that the recipe does not train or that nothing needs, and for a flag that
+    would change what a resumed run has learned from.
     """
     out = Path(flags.get("out", DEFAULT_OUT))
+    model = recipe["model"] | flags
+    published = {"vae": model["vae_folder"], "understand": model["und_folder"]}
     kept = [stage for stage in STAGES if resume and (out / f"{stage}.toml").is_file()]
     if flags.get("stage"):
         stages = [flags["stage"]]
+        if published.get(flags["stage"]):
+            raise ValueError(f"stage {flags['stage']} has nothing to train: that part is the "
+                             f"published one in {published[flags['stage']]}")
     elif kept:
         stages = kept
     else:
-        stages = [stage for stage in STAGES if stage in recipe]
+        stages = [stage for stage in STAGES if stage in recipe and not published.get(stage)]
         if flags.get("data", "shapes") != "shapes" and "edit" in stages:
-            stages.remove("edit")  # whose edits are those of shapes
+            stages.remove("edit")  # few data sets hold edits: it must be asked for
     runs = []
     for number, stage in enumerate(stages):
         if number > 0:  # it starts from what the stages before it have trained
@@ -414,10 +421,10 @@ def loads_own_weights(c):
 
 
 def model_values(values, flags):
-    """Return the model's settings of a recipe under flags, and under those folders' own settings.
+    """Return the model's settings: a recipe's, then flags, then what published folders decide.
 
-    Published folders are named by their absolute paths, so that the model can be used from any
-    other folder. Raises ValueError for a flag that contradicts a folder.
+    The folders get absolute paths, so that the model can be used from any other folder. Raises
+    ValueError for a flag that contradicts a folder.
     """
     from pretrained.folders import tower_settings, vae_settings  # which need this module
     values = values | {name: value for name, value in flags.items() if name in values}

@@ -4,7 +4,6 @@ A folder holds made.json (what the latents depend on), one shard for each piece 
 NNNNNN.safetensors with its captions, and index.jsonl, which is written last, when all is there.
 """
 
-import hashlib
 import json
 import time
 from functools import lru_cache
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 
 from checkpoint import fingerprint
 from common import check_made, read_lines, replacing, write_made
-from data.pictures import StringArray, Unreadable, choose_validation, leave_out
+from data.pictures import Pictures, StringArray, Unreadable, choose_validation, leave_out
 from towers import Tokenizer
 
 
@@ -152,6 +151,12 @@ def made_from(c, config, data, sizes):
     return {"vae": vae, "sizes": sizes, "data": list(data), "where": c.where, "shapes": world}
 
 
+def describe_pictures(sources):
+    """Return what stored latents also depend on: own pictures, as far as they are there."""
+    digests = [source.digest() for source in sources if isinstance(source, Pictures)]
+    return {"pictures or captions": digests} if digests else {}
+
+
 def read_stored(folder, made, rules, world):
     """Return the Stored sources of a folder, [] if it is not complete. Raises ValueError."""
     check_made(folder, made, "latents")
@@ -169,12 +174,7 @@ def store(folder, dataset, loader, pieces, *, rules, world):
     Raises ValueError for another data set's folder, and where too many samples are broken.
     """
     begin = time.time()
-    samples = hashlib.sha256()  # of own pictures; the small world follows from the settings
-    for source in dataset.sources:
-        if source.kind:
-            samples.update(source.paths.data + source.captions.data)
-            samples.update(source.byte_ranges.tobytes())
-    made = {**dataset.made, "samples": samples.hexdigest()}
+    made = dataset.made | describe_pictures(dataset.sources)
     check_made(folder, made, "latents")
     world.wait()
     if world.first:

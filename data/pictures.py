@@ -21,6 +21,7 @@ import json
 import os
 import tarfile
 import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,7 @@ class Sample(NamedTuple):
     path: str
     offset: int  # of the picture's bytes in the file
     size: int    # how many bytes they are; -1: up to the end of the file
+    mark: int    # checksum of the first bytes and the length, to notice another picture
     width: int   # in pixels, as shown: after the EXIF orientation
     height: int
     text: str
@@ -96,7 +98,6 @@ def open_as_seen(file):
         with Image.open(file) as image:
             turn = find_turn(image)
             scale_transparent_colour(image)
-            image.load()
             if image.mode[0] in WHITES:
                 image = scale_values(image)
             if image.has_transparency_data:
@@ -212,26 +213,26 @@ def list_entries(path):
     metadata = os.path.join(path, "metadata.jsonl")
     tars = [file for file in files if has_suffix(file, {".tar"})]
     if metadata in files:
-        entries = read_metadata(path, metadata)
-        used = {metadata, *(os.path.normpath(file) for entry in entries
-                            for file in (entry.path, entry.source))}
+        entries, read_entry = read_metadata(path, metadata), read_pair
+        used = {metadata, *(file for entry in entries for file in (entry.path, entry.source))}
     elif tars:
-        return tars, read_tar, [file for file in files if file not in tars]
+        entries, read_entry, used = tars, read_tar, set(tars)
     else:
-        entries = pair_with_texts(path, files)
+        entries, read_entry = pair_with_texts(path, files), read_pair
         used = {str(file) for entry in entries for file in (entry.path, entry.text)}
     if not entries:
         raise ValueError(f"{path} holds no pictures (.png, .jpg, .webp or another format that PIL "
                          "reads) and no *.tar")
-    return entries, read_pair, [file for file in files if file not in used]
+    used = {os.path.normpath(file) for file in used}
+    return entries, read_entry, [file for file in files if os.path.normpath(file) not in used]
 
 
 def read_metadata(folder, metadata):
     """Return the Entries of the lines of a metadata.jsonl. Raises ValueError."""
     def entry(fields):
         name = fields.pop("file_name")
-        text = fields.pop("text", None)
-        if not isinstance(text, str | None):
+        text = fields.pop("text", None) or ""
+        if not isinstance(text, str):
             raise TypeError
         source = fields.get("source")
         is_file = isinstance(source, str) and has_suffix(source, suffixes())
@@ -248,25 +249,25 @@ def pair_with_texts(folder, files):
 
 
 def entry_for(stage, entry):
-    """Return the Entry that a stage learns from instead of one in metadata.jsonl, or None.
+    """Return the entry that a stage learns from in place of one of `list_entries`, or None.
 
-    Stage edit learns from edits alone. The others have an edit's picture after it: stage vae
-    as it is, stage image with the field "caption", if there is one. Stage understand reads the
+    Stage edit learns from edits alone. Of an edit the others learn the picture after it: stage vae
+    as it is, stage image from the field "caption", if there is one. Stage understand reads the
     instruction, and then the caption, about the picture before.
     """
-    caption = entry.fields.get("caption")
-    if not entry.source:
+    if isinstance(entry, str) or not entry.source:  # a tar shard, or no edit
         return None if stage == "edit" else entry
+    caption = entry.fields.get("caption")
     if stage == "image":
         return entry._replace(text=caption, source="") if caption else None
     if stage == "understand":
-        text = " ".join(text for text in (entry.text, caption) if isinstance(text, str))
+        text = f"{entry.text} {caption}" if isinstance(caption, str) else entry.text
         return entry._replace(path=entry.source, text=text, source="")
     return entry if stage == "edit" else entry._replace(source="")
 
 
 def entries_for(stage, entries, name, world):
-    """Return what a stage learns from the lines of metadata.jsonl. Raises ValueError if it is none.
+    """Return what a stage learns from the entries of a data set. Raises ValueError if it is none.
     """
     chosen = [entry_for(stage, entry) for entry in entries]
     kept = [entry for entry in chosen if entry]
@@ -403,8 +404,11 @@ def make_sample(file, path, name, text, fields, member=None):
         raise ValueError("its caption is empty")
     width, height = read_size(file)
     shown = f"{path}/{member.name}" if member else path
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    mark = zlib.crc32(file.read(4096), length)
     return Sample(name=shown, path=path, offset=member.offset_data if member else 0,
-                  size=member.size if member else -1, width=width, height=height,
+                  size=member.size if member else -1, mark=mark, width=width, height=height,
                   text=printable(text.strip()), draw=draw(name, fields),
                   fields={**fields, "width": width, "height": height})
 
@@ -522,9 +526,10 @@ def choose_validation(name, draws, holdout):
 # --- The data set ---
 
 class StringArray:
-    """Many strings in one block of memory, which data processes share; paths as the system has them.
+    """Many strings in one block of memory, which data processes share.
 
-    A list would be copied into each of them: reading an element writes its reference count.
+    A list would be copied into each of them: reading an element writes its reference count. Paths
+    keep bytes that are not UTF-8.
     """
 
     def __init__(self, texts):
@@ -560,8 +565,7 @@ class Pictures:
     def __init__(self, path, sizes, world, rules):
         self.name = printable(path)
         entries, read_entry, unused = list_entries(path)
-        if read_entry is read_pair or rules.stage == "edit":
-            entries = entries_for(rules.stage, entries, self.name, world)
+        entries = entries_for(rules.stage, entries, self.name, world)
         if unused and rules.stage != "edit":  # which opens the folder twice
             world.print0(f"{self.name}: files that are not used: {len(unused):,} "
                          f"({first_few([os.path.relpath(file, path) for file in unused], 5)})")
@@ -578,7 +582,7 @@ class Pictures:
         if not samples:
             what = f"fulfils --where {rules.where.text!r}" if rules.where else "can be used"
             raise ValueError(f"{self.name}: none of its {self.total} samples {what}")
-        (_, paths, offsets, byte_counts, widths, heights, texts, draws, fields,
+        (_, paths, offsets, byte_counts, marks, widths, heights, texts, draws, fields,
          sources) = zip(*samples)
         self.paths = StringArray(paths)
         self.captions = StringArray(texts)
@@ -587,6 +591,7 @@ class Pictures:
         self.draws = np.array(draws)
         self.validation = choose_validation(self.name, draws, rules.holdout)
         self.byte_ranges = np.column_stack((offsets, byte_counts))
+        self.marks = np.array(marks)
         self.sides = choose_resolutions(np.array(widths), np.array(heights), sizes)
         if read_entry is read_tar:  # of each sample the number of its tar shard, (L,)
             _, self.shard = np.unique(paths, return_inverse=True)
@@ -604,6 +609,12 @@ class Pictures:
         world.print0(f"{self.name}: --where keeps {len(kept):,} of {len(samples):,}; of the "
                      f"others {count_reasons(dropped) or 'there are none'}")
         return kept
+
+    def digest(self):
+        """Return a short digest of the pictures and captions, to notice others."""
+        parts = (self.paths.data, self.captions.data, self.byte_ranges.tobytes(),
+                 self.marks.tobytes())
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def sample_name(self, index):
         """Return the name of a sample for messages."""

@@ -5,6 +5,7 @@ stage needs instead. A picture is whatever the source's `to_pixels` turns into p
 Sample i is always the same sample. Stored latents take the place of pictures if there are some.
 """
 
+import glob
 import hashlib
 import itertools
 from functools import partial
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common import leave_stopping_to_parent
+from common import check_made, leave_stopping_to_parent
 from data.buckets import STRIDE, Batch, Bucket, Plan, permutation
-from data.latents import Stored, made_from, read_stored
+from data.latents import Stored, describe_pictures, made_from, read_stored
 from data.pairs import Pairs
 from data.pictures import Pictures, Rules, Unreadable, Where, check_broken
 from towers import Tokenizer
@@ -149,16 +150,23 @@ def open_sources(c, config, world, tokenizer=None):
     placeholders = int(c.stage == "edit" and config.und_folder != "" and config.und_images
                        and "understanding" in config.edit_inputs)
     rules = Rules(c.max_broken, c.holdout, where, stage=c.stage, caption_fault=partial(
-        caption_fault, c.stage, tokenizer, config.max_tokens, placeholders))
-    sources = []
+        caption_fault, c.stage, tokenizer, config.max_tokens, placeholders=placeholders))
     made = None
+    stored = []
     if c.stage == "image" and c.latents not in ("memory", "step"):
         made = made_from(c, config, weights, sizes)
-        sources = read_stored(Path(c.latents), made, rules, world)
-    if not sources:
+        stored = read_stored(Path(c.latents), made, rules, world)
+    if stored and not all(path == "shapes" or Path(path).exists() or glob.glob(path)
+                           for path in weights):
+        world.print0(f"{c.latents} is used alone: the pictures that it was made from are not here")
+        sources = stored
+    else:
         own = Pairs if c.stage == "edit" else Pictures
         sources = [scenes if path == "shapes" else own(path, sizes, world, rules)
                    for path in weights]
+        if stored:
+            check_made(c.latents, describe_pictures(sources), "latents")
+            sources = stored
     dataset = Mixture(sources, weights.values(), scenes if sources[0].kind == 0 else None, made)
     introduce_validation(dataset, world)
     return dataset
@@ -174,7 +182,7 @@ def introduce_validation(dataset, world):
         world.print0("no picture is held back: validation is on training pictures")
 
 
-def caption_fault(stage, tokenizer, longest, placeholders, text):
+def caption_fault(stage, tokenizer, longest, text, placeholders=0):
     """Return why a stage cannot learn from a caption, or "".
 
     placeholders: image tokens in the text, which are not counted; what marks them is.

@@ -2,8 +2,10 @@
 
 import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from itertools import combinations
 
 import pytest
@@ -144,6 +146,7 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --gen-heads 7 => heads | --und-heads 7 => heads | --vae-width 0 | --registers -1 | --max-tokens 0
 --sampling-steps 0 | --guidance nan | --rescale 3 | --gen-patch 0
 --tower-device zebra => such as cuda:1
+--tower-device meta => such as cuda:1
 --parallel zebra => zebra | --parallel fsdp => torchrun | --parallel none --shards 2 => hsdp
 --shards -1 | --keep 0 | --patience 0
 --phase 512 => phase must be one of none in recipe laptop, got '512'
@@ -196,12 +199,20 @@ def test_routing_refuses(flags, message, refuse, small):
     refuse(message, routing, "--checkpoint", small, "--out", "a.png", *flags)
 
 
-@pytest.mark.parametrize("script, flags", (("sample.py", []), ("tools.evaluate", ["missing"]),
-                                           ("train.py", ["--stage", "zebra"])))
-def test_refusal_of_a_process(script, flags):
+def test_refusal_of_a_process():
     """In a process of its own, too, an error is one line and exit code 2."""
-    done = run_script(script, *flags)
+    done = run_script("sample.py")
     assert done.returncode == 2 and done.stdout == "" and re.fullmatch(r"error: .+\n", done.stderr)
+
+
+@pytest.mark.parametrize("path", [path for path in product_files()
+                                  if "__main__" in path.read_text()], ids=lambda path: path.stem)
+def test_refusal_of_a_script(path, monkeypatch, capsys):
+    """Every file that is run as a script refuses a wrong command line in this way."""
+    monkeypatch.setattr(sys, "argv", [str(path), "--zebra"])
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_path(str(path), run_name="__main__")
+    assert re.fullmatch("error: .+\n", "".join(capsys.readouterr()))
 
 
 def test_interrupted(command, monkeypatch, capsys):
@@ -348,6 +359,7 @@ def test_rewriting(flags, temperature, draw, small, capsys):
     assert picture.info["prompt"] == "two stars" and picture.info["rewritten"] == text
     assert f"'two stars' became {text!r}" in capsys.readouterr().out
     assert (text == model.rewrite("two stars", 0.0, 3)) == (temperature == 0)
+    assert (text == model.rewrite("two stars", temperature, 4)) == (temperature == 0)
 
 
 @pytest.mark.parametrize("flags, name", (

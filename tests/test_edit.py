@@ -7,6 +7,7 @@ import os
 import random
 import re
 import sys
+import tarfile
 from collections import Counter
 from dataclasses import replace
 
@@ -595,8 +596,8 @@ def middle(picture):
 @pytest.fixture
 def own(tmp_path):
     """A folder with six edits, whose sources are of another shape, and two more pictures."""
-    rows = [dict(file_name=f"{i}.png", text=text, source=f"before/{i}.png",
-                 **({"caption": CAPTIONS[i]} if i in CAPTIONS else {})) for i, text in LINES.items()]
+    rows = [dict(file_name=f"{i}.png", text=text, source=f"before/{i}.png", caption=CAPTIONS.get(i))
+            for i, text in LINES.items()]
     rows += [dict(file_name=f"{text}.png", text=text) for text in OTHERS]
     (tmp_path / "own" / "before").mkdir(parents=True)
     for i, row in enumerate(rows):
@@ -759,7 +760,7 @@ def test_validation_on_own_edits(own, init, tmp_path, monkeypatch):
     (dict(caption=None), "nothing to draw from text: every line is an edit"),
     (dict(source="gone.png"), "6 of 6 samples cannot be used.*0.png: its source is not there"),
     (dict(source="flat.png"), "0.png: its source: a side below 32 pixels"),
-    (dict(text=None), "0.png: no caption"), (dict(source=5), "no line of a metadata")))
+    (dict(text=None), "0.png: its caption is empty"), (dict(source=5), "no line of a metadata")))
 def test_own_edits_that_cannot_be_used(change, message, own):
     """A folder without edits, without anything to draw from text, or with broken sources."""
     Image.new("RGB", (64, 16)).save(own / "flat.png")
@@ -768,6 +769,9 @@ def test_own_edits_that_cannot_be_used(change, message, own):
     (own / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=message):
         open_pairs(own)
+    tarfile.open(own / "a.tar", "w").close()
+    with pytest.raises(ValueError, match="no line of a metadata.jsonl has a source"):
+        open_pairs(own / "a.tar")
 
 
 def test_other_instructions_are_another_run(own):

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from published import SMOLLM2, TEMPLATE, WORDS, write_tower, write_vae
+from PIL import Image
+from published import SMOLLM2, TEMPLATE, WORDS, write_json, write_tower, write_vae
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -17,7 +19,7 @@ from checkpoint import fingerprint, load_parts, read_tokenizer
 from config import read_config
 from conftest import SMALL, make_config
 from mos import MoS
-from pretrained.folders import FolderTokenizer, load_tower, load_vae
+from pretrained.folders import REQUEST, FolderTokenizer, build_tower, load_tower, load_vae
 from tools import evaluate
 from towers import Tokenizer
 
@@ -57,6 +59,66 @@ def test_tokenizer(parts):
     chat = FolderTokenizer(parts["und_folder"], chat=True)
     assert chat.encode("a red") == [1, 3, 5, 6, 2, 4]
     assert chat.encode("") == [1, 3, 2, 4]
+    for one in (tokenizer, chat):  # as a second process gets it, that of --states producer
+        assert pickle.loads(pickle.dumps(one)).encode("a red") == one.encode("a red")
+
+
+SAY = "{% for m in messages %}{{ m.content }}{% endfor %}"
+DEFAULT = [dict(name="tool_use", template="tools"), dict(name="default", template="named " + SAY)]
+TEMPLATES = {  # what tokenizer_config.json holds, other files, and what "a <red>" becomes
+    "a token that is null": (dict(chat_template="{{ bos_token }}" + SAY, bos_token=None), {},
+                             "a <red>"),
+    "named templates": (dict(chat_template=DEFAULT), {}, "named a <red>"),
+    "an older file": (dict(chat_template=None),
+                      {"chat_template.json": json.dumps(dict(chat_template="json " + SAY))},
+                      "json a <red>"),
+    "a newer file": (dict(chat_template="older"), {"chat_template.jinja": "jinja " + SAY},
+                     "jinja a <red>"),
+    "an older file of tokens": (dict(chat_template="{{ bos_token }}" + SAY, bos_token=None),
+                                {"special_tokens_map.json": '{"bos_token": {"content": "<s>"}}'},
+                                "<s>a <red>"),
+    "the newer file of tokens": (
+        dict(chat_template="{{ bos_token }}" + SAY, bos_token=None, added_tokens_decoder={}),
+        {"special_tokens_map.json": '{"bos_token": "<s>"}'}, "a <red>"),
+    "answers are marked": (
+        dict(chat_template="{% generation %}\n" + SAY + "{% endgeneration %}\n!"), {}, "a <red>!"),
+    "no tools": (dict(chat_template="{% if tools is not none or documents is not none %}tools"
+                                    "{% endif %}" + SAY), {}, "a <red>"),
+    "JSON": (dict(chat_template="{{ {'b': 1, 'a': '<é>'} | tojson }}{{ [1] | tojson(indent=1) }}"),
+             {}, '{"b": 1, "a": "<é>"}[\n 1\n]'),
+    "a loop that ends early": (
+        dict(chat_template="{% for i in [1, 2] %}{{ i }}{% break %}{% endfor %}"), {}, "1")}
+
+
+def write_template(parts, tmp_path, config, files):
+    """Return a copy of a tower's folder with another tokenizer_config.json and other files."""
+    folder = copy_folder(parts, tmp_path, "und")
+    values = json.loads((folder / "tokenizer_config.json").read_text()) | config
+    write_json(folder, "tokenizer_config.json", values)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_templates(kind, parts, tmp_path):
+    """Templates are found and filled as they are published."""
+    config, files, expected = TEMPLATES[kind]
+    folder = write_template(parts, tmp_path, config, files)
+    assert FolderTokenizer(folder, chat=True).template("a <red>") == expected
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_templates_equal_transformers(kind, parts, tmp_path):
+    """The texts are those of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config, files, expected = TEMPLATES[kind]
+    if kind == "an older file":  # which transformers reads with a picture's processor only
+        files = {"chat_template.jinja": json.loads(files["chat_template.json"])["chat_template"]}
+    folder = write_template(parts, tmp_path, config, files)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert theirs.apply_chat_template([dict(role="user", content="a <red>")], tokenize=False,
+                                      add_generation_prompt=True) == expected
 
 
 def test_template_equals_transformers(parts):
@@ -68,6 +130,103 @@ def test_template_equals_transformers(parts):
     expected = theirs.apply_chat_template([dict(role="user", content="a red circle")],
                                           add_generation_prompt=True)["input_ids"]
     assert FolderTokenizer(parts["und_folder"], chat=True).encode("a red circle") == expected
+
+
+def test_date_and_thinking(parts, tmp_path):
+    """A template that asks for the date gets one that stays; a tower that rewrites does not think.
+    """
+    source = ("{{ strftime_now('%d %b %Y') }} {{ enable_thinking | default('either') }}: "
+              "{{ messages[0].content }}")
+    folder = write_template(parts, tmp_path, dict(chat_template=source), {})
+    tokenizer = FolderTokenizer(folder, chat=True)
+    assert tokenizer.template("a red") == "26 Jul 2024 either: a red"
+    texts = []
+    render = tokenizer.template
+    tokenizer.template = lambda *a, **options: (texts.append(render(*a, **options)) or "a red")
+    tokenizer.request("a red")
+    assert texts == [f"26 Jul 2024 False: {REQUEST}a red"]
+
+
+@pytest.mark.parametrize("source, message", (
+    ("{% if %}", "is damaged: "),
+    ("{{ raise_exception('no') }}", r"cannot be filled \(no\); leave out --und-chat"),
+    ("{{ nothing.more }}", "cannot be filled"), ("{{ nothing | tojson }}", "cannot be filled"),
+    ([dict(name="tool_use", template="x")], "has no chat template; leave out --und-chat")))
+def test_spoiled_templates(source, message, parts, tmp_path):
+    """A template that cannot be read or filled is an error of one line."""
+    folder = write_template(parts, tmp_path, dict(chat_template=source), {})
+    with pytest.raises(ValueError, match=message):
+        FolderTokenizer(folder, chat=True).encode("a red")
+
+
+def test_marks_of_editors(parts, tmp_path):
+    """A byte order mark in front of JSON files, which some editors write, is no part of them."""
+    folder = copy_folder(parts, tmp_path, "und")
+    for path in folder.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert FolderTokenizer(folder, chat=True).encode("a red") == [1, 3, 5, 6, 2, 4]
+    assert len(load_tower(folder).blocks) == 5
+
+
+def test_gaps_in_a_vocabulary(parts, tmp_path):
+    """What counts is the largest id, not how many there are: the embedding has a row for each."""
+    folder = copy_folder(parts, tmp_path, "und")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["vocab"]["red"] = 99
+    write_json(folder, "tokenizer.json", values)
+    config = make_config(**{**MODEL, **parts, "und_folder": str(folder)})
+    assert FolderTokenizer(folder).encode("a red") == [1, 5, 99]
+    with pytest.raises(ValueError, match="has ids for 100 tokens, its tower only for 14: not of"):
+        MoS(config, read_tokenizer(config, ""))
+
+
+def test_pictures_need_a_placeholder(parts):
+    """A tokenizer without one says so."""
+    with pytest.raises(ValueError, match="no placeholder for image tokens: expected <IMG_CONTEXT>"):
+        FolderTokenizer(parts["und_folder"]).encode("a red", image_tokens=4)
+
+
+def test_vision_without_a_placeholder(parts, tmp_path):
+    """A tower that reads pictures must say where they stand in a text."""
+    vision = dict(model_type="internvl_vision", hidden_size=32, num_hidden_layers=1,
+                  num_attention_heads=2, intermediate_size=48, image_size=56, patch_size=14)
+    folder = copy_folder(parts, tmp_path, "und", vision_config=vision)
+    with pytest.raises(ValueError, match="names no placeholder for image tokens: expected image_t"):
+        load_tower(folder)
+    write_json(folder, "config.json", json.loads((folder / "config.json").read_text())
+               | dict(downsample_ratio=0.25))
+    with pytest.raises(ValueError, match="und: its config.json has downsample_ratio 0.25"):
+        load_tower(folder)
+    write_json(folder, "config.json", dict(vision_config=vision, image_token_id=3,
+                                           text_config=dict(model_type="qwen2")))
+    with torch.device("meta"):  # a width that is left out holds for both
+        tower = build_tower(folder)
+    assert tower.vision.projector[2].out_features == len(tower.norm.weight) == 4096
+
+
+def test_hidden_files(parts, tmp_path):
+    """Files that begin with a dot, as macOS leaves them beside others, are not looked at."""
+    folder = copy_folder(parts, tmp_path, "vae")
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "._weights.safetensors").write_bytes(b"something else")
+    assert load_vae(folder).latents_mean.shape == (6, 1, 1)
+
+
+def test_what_may_have_been_meant(parts, tmp_path):
+    """An adapter, a pipeline and a pointer of Git LFS are recognised."""
+    (tmp_path / "adapter").mkdir()
+    write_json(tmp_path / "adapter", "adapter_config.json", {})
+    with pytest.raises(FileNotFoundError, match="this is a LoRA adapter: merge it into its model"):
+        load_tower(tmp_path / "adapter")
+    copy_folder(parts, tmp_path / "pipeline", "vae")
+    with pytest.raises(FileNotFoundError, match="layout; it may be in one of its folders vae$"):
+        load_vae(tmp_path / "pipeline")
+    folder = copy_folder(parts, tmp_path, "und")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for read in (load_tower, FolderTokenizer):
+        with pytest.raises(ValueError, match="is only a pointer of Git LFS; fetch .* git lfs pull"):
+            read(folder)
 
 
 def test_no_words(parts, monkeypatch, tmp_path):
@@ -123,8 +282,10 @@ def test_rewriting(checkpoint, model):
     assert prompts == ["a red circle"]
     assert text == published.rewrite("a red circle")
     assert len({published.rewrite("a red circle", 5.0, seed) for seed in range(4)}) > 1
-    model.tokenizer.stops = ()  # a small tower that was not trained to rewrite continues the prompt
-    text = model.rewrite("a red circle")
+    published.understanding.write = lambda *_: iter(())
+    assert published.rewrite("a red circle") == "a red circle"
+    model.understanding.write = lambda tokens, limit, *_: iter([5] * limit)
+    text = model.rewrite("a red circle")  # a tower that was not trained to rewrite continues it
     assert text.startswith("a red circle ")
     assert len(model.tokenizer.encode(text)) == model.config.max_tokens
     tokenizer = Tokenizer(["in", "detail", ":", "a", "red", "circle"])  # of one that was
@@ -137,7 +298,7 @@ def write_pictures(folder):
     """Write two pictures with captions; return the folder."""
     folder.mkdir()
     for i, text in enumerate(("a red circle", "a blue square")):
-        sample.Image.new("RGB", (64, 64), text.split()[1]).save(folder / f"{i}.png")
+        Image.new("RGB", (64, 64), text.split()[1]).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(text)
     return folder
 
@@ -195,12 +356,18 @@ def test_named_by_folders_alone(smollm2, command, capsys, monkeypatch, tmp_path)
     assert message == (f"error: ../run/config.json names {tmp_path}/parts/tower as its und_folder, "
                        "which is no folder; give its place with --und-folder, or correct it in "
                        "that file")
+    message = stop(command, capsys, sample, *draw, "--und-folder", "no", "--vae-folder", "no")
+    assert message.startswith("error: no tokenizer.json in no: give a model in Hugging Face's")
     command(sample, *draw, "--und-folder", "../moved/tower", "--vae-folder", "../moved/vae")
     assert Path("out.png").read_bytes() == drawn
     monkeypatch.chdir(tmp_path)
     command(train, "--resume", "--out", "run", "--und-folder", "moved/tower", "--steps", 3,
             "--vae-folder", "moved/vae")
     assert read_config("run").und_folder == str(tmp_path / "moved/tower")
+    write_tower(tmp_path / "other", SMOLLM2, seed=1)
+    message = stop(command, capsys, train, "--resume", "--out", "run", "--und-folder", "other",
+                   "--steps", 4)
+    assert "another understanding tower" in message
 
 
 @pytest.mark.parametrize("setting, value, found", (
@@ -214,6 +381,18 @@ def test_flags_against_folders(setting, value, found, smollm2, command, capsys):
     folder = smollm2[f"{setting[:3]}_folder"]
     assert message == (f"error: {setting} is {found} in {folder} and cannot become {value}; "
                        "leave the flag out")
+
+
+def test_stages_of_published_parts(smollm2, command, capsys):
+    """What a folder holds is not trained: by default the other stages run, asked for it is refused.
+    """
+    flags = [flag for flag in train_flags(**smollm2) if not flag.startswith("--stage")]
+    command(train, *flags)
+    assert [path.stem for path in Path("run").glob("*.toml")] == ["image"]
+    for stage, part in (("vae", "vae"), ("understand", "tower")):
+        message = stop(command, capsys, train, *train_flags(**smollm2, stage=stage, out="other"))
+        assert message == (f"error: stage {stage} has nothing to train: that part is the published "
+                           f"one in parts/{part}")
 
 
 def test_frozen_parts_come_before_data(smollm2, command, capsys, tmp_path):
@@ -256,12 +435,15 @@ def test_commands(checkpoint, parts, tmp_path, command, capsys):
     def draw(*flags):
         """Return the pixels that sample.py draws with some more flags."""
         command(sample, "--prompt", "a red circle", "--checkpoint", checkpoint, *flags)
-        return sample.Image.open("out.png").convert("RGB").tobytes()
+        return Image.open("out.png").convert("RGB").tobytes()
 
     picture = draw()
     assert draw("--drop-tower") == picture
     assert draw("--tower-device", "cpu") == picture
     assert draw("--vae-dtype", "bfloat16") != picture
+    assert "--tower-device must be a device" in stop(
+        command, capsys, sample, "--prompt", "a", "--checkpoint", checkpoint,
+        "--tower-device", "meta")
     assert "no tokenizer.json in" in stop(command, capsys, sample, "--prompt", "a red circle",
                                           "--checkpoint", checkpoint, "--und-folder", tmp_path)
 
@@ -332,6 +514,7 @@ def test_fingerprint_of_own_parts(model, tmp_path):
     ("und", dict(hidden_act="gelu"), "another activation than silu"),
     ("vae", dict(dim_mult=4), "holds no model as it is published .*TypeError"),
     ("vae", dict(latents_std=None), "must have 6 numbers each in latents_mean and"),
+    ("vae", dict(latents_std=[1.0] * 5 + [0.0]), "latents_std, the latter above 0"),
     ("vae", dict(latents_mean=[0.0]), "must have 6 numbers each in latents_mean and")))
 def test_spoiled_configurations(part, changes, message, parts, tmp_path):
     """A value that is missing in config.json, or of a wrong type, is an error of one line."""

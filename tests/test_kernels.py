@@ -194,12 +194,12 @@ SMALL = {
     "add, no row": (norm_case, 0, 64, dict(add=True)),
     "add, itself": (norm_case, 5, 32, dict(itself=True)),
     "chain": (chain_case, 5, 123),
-    "heads": (heads_case, 1, 17, 4, 4, 32),
-    "heads, groups": (heads_case, 2, 9, 6, 2, 96),
+    "heads": (heads_case, 1, 17, 4, 4, 32),  # more tokens than programs of the backward pass
+    "heads, groups": (heads_case, 2, 3, 6, 2, 96),
     "heads, context": (heads_case, 2, 5, 4, 2, 128, 3),
     "heads, context, one kv head": (heads_case, 2, 3, 5, 1, 32, 9),
     "heads, tiny": (heads_case, 3, 1, 1, 1, 8, 1),
-    "heads, no norm": (heads_case, 2, 9, 6, 3, 32, None, False),
+    "heads, no norm": (heads_case, 2, 3, 6, 3, 32, None, False),
     "heads, no norm, context": (heads_case, 1, 9, 6, 1, 96, 4, False),
     "heads, no sample": (heads_case, 0, 9, 4, 2, 32, 3),
     "heads, no context token": (heads_case, 2, 3, 4, 2, 32, 0),
@@ -614,15 +614,15 @@ def test_kernels_compile(arch):
 # --- D. a complete model -------------------------------------------------------------------------
 
 @device
-@pytest.mark.parametrize("changes", (dict(gen_depth=1, und_depth=2),
+@pytest.mark.parametrize("changes", (dict(gen_depth=1, und_depth=2, router_depth=1),
                                      pytest.param({}, marks=pytest.mark.slow)))
 def test_model(changes, fused, monkeypatch):
     """Loss and gradients of a small MoS are those of the twins, on a GPU under bf16 autocast."""
     model = make_model(**changes).to(DEVICE)
     results = []
-    B = 3
+    B = 2
     z0, z1 = torch.randn(2, B, model.config.vae_channels, 2, 3, device=DEVICE)
-    tokens = model.tokenizer.batch(["a red circle", "two stars", "a star left of the blue square"])
+    tokens = model.tokenizer.batch(["two stars", "a star left of the blue square"])
     arguments = z0, tokens.to(DEVICE), torch.rand(B).to(DEVICE), z1, None, None, None, z1
     trained = [p for p in model.parameters() if p.requires_grad]
     for plain in (False, True):

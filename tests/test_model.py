@@ -52,6 +52,22 @@ def test_options_of_the_choice_reach_the_model(monkeypatch):
     assert not any(torch.allclose(velocities[0], v, rtol=1e-3, atol=1e-3) for v in velocities[1:])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("inputs, cls", ((("prompt", "latent", "time"), 1), (("prompt",), 0)))
+@pytest.mark.parametrize("tokenwise", (True, False))
+def test_where_the_router_reads_its_logits(tokenwise, inputs, cls):
+    """Off the prompt's tokens, which come last, or for all of them off [CLS], after the time."""
+    model, seen = make_model(router_inputs=inputs, tokenwise=tokenwise), []
+    R, tokens = model.router, model.tokenizer.batch(["a red circle", "two stars"])
+    R.blocks[-1].register_forward_hook(lambda module, given, x: seen.append(x))
+    x, positions = model.generation.patchify(torch.randn(2, 6, 2, 3))
+    context = model.understand(tokens)
+    logits = R(context.inputs, context.keys, x, positions, torch.rand(2))   # (B, S, M, N)
+    S = tokens.shape[1]
+    read = seen[0][:, -S:] if tokenwise else seen[0][:, [cls] * S]
+    close(logits, R.logits(R.norm(read)).view(2, S, 5, 3), **TIGHT)
+
+
 @pytest.mark.parametrize("temperature", (0.5, 2.0))
 def test_temperature(temperature):
     """Words are drawn from softmax(logits / temperature), by the seed (4 sigma)."""

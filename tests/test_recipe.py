@@ -18,6 +18,7 @@ import stages
 from config import MoSConfig, TrainConfig, read_recipe
 from conftest import ROOT, make_config
 from data.sources import Mixture, open_sources
+from data.states import Cache
 from mos import MoS, sample_t, unfilled
 from towers import Tokenizer
 from world import edits, scores, shapes
@@ -101,36 +102,55 @@ def test_phases_are_the_papers(recipe, phase, size, t_sampling, shift, batch):
 # --- First values ---------------------------------------------------------------------------------
 
 def first_values(module):
-    """Yield name, shape and some first values of each parameter of one block of each kind."""
+    """Yield names and first values of a module's parameters, of one block of each kind."""
     for name, p in module.named_parameters():
         if "blocks." not in name or "blocks.0." in name:
-            shape = [min(side, 256) for side in p.shape]
-            values = torch.full(shape, math.nan)
+            values = torch.full([min(side, 256) for side in p.shape], math.nan)
             module.init_parameter(name, values)
             yield name, values
+
+
+def check_normal(name, values, mean, std):
+    """Fail unless values have this mean and standard deviation (5 sigma)."""
+    tolerance = 5 * std / values.numel() ** 0.5
+    assert abs(values.mean() - mean) <= tolerance, name
+    assert values.numel() == 1 or abs(values.std() - std) <= tolerance, name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_first_values(recipe):
     """The output layer is 0, norms are 1, all else is random; Proj's bias, too, unlike others'."""
     torch.manual_seed(0)
-    model = unfilled(MoSConfig(**read_recipe(recipe)["model"]))
-    depths = {"generation": model.config.gen_depth, "router": model.config.router_depth}
-    for part, depth in depths.items():
+    c = MoSConfig(**read_recipe(recipe)["model"])
+    model = unfilled(c)
+    for part, depth in (("generation", c.gen_depth), ("router", c.router_depth),
+                        ("understanding", c.und_depth)):
         for name, values in first_values(getattr(model, part)):
-            if name in ("head.weight", "reference"):
-                expected = 0.0, 0.0
+            constant = name.endswith("bias") and name != "proj.bias"
+            if constant or part == "generation" and name in ("head.weight", "reference"):
+                check_normal(name, values, 0.0, 0.0)
             elif "norm" in name:
-                expected = 1.0, 0.0
-            elif name.endswith("bias") and name != "proj.bias":
-                expected = 0.0, 0.0
+                check_normal(name, values, 1.0, 0.0)
+            elif name == "embedding.weight":
+                check_normal(name, values, 0.0, 0.1)
+            elif name.startswith("vision."):
+                check_normal(name, values, 0.0, (2 / values[0].numel()) ** 0.5)
             elif name.endswith(("out.weight", "down.weight")):  # residual branches end in these
-                expected = 0.0, 0.02 / (2 * depth) ** 0.5
+                check_normal(name, values, 0.0, 0.02 / (2 * depth) ** 0.5)
             else:
-                expected = 0.0, 0.02
-            tolerance = 5 * expected[1] / values.numel() ** 0.5
-            assert abs(values.mean() - expected[0]) <= tolerance, name
-            assert abs(values.std() - expected[1]) <= tolerance, name
+                check_normal(name, values, 0.0, 0.02)
+
+
+def test_first_values_of_the_vae():
+    """Those of PyTorch's convolutions, but biases 0; its norms are 1."""
+    torch.manual_seed(0)
+    for name, values in first_values(unfilled(make_config()).vae):
+        if values.ndim in (2, 4):
+            bound = values[0].numel() ** -0.5
+            assert values.abs().max() <= bound, name
+            assert values.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.2), name
+        else:
+            assert (values == ("gamma" in name)).all(), name
 
 
 def test_a_stage_begins_with_first_values(light, init, tmp_path):
@@ -142,6 +162,8 @@ def test_a_stage_begins_with_first_values(light, init, tmp_path):
         first, again, other = (model.state_dict()[name] for model in begun)
         assert torch.equal(first, again) and not torch.isclose(first, other).any(), name
         assert first.std().item() == pytest.approx(0.02, rel=0.3), name
+    first, second, *_ = begun[0].generation.blocks
+    assert not torch.isclose(first.qkv.weight, second.qkv.weight).all()
 
 
 @pytest.mark.parametrize("recompute", (False, True))
@@ -293,6 +315,23 @@ def test_the_loss_of_stage_image(begun):
     assert metrics["counts"].tolist() == counts == [1, 1, 0, 0, 0, 2, 0, 0, 0, 2]
     averages = stage.average_metrics(metrics, 1)
     assert averages["loss_t5"] == pytest.approx(losses[2:4].mean(), rel=1e-4)
+    context = stage.model.understand(drawn.tokens)  # as a producer or a folder would give it
+    assert stage(*drawn, context.inputs, context.states)[0].item() == loss.item()
+    assert stage(*drawn, context.inputs, context.states.flip(2))[0].item() != loss.item()
+
+
+def test_states_in_a_folder_are_the_towers(init, tmp_path):
+    """Each prompt gets its own embeddings and states back, whatever the order of the captions."""
+    model = MoS.from_pretrained(init)
+    texts = ["two stars", "a blue ring above a red cross", "a red circle", "four green squares"]
+    states = Cache(tmp_path / "states", model, texts, init, alone())
+    tokens = model.tokenizer.batch([texts[2], "", texts[1], texts[3]])
+    states.ask(tokens[:1])
+    states.ask(tokens)
+    assert [len(part) for part in states.answer("cpu")] == [1, 1]
+    context, real = model.understand(tokens), tokens != Tokenizer.PAD
+    for ours, theirs in zip(states.answer("cpu"), (context.inputs, context.states), strict=True):
+        torch.testing.assert_close(ours[real], theirs[real])
 
 
 @torch.no_grad()
