@@ -145,7 +145,8 @@ class TrainConfig(Settings):
     init: str = setting("folder whose weights the first stage starts from: what earlier stages, or "
                         "the phase before, have trained; empty: --out")
     data: str = setting("shapes, a folder of pictures with captions, one of tar shards or their "
-                        "pattern; several by weight: a=0.7,b=0.3")
+                        "pattern; several by weight: a=0.7,b=0.3; stage edit: shapes or one folder "
+                        "with edits")
     where: str = setting("use own pictures whose fields fulfil this: 'aesthetic >= 6'")
     max_broken: float = setting("largest share of own pictures that cannot be used", 0, 1)
     holdout: float = setting("share of own pictures that is held back from training, for "
@@ -379,7 +380,7 @@ def plan(flags, recipe, resume=False):
     else:
         stages = [stage for stage in STAGES if stage in recipe and not published.get(stage)]
         if flags.get("data", "shapes") != "shapes" and "edit" in stages:
-            stages.remove("edit")  # whose edits are those of shapes
+            stages.remove("edit")  # few data sets hold edits: it must be asked for
     runs = []
     for number, stage in enumerate(stages):
         if number > 0:  # it starts from what the stages before it have trained

@@ -84,7 +84,9 @@ def parse(arguments=None):
                          f"{args.tower_device!r}") from None
     check_writable(args.out)
     args.size = parse_size(args.size) if args.size else None
-    args.picture = read_picture(args) if args.image else None
+    if args.image:
+        size = read_config(args.checkpoint).size if args.fit else None
+        args.picture = read_picture(args.image, size)
     return args
 
 
@@ -105,23 +107,23 @@ def parse_size(text):
     return check_size((height, width))
 
 
-def read_picture(args):
-    """Return --image as viewers show it, with --fit in a size that the model knows from training.
+def read_picture(path, fit=None):
+    """Return a picture file as viewers show it. Raises ValueError for what cannot be edited.
 
-    Raises ValueError for what cannot be edited.
+    fit: scale and crop it to the nearest shape of about fit x fit pixels.
     """
     try:
-        picture = open_as_seen(args.image)
+        picture = open_as_seen(path)
     except Unreadable as e:
-        raise ValueError(f"--image {args.image} cannot be read: {e}") from None
-    if args.fit:
+        raise ValueError(f"--image {path} cannot be read: {e}") from None
+    if fit:
         widths, heights = np.array(picture.size)[:, None]
-        sizes = choose_resolutions(widths, heights, [read_config(args.checkpoint).size])
+        sizes = choose_resolutions(widths, heights, [fit])
         return crop_to_fill(picture, *sizes[0].tolist())
     try:
         check_size(picture.size[::-1])
     except ValueError as e:
-        raise ValueError(f"--image {args.image}: {e}; or let --fit scale and crop it") from None
+        raise ValueError(f"--image {path}: {e}; or let --fit scale and crop it") from None
     return picture
 
 

@@ -27,7 +27,7 @@ from data.sources import Loader, Mixture, collate, count_tokens
 from data.states import Cache, Producer
 from kernels import Keys, autocast, cast
 from mos import Context, sample_t
-from towers import Patches, Tokenizer
+from towers import Tokenizer
 from world import edits, scores, shapes
 
 
@@ -39,6 +39,7 @@ class Stage(nn.Module):
     """
 
     samples_per_row = 1  # samples of a batch that belong together
+    placeholders = 0  # see EditStage
 
     def __init__(self, model, dataset, c, world):
         super().__init__()
@@ -85,9 +86,10 @@ class Stage(nn.Module):
 
     def loader(self, dataset=None, share=slice(None)):
         """Return a Loader of the training data, with data processes, or of another data set."""
-        return Loader(dataset or self.dataset, partial(collate, self.c.stage, self.model.tokenizer),
-                      self.world.device, share=share, encode=self.encoder(),
-                      workers=0 if dataset else self.c.workers, broken=self.broken)
+        join = partial(collate, self.c.stage, self.model.tokenizer, placeholders=self.placeholders)
+        return Loader(dataset or self.dataset, join, self.world.device, share=share,
+                      encode=self.encoder(), workers=0 if dataset else self.c.workers,
+                      broken=self.broken)
 
     def encoder(self):
         """Return the function that turns pictures into what the stage learns from, if any."""
@@ -313,7 +315,7 @@ class ImageStage(Stage):
                 count_tokens(self.model.tokenizer, source.captions, longest)
                 if np.ndim(lengths) == 0 else lengths
                 for lengths, source in zip(self.prompt_lengths, self.dataset.sources)]
-        (z0, tokens), self.val_prompts = self.validation_samples()
+        (z0, tokens), self.val_texts = self.validation_samples()
         self.val = z0, trim(tokens)
 
     def load_into_memory(self):
@@ -343,11 +345,13 @@ class ImageStage(Stage):
             return self.random_inputs(z0, tokens, self.generator(step))
         return self.inputs_with_states(step)
 
-    def random_inputs(self, z0, tokens, generator, image_tokens=0):
+    def random_inputs(self, z0, tokens, generator, image_tokens=0, empty_ids=None):
         """Draw t, noise, exploration and prompt dropout for the global batch.
 
-        image_tokens: stand before each text. Returns the Flow of this process's slice.
+        image_tokens: how many stand before each text. empty_ids: the token ids of a dropped text,
+        None: of a prompt. Returns the Flow of this process's slice.
         """
+        empty_ids = self.empty_ids if empty_ids is None else empty_ids
         m = self.model.config
         c = self.c
         share = self.share
@@ -358,7 +362,7 @@ class ImageStage(Stage):
                              **options)
         dropped = torch.rand(c.batch, **options) < c.prompt_dropout           # (batch,)
         empty = torch.full_like(tokens, Tokenizer.PAD)                        # (B, S)
-        empty[:, :len(self.empty_ids)] = self.empty_ids
+        empty[:, :len(empty_ids)] = empty_ids
         tokens = torch.where(dropped[share, None], empty, tokens)             # (B, S)
         # Copies: a slice would keep what the other processes need in memory.
         return Flow(z0, tokens, t[share], z1[share].clone(), explore[share].clone())
@@ -411,7 +415,7 @@ class ImageStage(Stage):
     # --- validation ------------------------------------------------------------------------------
 
     def validation_samples(self):
-        """Return the tensors and captions of up to 256 unseen samples of one source and size."""
+        """Return the tensors and texts of up to 256 unseen samples of one source and size."""
         data = self.unseen(256)
         pieces = data.pieces(self.model.config.max_tokens)
         pieces = [piece for piece in pieces if data.is_validation(piece)] or \
@@ -419,11 +423,11 @@ class ImageStage(Stage):
         return self.load_largest(data, pieces, 256)
 
     def load_largest(self, data, pieces, most):
-        """Return the tensors and captions of the first samples of the largest of some pieces."""
+        """Return the tensors and texts of the first samples of the largest of some pieces."""
         piece = max(pieces, key=lambda piece: len(piece.index))
         piece = piece._replace(source=piece.source[:most], index=piece.index[:most])
-        (_, tensors, captions), = self.loader(data).batches([piece])
-        return tensors, captions
+        (_, tensors, texts), = self.loader(data).batches([piece])
+        return tensors, texts
 
     def compare_with_vae(self):
         """Print a warning where own pictures are not like those that the VAE was trained on.
@@ -475,7 +479,7 @@ class ImageStage(Stage):
             values |= {f"usage_{j}_{m}": share for m, share in enumerate(shares)}
         trained = getattr(self.dataset.scenes, "tasks", ())
         tasks = [task for task in shapes.TASKS if task in trained]  # "dense" has no benchmark
-        prompts = self.val_prompts[:8]
+        prompts = [text for text, _ in self.val_texts[:8]]
         if tasks:
             prompts = [prompt.text for task in tasks
                        for prompt in shapes.benchmark(task, 24 // len(tasks), 9)]
@@ -497,22 +501,48 @@ class EditStage(ImageStage):
 
     The stage's own batch counts pairs of both. Prompt dropout takes the instruction from an edit,
     and its picture stays; in the other half nothing stays: guidance with two scales compares them.
-    The latents of a pair's three pictures stay in memory; what the tower reads is drawn anew.
-    Raises ValueError for a tower that reads no pictures.
+    In the small world the latents of a pair's three pictures stay in memory, and what the tower
+    reads is drawn anew. Own pictures are read and encoded when their batch comes. Raises ValueError
+    for a tower that reads no pictures.
     """
 
     samples_per_row = 2
 
     def __init__(self, model, dataset, c, world):
-        c = replace(c, batch=c.batch // 2, latents="memory", states="step")
+        self.sees = "understanding" in model.config.edit_inputs  # whether the tower reads pictures
+        if self.sees and not model.understanding.vision:
+            raise ValueError("stage edit needs an understanding tower that reads pictures (see "
+                             "--und-images), or --edit-inputs generation")
+        latents = "memory" if dataset is None or dataset.scenes else "step"
+        c = replace(c, batch=c.batch // 2, latents=latents, states="step")
         super().__init__(model, dataset, c, world)
-        vision = model.understanding.vision
-        self.image_tokens = 0  # before each instruction
-        if "understanding" in model.config.edit_inputs:
-            if not isinstance(vision, Patches):
-                raise ValueError("stage edit needs the small world's tower, which reads pictures, "
-                                 "or --edit-inputs generation")
-            self.image_tokens = (model.config.size // vision.patch) ** 2
+
+    @cached_property
+    def placeholders(self):
+        """The number of image tokens that an instruction itself must hold, see `Understanding`."""
+        U = self.model.understanding
+        return U.vision.tokens if self.sees and U.image_token is not None else 0
+
+    @cached_property
+    def empty_instruction(self):
+        """The token ids of the empty instruction, which the picture's placeholders precede."""
+        ids = self.model.tokenizer.encode("", self.placeholders)
+        return torch.tensor(ids, device=self.world.device)
+
+    def image_tokens(self, height, width):
+        """Return the number of image tokens that stand before an instruction."""
+        if self.placeholders or not self.sees:
+            return 0
+        return height * width // self.model.understanding.vision.patch ** 2
+
+    def count_lengths(self):
+        lengths = super().count_lengths()
+        if self.dataset.scenes:  # whose texts are not known yet
+            return lengths
+        source, = self.dataset.sources
+        instructions = count_tokens(self.model.tokenizer, source.instructions,
+                                    self.model.config.max_tokens, self.placeholders)
+        return [np.maximum(*lengths, instructions)]
 
     def without_gradient(self):
         uses_reference = "generation" in self.model.config.edit_inputs
@@ -520,36 +550,48 @@ class EditStage(ImageStage):
 
     def token_counts(self, bucket):
         visual, context = super().token_counts(bucket)
-        return 3 * visual, 2 * context + self.image_tokens
+        before = self.image_tokens(bucket.height, bucket.width)
+        return 3 * visual, 2 * context + self.placeholders + before
 
     def encoder(self):
         return lambda pictures: encode(self.model.vae, pictures.flatten(0, 1)).unflatten(
             0, pictures.shape[:2])
 
     def prepare(self):
-        self.load_into_memory()
-        tensors, self.val_prompts = self.validation_samples()
+        if self.c.latents == "memory":
+            self.load_into_memory()
+        tensors, self.val_texts = self.validation_samples()
         latents, prompts, sources, instructions = tensors
         before, after, scene = latents.unbind(1)                                # (B, C, h, w) each
-        images = self.dataset.sources[0].to_pixels(sources, self.world.device)    # (B, 3, H, W)
         self.val = scene, trim(prompts)
-        self.val_edits = after, trim(instructions), images, before
+        self.val_edits = after, trim(instructions), self.images(sources), before
+        self.val_sources = sources[:8]
 
     def load_into_memory(self):
         super().load_into_memory()
         _, self.sources, instructions = self.memory.tables
         self.instructions = trim(instructions).to(self.world.device)
-        lengths = (instructions != Tokenizer.PAD).sum(1).numpy()
+        lengths = (instructions != Tokenizer.PAD).sum(1).numpy() - self.placeholders
         self.prompt_lengths = [np.maximum(lengths, *self.prompt_lengths)]
 
     def batches_from(self, planned):
-        device = self.world.device
-        for batch, (latents, prompts) in super().batches_from(planned):
-            index = torch.from_numpy(batch.index[self.share])
-            images = self.dataset.sources[0].to_pixels(self.sources[index], device)
-            index = index.to(device, non_blocking=True)
-            instructions = self.instructions[index, :batch.bucket.length]
-            yield batch, (latents, prompts, images, instructions)
+        for batch, (latents, prompts, *others), *_ in super().batches_from(planned):
+            sources, instructions = others or self.from_memory(batch)
+            yield batch, (latents, prompts, self.images(sources), instructions)
+
+    def from_memory(self, batch):
+        """Return the packed scenes that a batch edits, and the instructions."""
+        index = torch.from_numpy(batch.index[self.share])
+        length = batch.bucket.length + self.placeholders
+        rows = index.to(self.world.device, non_blocking=True)
+        return self.sources[index], self.instructions[rows, :length]
+
+    def images(self, sources):
+        """Return the pictures (B, 3, H, W) that the tower reads, from what the data set holds."""
+        images = self.dataset.sources[0].to_pixels(sources, self.world.device)    # (B, 3, H, W)
+        if self.placeholders:
+            images, _ = self.model.understanding.vision.resize(images)
+        return images
 
     def inputs(self, step):
         """Return the Flow of pictures from text, then images, reference and Flow of edits: flat."""
@@ -557,7 +599,9 @@ class EditStage(ImageStage):
         before, after, scene = latents.unbind(1)                                # (B, C, h, w) each
         generator = self.generator(step)
         drawing = self.random_inputs(scene, prompts, generator)
-        editing = self.random_inputs(after, instructions, generator, self.image_tokens)
+        before_text = self.image_tokens(*images.shape[2:])
+        editing = self.random_inputs(after, instructions, generator, before_text,
+                                     self.empty_instruction)
         return *drawing, images, before, *editing
 
     def forward(self, *inputs):
@@ -579,7 +623,10 @@ class EditStage(ImageStage):
     def sample_flops(self, bucket):
         factor = self.model.vae.factor
         size = bucket.height // factor, bucket.width // factor
-        length = self.image_tokens + min(bucket.length, self.instructions.shape[1])
+        length = self.placeholders + bucket.length
+        if self.c.latents == "memory":
+            length = min(length, self.instructions.shape[1])
+        length += self.image_tokens(bucket.height, bucket.width)
         edit = self.model.flops(length, size, edit=True)
         return super().sample_flops(bucket) + edit
 
@@ -589,24 +636,36 @@ class EditStage(ImageStage):
         losses = scores.losses_by_time(self.model, *self.val_edits).mean(1)
         values["val_edit"] = losses.mean().item()
         values |= {f"edit_t{i}": loss for i, loss in enumerate(losses.tolist())}
-        table = scores.score_edits(self.model, self.c.eval_prompts, seed=9, splits=("seen",),
-                                   steps=25)
-        values["edits"] = scores.overall(table, "seen, both")
-        for kind, rows in table.items():
-            right, count, _ = rows["seen, both"]
-            values[f"edits_{kind}"] = right / count
-        self.save_edits(folder / f"edited_{step:06d}.png")
+        if self.dataset.scenes:
+            table = scores.score_edits(self.model, self.c.eval_prompts, seed=9, splits=("seen",),
+                                       steps=25)
+            values["edits"] = scores.overall(table, "seen, both")
+            for kind, rows in table.items():
+                right, count, _ = rows["seen, both"]
+                values[f"edits_{kind}"] = right / count
+        before, texts, wanted = self.examples()
+        after = self.model.edit(before, texts, steps=25)
+        if self.world.first:
+            save_sheet(folder / f"edited_{step:06d}.png", before, after, *wanted)
         return values
 
-    def save_edits(self, path):
-        """Write a picture of one edit of each type: above before, below after."""
-        examples = [edits.edit_benchmark(kind, 1)[0] for kind in edits.TYPES]
-        size = self.model.config.size
-        scenes = shapes.pack([example.source for example in examples])
-        before = [to_image(picture) for picture in shapes.render(scenes, size, size)]
-        after = self.model.edit(before, [example.text for example in examples], steps=25)
-        if self.world.first:
-            save_sheet(path, before, after)
+    def examples(self):
+        """Return pictures, instructions, and rows of pictures as they should become.
+
+        These are one edit of each type of the small world, without such a row, or the first of the
+        own pairs that are kept for validation.
+        """
+        if self.dataset.scenes:
+            examples = [edits.edit_benchmark(kind, 1)[0] for kind in edits.TYPES]
+            size = self.model.config.size
+            scenes = shapes.pack([example.source for example in examples])
+            before = shapes.render(scenes, size, size)
+            return list(map(to_image, before)), [example.text for example in examples], []
+        source, = self.dataset.sources
+        before = source.to_pixels(self.val_sources, self.world.device)
+        wanted = self.model.vae.decode(self.val_edits[0][:8])
+        texts = [instruction for _, instruction in self.val_texts[:8]]
+        return list(map(to_image, before)), texts, [wanted]
 
 
 KINDS = {"vae": VaeStage, "understand": UnderstandStage, "image": ImageStage, "edit": EditStage}

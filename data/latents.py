@@ -183,7 +183,8 @@ def store(folder, dataset, loader, pieces, *, rules, world):
                if not shard_path(folder, number).is_file()]
     world.wait()
     contents = loader.batches(pieces[number] for number in missing)
-    for number, (piece, (z0, _), captions) in zip(missing, contents):
+    for number, (piece, (z0, _), texts) in zip(missing, contents):
+        captions = [caption for caption, _ in texts]
         write_shard(shard_path(folder, number), piece, z0, captions, loader.broken)
     world.wait()
     broken = {(int(piece.source[0]), int(index)): why for number, piece in enumerate(pieces)

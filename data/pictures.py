@@ -59,6 +59,7 @@ class Sample(NamedTuple):
     text: str
     draw: float  # see draw()
     fields: dict
+    source: str = ""  # of an edit: the path of the picture before
 
 
 class Broken(NamedTuple):
@@ -72,12 +73,13 @@ class Rules(NamedTuple):
 
     max_broken: the largest share that cannot be used. holdout: the share that is held back for
     validation. where: the condition (a Where) that a sample must fulfil. caption_fault: gives the
-    reason why a caption cannot be used, or "".
+    reason why a caption cannot be used, or "". stage: see `entry_for`.
     """
     max_broken: float
     holdout: float
     where: object = None
     caption_fault: object = lambda text: ""
+    stage: str = "image"
 
 
 class Unreadable(Exception):
@@ -151,12 +153,14 @@ def scale_values(image):
 class Entry(NamedTuple):
     """A picture in a folder: its file, its path within the folder, its caption, other fields.
 
-    text: the caption, the path of its file, or None.
+    text: the caption, the path of its file, or None. source: "", or the file of the picture before
+    an edit, whose instruction the text then is.
     """
     path: str
     name: str
     text: str | Path | None
     fields: dict
+    source: str = ""
 
 
 @functools.cache
@@ -210,7 +214,7 @@ def list_entries(path):
     tars = [file for file in files if has_suffix(file, {".tar"})]
     if metadata in files:
         entries, read_entry = read_metadata(path, metadata), read_pair
-        used = {metadata, *(entry.path for entry in entries)}
+        used = {metadata, *(file for entry in entries for file in (entry.path, entry.source))}
     elif tars:
         entries, read_entry, used = tars, read_tar, set(tars)
     else:
@@ -230,7 +234,10 @@ def read_metadata(folder, metadata):
         text = fields.pop("text", None) or ""
         if not isinstance(text, str):
             raise TypeError
-        return Entry(os.path.join(folder, name), os.path.normpath(name), text, fields)
+        source = fields.get("source")
+        is_file = isinstance(source, str) and has_suffix(source, suffixes())
+        return Entry(os.path.join(folder, name), os.path.normpath(name), text, fields,
+                     source=os.path.join(folder, source) if is_file else "")
     return read_json_lines(metadata, '{"file_name": ..., "text": ...}', entry)
 
 
@@ -241,9 +248,56 @@ def pair_with_texts(folder, files):
             for file in files if has_suffix(file, suffixes())]
 
 
+def entry_for(stage, entry):
+    """Return the entry that a stage learns from in place of one of `list_entries`, or None.
+
+    Stage edit learns from edits alone. Of an edit the others learn the picture after it: stage vae
+    as it is, stage image from the field "caption", if there is one. Stage understand reads the
+    instruction, and then the caption, about the picture before.
+    """
+    if isinstance(entry, str) or not entry.source:  # a tar shard, or no edit
+        return None if stage == "edit" else entry
+    caption = entry.fields.get("caption")
+    if stage == "image":
+        return entry._replace(text=caption, source="") if caption else None
+    if stage == "understand":
+        text = f"{entry.text} {caption}" if isinstance(caption, str) else entry.text
+        return entry._replace(path=entry.source, text=text, source="")
+    return entry if stage == "edit" else entry._replace(source="")
+
+
+def entries_for(stage, entries, name, world):
+    """Return what a stage learns from the entries of a data set. Raises ValueError if it is none.
+    """
+    chosen = [entry_for(stage, entry) for entry in entries]
+    kept = [entry for entry in chosen if entry]
+    if not kept:
+        raise ValueError(f"{name}: " + (
+            "no line of a metadata.jsonl has a source, the picture before an edit"
+            if stage == "edit" else "nothing to draw from text: every line is an edit without a "
+            "field caption; add captions of the pictures after the edits, or lines without source"))
+    if stage == "image" and len(kept) < len(chosen):
+        world.print0(f"{name}: not drawn from text: {len(chosen) - len(kept):,} edits without a "
+                     "field caption")
+    return kept
+
+
+def check_source(path):
+    """Raise ValueError unless the picture before an edit can be used."""
+    try:
+        with open(path, "rb") as file:
+            read_size(file)
+    except FileNotFoundError:
+        raise ValueError("its source is not there") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"its source: {e}") from None
+
+
 def read_pair(entry):
     """Yield the Sample (or Broken) of an Entry."""
     try:
+        if entry.source:
+            check_source(entry.source)
         text = entry.text
         if isinstance(text, Path):
             text = decode_caption(text.read_bytes())
@@ -251,7 +305,8 @@ def read_pair(entry):
             stem, _ = os.path.splitext(os.path.basename(entry.path))
             raise ValueError(f"no caption (expected {stem}.txt, or a line of metadata.jsonl)")
         with open(entry.path, "rb") as file:
-            yield make_sample(file, entry.path, entry.name, text, entry.fields)
+            sample = make_sample(file, entry.path, entry.name, text, entry.fields)
+            yield sample._replace(source=entry.source)
     except FileNotFoundError:
         yield Broken(entry.path, "no such file")
     except OSError:
@@ -491,6 +546,12 @@ class StringArray:
         return self.data[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogateescape")
 
 
+def load_picture(file, height, width):
+    """Return a picture, scaled and cropped, as bytes (3, height, width). Raises Unreadable."""
+    image = crop_to_fill(open_as_seen(file), height, width)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)             # (3, height, width)
+
+
 class Pictures:
     """The data source of own pictures with captions, in one of the formats above.
 
@@ -504,7 +565,8 @@ class Pictures:
     def __init__(self, path, sizes, world, rules):
         self.name = printable(path)
         entries, read_entry, unused = list_entries(path)
-        if unused:
+        entries = entries_for(rules.stage, entries, self.name, world)
+        if unused and rules.stage != "edit":  # which opens the folder twice
             world.print0(f"{self.name}: files that are not used: {len(unused):,} "
                          f"({first_few([os.path.relpath(file, path) for file in unused], 5)})")
         part = range(world.rank, len(entries), world.size)  # that this process reads
@@ -520,9 +582,11 @@ class Pictures:
         if not samples:
             what = f"fulfils --where {rules.where.text!r}" if rules.where else "can be used"
             raise ValueError(f"{self.name}: none of its {self.total} samples {what}")
-        _, paths, offsets, byte_counts, marks, widths, heights, texts, draws, fields = zip(*samples)
+        (_, paths, offsets, byte_counts, marks, widths, heights, texts, draws, fields,
+         sources) = zip(*samples)
         self.paths = StringArray(paths)
         self.captions = StringArray(texts)
+        self.sources = StringArray(sources)
         self.fields = StringArray(map(json.dumps, fields))
         self.draws = np.array(draws)
         self.validation = choose_validation(self.name, draws, rules.holdout)
@@ -573,9 +637,12 @@ class Pictures:
                 content = io.BytesIO(file.read(size))
         except OSError as e:
             raise Unreadable(str(e)) from None
-        image = crop_to_fill(open_as_seen(content), height, width)
-        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)      # (3, height, width)
-        return picture, self.captions[index], None, None
+        return load_picture(content, height, width), self.captions[index], None, None
+
+    def load_source(self, index, height, width):
+        """Return the picture before an edit, as `load` returns the one after it. Raises Unreadable.
+        """
+        return load_picture(self.sources[index], height, width)
 
     def to_pixels(self, pictures, device):
         """Return pictures given as bytes (B, 3, H, W) in [-1, 1] on the device."""

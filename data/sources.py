@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from common import check_made, leave_stopping_to_parent
 from data.buckets import STRIDE, Batch, Bucket, Plan, permutation
 from data.latents import Stored, describe_pictures, made_from, read_stored
+from data.pairs import Pairs
 from data.pictures import Pictures, Rules, Unreadable, Where, check_broken
 from towers import Tokenizer
 from world.dataset import WORLDS, Shapes
@@ -52,6 +53,8 @@ class Mixture:
         for source in self.sources:
             if not isinstance(source, Shapes):
                 digest.update(source.captions.data)
+            if isinstance(source, Pairs):
+                digest.update(source.instructions.data)
         return digest.hexdigest()
 
     def plan(self, lengths, step, batch, seed):
@@ -139,23 +142,27 @@ def open_sources(c, config, world, tokenizer=None):
     sizes = [int(text) if str(text).isdecimal() else 0 for text in c.sizes] or [config.size]
     if any(side < STRIDE or side % STRIDE for side in sizes):
         raise ValueError(f"sizes must be multiples of {STRIDE}, got {' '.join(map(str, c.sizes))}")
-    if c.stage == "edit" and c.data != "shapes":
-        raise ValueError(f"data: stage edit knows only edits of shapes, got {c.data!r}")
+    if c.stage == "edit" and len(weights) > 1:
+        raise ValueError(f"data: stage edit takes shapes or one folder with edits, got {c.data!r}")
     number = c.scenes if c.stage in ("image", "edit") else None
     scenes = WORLDS[c.stage](config.size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
-    rules = Rules(c.max_broken, c.holdout, where,
-                  partial(caption_fault, c.stage, tokenizer, config.max_tokens))
+    # One placeholder, where instructions hold image tokens: what marks their place counts.
+    placeholders = int(c.stage == "edit" and config.und_folder != "" and config.und_images
+                       and "understanding" in config.edit_inputs)
+    rules = Rules(c.max_broken, c.holdout, where, stage=c.stage, caption_fault=partial(
+        caption_fault, c.stage, tokenizer, config.max_tokens, placeholders=placeholders))
     made = None
     stored = []
     if c.stage == "image" and c.latents not in ("memory", "step"):
         made = made_from(c, config, weights, sizes)
         stored = read_stored(Path(c.latents), made, rules, world)
     if stored and not all(path == "shapes" or Path(path).exists() or glob.glob(path)
-                          for path in weights):
+                           for path in weights):
         world.print0(f"{c.latents} is used alone: the pictures that it was made from are not here")
         sources = stored
     else:
-        sources = [scenes if path == "shapes" else Pictures(path, sizes, world, rules)
+        own = Pairs if c.stage == "edit" else Pictures
+        sources = [scenes if path == "shapes" else own(path, sizes, world, rules)
                    for path in weights]
         if stored:
             check_made(c.latents, describe_pictures(sources), "latents")
@@ -175,15 +182,21 @@ def introduce_validation(dataset, world):
         world.print0("no picture is held back: validation is on training pictures")
 
 
-def caption_fault(stage, tokenizer, longest, text):
-    """Return why a stage cannot learn from a caption, or ""."""
+def caption_fault(stage, tokenizer, longest, text, placeholders=0):
+    """Return why a stage cannot learn from a caption, or "".
+
+    placeholders: image tokens in the text, which are not counted; what marks them is.
+    """
     if stage == "vae":
         return ""
     try:
-        tokens = len(tokenizer.encode(text) if tokenizer else ["<bos>"] + Tokenizer.split(text))
+        empty, ids = (tokenizer.encode(words, placeholders) if tokenizer else
+                      ["<bos>", *Tokenizer.split(words)] for words in ("", text))
     except ValueError as e:
         return f"its caption has words that the tower does not know ({str(e).split(' in ')[0]})"
-    tokens += stage == "understand"  # <eos>
+    if ids == empty:
+        return "its caption has no words"
+    tokens = len(ids) - placeholders + (stage == "understand")  # <eos>
     if tokens <= longest:
         return ""
     return f"its caption is too long ({tokens} tokens; --max-tokens is {longest})"
@@ -200,21 +213,25 @@ def build_tokenizer(dataset, samples=5000):
     return Tokenizer(words)
 
 
-def count_tokens(tokenizer, captions, longest):
-    """Return the tokens of each caption, (L,). Raises ValueError beyond `longest`."""
-    lengths = np.array([len(tokenizer.encode(text)) for text in captions])
+def count_tokens(tokenizer, captions, longest, placeholders=0):
+    """Return the tokens of each caption without placeholders, (L,). Raises ValueError beyond
+    `longest`.
+    """
+    lengths = np.array([len(tokenizer.encode(text, placeholders)) for text in captions])
+    lengths -= placeholders
     if lengths.max() > longest:
         text = captions[int(lengths.argmax())]
         raise ValueError(f"{text!r} has {lengths.max()} tokens, more than the {longest} allowed")
     return lengths
 
 
-def collate(stage, tokenizer, samples, length):
+def collate(stage, tokenizer, samples, length, placeholders=0):
     """Return samples as the tensors of a stage, prompts padded to S = length.
 
     "vae": pictures. "image": pictures and prompts (B, S). "understand": pictures, texts with
     targets, and what is said about the picture with targets: the text where a source says no more.
-    "edit": pictures, prompts (B, S), packed scenes to be edited (B, 21), and instructions (B, S).
+    "edit": pictures, prompts (B, S), what is to be edited, packed scenes (B, 21) or pictures, and
+    instructions (B, placeholders + S), with so many image tokens.
     """
     pictures = torch.stack([sample[0] for sample in samples])
     if stage == "vae":
@@ -224,7 +241,8 @@ def collate(stage, tokenizer, samples, length):
     prompts = tokenizer.batch([sample[1] for sample in samples], length)
     if stage == "image":
         return pictures, prompts
-    instructions = tokenizer.batch([sample[2] for sample in samples], length)
+    instructions = tokenizer.batch([sample[2] for sample in samples], length + placeholders,
+                                   placeholders)
     return pictures, prompts, pictures[:, 0], instructions
 
 
@@ -252,7 +270,10 @@ class Reader(Dataset):
         self.share = share
 
     def __getitem__(self, batch):
-        """Return a batch's tensors (None: no sample is good), captions and broken samples."""
+        """Return a batch's tensors (None: no sample is good), texts and broken samples.
+
+        texts: of each sample the caption, and a question or an instruction if it has one.
+        """
         broken = {}
         positions = np.arange(len(batch.index))
         samples = [self.first_good(batch, np.roll(positions, -position), broken)
@@ -260,7 +281,7 @@ class Reader(Dataset):
         if None in samples:
             return None, [], broken
         tensors = self.collate(samples, batch.bucket.length)
-        return tensors, [sample[1] for sample in samples], broken
+        return tensors, [sample[1:3] for sample in samples], broken
 
     def first_good(self, batch, positions, broken):
         """Return the first sample at these positions of the batch that can be read, or None."""
@@ -291,14 +312,14 @@ class Loader:
                             worker_init_fn=leave_stopping_to_parent)
 
     def batches(self, planned):
-        """Yield each planned batch with its tensors on the device, and its captions.
+        """Yield each planned batch with its tensors on the device, and its texts (see Reader).
 
         The first tensor holds pictures or latents. Raises ValueError where no sample of a batch
         can be read.
         """
         planned, ahead = itertools.tee(planned)
         contents = DataLoader(sampler=ahead, **self.options)
-        for batch, (tensors, captions, broken) in zip(planned, contents):
+        for batch, (tensors, texts, broken) in zip(planned, contents):
             self.broken |= broken
             if tensors is None:
                 names = [f"{self.sources[source].sample_name(index)} ({why})"
@@ -309,5 +330,5 @@ class Loader:
             if self.encode:
                 pictures = self.encode(pictures)
             others = [tensor.to(self.device, non_blocking=True) for tensor in others]
-            yield batch, (pictures, *others), captions
+            yield batch, (pictures, *others), texts
 

@@ -82,6 +82,11 @@ class VisionTransformer(nn.Module):
         else:
             init_parameter(name, p, len(self.blocks))
 
+    @property
+    def tokens(self):
+        """The number of image tokens of a resized picture."""
+        return (self.side // 2) ** 2
+
     def resize(self, images):
         """Resize pictures (B, 3, H, W) to the size in training; also return the tokens of each.
 
@@ -89,7 +94,7 @@ class VisionTransformer(nn.Module):
         """
         side = self.side * self.patch
         images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-        return images, (self.side // 2) ** 2
+        return images, self.tokens
 
     def embed(self, images, mode):
         """Return the transformer's tokens (B, L, Dv), with position embeddings, and h and w.

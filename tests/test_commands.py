@@ -158,7 +158,8 @@ def test_evaluate_refuses(flags, message, refuse, monkeypatch):
 --stage image --init small --latents good => good holds something else
 --stage edit --init missing => no config.json in missing | --edit-inputs zebra => edit_inputs
 --stage edit --init half => no vae.safetensors in half | --stage edit --init small --scenes 0 => sce
---stage edit --init small --data good => edits of shapes, got 'good'
+--stage edit --init small --data good => good: no line of a metadata.jsonl has a source
+--stage edit --init small --data good=1,shapes=1 => shapes or one folder with edits, got 'good=1,sha
 --stage edit --init small --batch 3 => batch 3 cannot .* of pairs
 --stage edit --init small --gen-width 32 => gen_width is 64 in small and cannot become 32
 --out out.png => out.png"""))

@@ -349,7 +349,7 @@ def test_pictures_are_as_seen(name, tmp_path, monkeypatch):
     assert image.mode == "RGB" and abs(np.asarray(image, int)[0] - levels).max() <= 1
     (tmp_path / "a").write_bytes(file)
     monkeypatch.setattr(sample, "check_size", lambda size: None)
-    assert sample.read_picture(SimpleNamespace(image=tmp_path / "a", fit=False)) == image
+    assert sample.read_picture(tmp_path / "a") == image
     monkeypatch.setattr(pictures, "LEAST_SIDE", 1)
     monkeypatch.setattr(pictures, "crop_to_fill", lambda image, *_: image)
     own = read(make_tar(tmp_path / "a.tar", {"0.png": file, "0.txt": b"words"}))
@@ -575,8 +575,12 @@ def test_what_a_stage_needs_of_captions():
         assert fault("red " * words) == ""
         assert fault("red " * (words + 1)) == \
             "its caption is too long (17 tokens; --max-tokens is 16)"
+        assert fault(" . . ") == "its caption has no words"
         assert fault("zinnober").endswith("(unknown word 'zinnober')" * (stage == "image"))
     assert sources.caption_fault("vae", None, 16, "zinnober " * 99) == ""
+    tokenizer.encode = lambda text, image_tokens: [1] * (image_tokens + 2 + len(text.split()))
+    fault = partial(sources.caption_fault, "edit", tokenizer, 16, placeholders=1)
+    assert fault("red " * 14) == "" and "(17 tokens" in fault("red " * 15)  # 2 mark the picture
 
 
 @pytest.mark.parametrize("name", ("metadata.jsonl", "prompts.jsonl"))
@@ -688,7 +692,7 @@ def test_latents_that_are_held_back(where, halves, world, light, tmp_path, monke
                         (0, 200))
         z0, tokens = trainer.stage.val
         torch.testing.assert_close(z0, bright.expand_as(z0), rtol=0.02, atol=0.02)
-        assert len(z0) == 4 and set(trainer.stage.val_prompts) == {caption(1)}
+        assert len(z0) == 4 and {text for text, _ in trainer.stage.val_texts} == {caption(1)}
         for batch in seen:
             torch.testing.assert_close(batch, dark.expand_as(batch), rtol=0.02, atol=0.02)
     assert len(seen) == 2 * (again + 1)
@@ -860,7 +864,7 @@ def test_broken_body_is_replaced(tmp_path):
     batch = Batch(np.zeros(6, int), np.array([5, 2, 3, 0, 4, 1]), Bucket(1, 64, 64, 16))
     whole = Reader([own], collate)[batch]
     order = [5, 0, 0, 0, 4, 1]
-    assert whole[1] == [caption(i) for i in order] and set(whole[2]) == {(0, 2), (0, 3)}
+    assert whole[1] == [(caption(i), None) for i in order] and set(whole[2]) == {(0, 2), (0, 3)}
     assert all(torch.equal(p, own.load(i, 64, 64)[0]) for p, i in zip(whole[0][0], order))
     for size in (2, 3):
         parts = [Reader([own], collate, alone(rank, size).share(6))[batch]

@@ -1,10 +1,13 @@
 """MoS-Edit: where the reference picture enters, guidance, edited pictures, data and training."""
 
 import csv
+import json
 import math
+import os
 import random
 import re
 import sys
+import tarfile
 from collections import Counter
 from dataclasses import replace
 
@@ -18,13 +21,17 @@ from training import MODEL, alone, prepare, settings, validate_on_few
 
 import train
 from checkpoint import read_vocabulary
+from common import to_image
 from conftest import ROOT, make_config, make_model, same
+from data.pairs import Pairs
+from data.pictures import Pictures, Rules
 from data.sources import Mixture, build_tokenizer
 from kernels import Keys
 from mos import Context, MoS, guide, to_pixels
+from pretrained.encoders import InternVision, PerceptionEncoder
 from stages import EditStage
-from towers import Tokenizer
-from world import edits, shapes
+from towers import Tokenizer, Understanding
+from world import edits, scores, shapes
 from world.captions import read_caption
 from world.dataset import Edits, OutlinedShapes, Shapes, TowerTexts, in_detail
 
@@ -506,5 +513,270 @@ def test_stages_of_a_whole_run(monkeypatch, tmp_path):
 def test_a_tower_without_eyes(init):
     """A tower that reads no pictures is refused before anything is encoded."""
     model = MoS(make_config(**MODEL, und_images=False), WORDS)
-    with pytest.raises(ValueError, match="which reads pictures, or --edit-inputs generation"):
+    with pytest.raises(ValueError, match="reads pictures .*--und-images.*or --edit-inputs gener"):
         EditStage(model, Mixture([Edits(64, 0, number=4)]), settings("edit"), alone())
+
+
+class Marked(Tokenizer):
+    """Marks the places of image tokens, and what follows them, as published tokenizers do."""
+
+    def encode(self, text, image_tokens=0):
+        first, *rest = super().encode(text)
+        marks = image_tokens * [self.index["<image>"]] + [self.index[":"]]
+        return [first, *(marks if image_tokens else []), *rest]
+
+
+def make_published(encoder):
+    """A model whose tower has a published image encoder, of 4 image tokens."""
+    tokenizer = Marked([*WORDS.words, "<image>"])
+    model = make_model(max_tokens=80)
+    model.tokenizer = tokenizer
+    vision = encoder(width=32, depth=1, heads=2, hidden=48, out_width=40, image=56)
+    model.understanding = Understanding(
+        vocabulary=len(tokenizer), width=40, depth=5, heads=5, kv_heads=1, hidden=48,
+        vision=vision, image_token=tokenizer.index["<image>"]).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("dropout", (0.0, 1.0))
+@pytest.mark.parametrize("encoder", (InternVision, PerceptionEncoder))
+def test_published_towers_read_in_training_as_in_sampling(encoder, dropout, monkeypatch):
+    """The picture is resized, its tokens have places in the text, also where that is dropped."""
+    validate_on_few(monkeypatch.setattr, 2)
+    published = make_published(encoder)
+    world = Edits(64, 0, number=12)
+    stage = EditStage(published, Mixture([world]),
+                      settings("edit", batch=8, prompt_dropout=dropout), alone())
+    stage.begin(0)
+    inputs = stage.inputs(0)
+    images, reference, after, tokens, *_, explore = inputs[5:]
+    assert images.shape == (4, 3, 56, 56) and explore.shape == (4, tokens.shape[1], 6, 3)
+    trained = published.understand(tokens, images)
+    scenes = [world[i][0][0] for i in stage.seen[0].index]
+    pictures = world.to_pixels(torch.stack(scenes), "cpu")
+    texts = [world[i][2] for i in stage.seen[0].index]
+    read = published.read(texts, "", pictures)
+    rows = slice(4, 8) if dropout else slice(0, 4)  # the negative prompts are empty
+    real = read.keys.mask[rows].sum(1)
+    assert torch.equal(trained.keys.mask.sum(1), real) and real.min() > 4
+    for i, n in enumerate(real):
+        close(trained.inputs[i, :n], read.inputs[rows][i, :n], **TIGHT)
+        close(trained.states[i, :n], read.states[rows][i, :n], **TIGHT)
+    size = inputs[0].shape[2:]
+    forward = (published.flops(inputs[1].shape[1], size)
+               + published.flops(tokens.shape[1], size, edit=True))
+    assert stage.flops() == pytest.approx(3 * 4 * forward)
+    stage(*inputs)[0].backward()
+    assert published.generation.reference.grad.any() and reference.shape == after.shape
+
+
+# --- own edits -----------------------------------------------------------------------------------
+
+HELD = {4, 5, "two stars on the gray background"}  # for validation, by the field split
+LINES = {i: f"make the {shape} {colour}" for i, (shape, colour) in enumerate(
+    (("circle", "red"), ("star", "blue"), ("square", "green"), ("ring", "white"), ("cross", "red"),
+     ("hexagon", "yellow")))}
+CAPTIONS = {1: "a blue star", 3: "a white ring", 5: "a yellow hexagon"}  # of edits
+OTHERS = ["two red rings", "two stars on the gray background"]
+
+
+def noise(name, width=96, height=64):
+    """A picture of noise that only this name has: 96x64 needs no scaling for the model's size."""
+    rng = np.random.default_rng(list(str(name).encode()))
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def middle(picture):
+    """The centre of a picture, 64 rows, as bytes (3, 64, 96)."""
+    rows = np.asarray(picture)
+    skip = (len(rows) - 64) // 2
+    return torch.from_numpy(rows[skip:skip + 64].copy()).permute(2, 0, 1)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder with six edits, whose sources are of another shape, and two more pictures."""
+    rows = [dict(file_name=f"{i}.png", text=text, source=f"before/{i}.png", caption=CAPTIONS.get(i))
+            for i, text in LINES.items()]
+    rows += [dict(file_name=f"{text}.png", text=text) for text in OTHERS]
+    (tmp_path / "own" / "before").mkdir(parents=True)
+    for i, row in enumerate(rows):
+        name = row["file_name"][:-4]
+        noise(name).save(tmp_path / "own" / row["file_name"])
+        if "source" in row:
+            noise(f"before {name}", height=80).save(tmp_path / "own" / row["source"])
+        row["split"] = "val" if i in HELD or row["text"] in HELD else "train"
+    (tmp_path / "own" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "own"
+
+
+def parts_of(instruction, caption):
+    """The edit with this instruction, its pictures before and after, and the one of a caption."""
+    i, = (i for i, text in LINES.items() if text == instruction)
+    names = {text: j for j, text in CAPTIONS.items()} | {text: text for text in OTHERS}
+    return i, [middle(noise(f"before {i}", height=80)), middle(noise(i)),
+               middle(noise(names[caption]))], names[caption]
+
+
+def open_pairs(folder, **changes):
+    return Pairs(str(folder), [64], alone(), Rules(0.0, 0.0, **changes))
+
+
+def test_own_edits(own):
+    """A sample is the pictures before and after, cropped alike, the instruction, and beside them a
+    picture with its caption; those for validation keep to themselves, and every picture has a turn.
+    """
+    pairs = open_pairs(own)
+    assert len(pairs.sides) == 6 and (pairs.sides == (64, 96)).all() and pairs.kind == 1
+    beside = Counter()
+    for index in range(6):
+        pictures, caption, instruction, _ = pairs.load(index, 64, 96)
+        i, expected, other = parts_of(instruction, caption)
+        assert torch.equal(pictures, torch.stack(expected))
+        assert pairs.validation[index] == (i in HELD) == (other in HELD)
+        assert (pairs.captions[index], pairs.instructions[index]) == (caption, instruction)
+        beside[other] += 1
+    assert beside.keys() == {1, 3, 5, *OTHERS} and max(beside.values()) == 2
+    close(pairs.to_pixels(pictures, "cpu"), pictures / 127.5 - 1)
+
+
+def test_more_pictures_than_edits(own):
+    """Edits repeat until every picture has been drawn, those of an edit's own size beside it."""
+    rows = [json.loads(line) for line in (own / "metadata.jsonl").read_text().splitlines()]
+    for i in range(20):
+        noise(f"new {i}", 64 if i % 2 else 96, 96 if i % 2 else 64).save(own / f"new {i}.png")
+        rows.append(dict(file_name=f"new {i}.png", text=f"a star {i}", split="train"))
+    for name in ("0.png", "before/0.png", "4.png", "before/4.png"):
+        noise(name, 64, 96).save(own / name)
+    (own / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = open_pairs(own)
+    assert len(pairs.sides) == 30  # 6 edits, 25 pictures
+    beside = {}
+    for index in range(30):
+        beside.setdefault(pairs.instructions[index], set()).add(pairs.captions[index])
+    assert beside.pop(LINES[4]) | beside.pop(LINES[5]) == {CAPTIONS[5], OTHERS[1]}  # held back
+    assert [len(beside[LINES[i]]) for i in range(4)] == [5] * 4
+    tall = beside.pop(LINES[0])
+    assert tall < {f"a star {i}" for i in range(1, 20, 2)}
+    for text in beside.values():
+        assert not text & {f"a star {i}" for i in range(1, 20, 2)}
+
+
+def test_what_each_stage_learns_from_own_edits(own, capsys):
+    """Instructions are no captions: they are read by the tower, about the picture before."""
+    def learned(stage):
+        data = Pictures(str(own), [64], alone(), Rules(0.0, 0.0, stage=stage))
+        return {(os.path.relpath(data.paths[i], own), text) for i, text in enumerate(data.captions)}
+
+    others = {(f"{text}.png", text) for text in OTHERS}
+    after = {(f"{i}.png", text) for i, text in LINES.items()}
+    assert learned("vae") == others | after and learned("edit") == after
+    assert "not drawn" not in capsys.readouterr().out
+    assert learned("image") == others | {(f"{i}.png", text) for i, text in CAPTIONS.items()}
+    assert "not drawn from text: 3 edits without a field caption\n" in capsys.readouterr().out
+    assert learned("understand") == others | {
+        (f"before/{i}.png", f"{text} {CAPTIONS.get(i, '')}".strip()) for i, text in LINES.items()}
+
+
+@pytest.mark.parametrize("tower", ("small", "published", "text"))
+def test_training_on_own_edits(tower, own, init):
+    """Each batch holds what the files show, for all kinds of towers; none is for validation."""
+    model = make_published(InternVision) if tower == "published" else MoS.from_pretrained(init)
+    if tower == "text":
+        model.understanding.vision = None
+        model.config.edit_inputs = ("generation",)
+    pairs = open_pairs(own)
+    stage = EditStage(model, Mixture([pairs]), settings("edit", batch=8, prompt_dropout=0.0,
+                                                         data=str(own), steps=9), alone())
+    stage.begin(0)
+    seen = set()
+    for step in range(2):
+        inputs = stage.inputs(step)
+        scene, prompts, *_, images, before, after, instructions, _, _, explore = inputs
+        places = {"small": 24, "published": 4, "text": 0}[tower]  # of image tokens
+        in_text = 4 if tower == "published" else 0
+        assert explore.shape[1] == instructions.shape[1] + places - in_text
+        for b in range(4):
+            texts = [model.tokenizer.decode(id for id in ids[1:] if id > 0)
+                     for ids in (prompts[b], instructions[b])]
+            i, pictures, other = parts_of(texts[1].removeprefix(in_text * "<image> " + ": "),
+                                          texts[0])
+            assert i not in HELD and other not in HELD
+            seen |= {i, other}
+            pixels = torch.stack(pictures) / 127.5 - 1
+            with torch.no_grad():
+                latents = model.vae.encode(pixels)
+            close(torch.stack((before[b], after[b], scene[b])), latents, rtol=1e-4, atol=1e-5)
+            shown = pixels[:1]
+            if tower == "published":
+                shown, _ = model.understanding.vision.resize(shown)
+            close(images[b], shown[0])
+    assert seen == {0, 1, 2, 3, "two red rings"}
+    loss, metrics = stage(*inputs)
+    assert loss.item() == pytest.approx((metrics["draw"] + metrics["edit"]).item() / 2)
+    size = scene.shape[2:]
+    forward = (model.flops(prompts.shape[1], size)
+               + model.flops(instructions.shape[1] + places - in_text, size, edit=True))
+    assert stage.flops() == pytest.approx(2 * 3 * 4 * forward)
+
+
+def test_validation_on_own_edits(own, init, tmp_path, monkeypatch):
+    """val_edit and the sheet are of edits that are held back: before, edited, and as it should be.
+    """
+    model = MoS.from_pretrained(init)
+    stage = EditStage(model, Mixture([open_pairs(own)]), settings("edit", batch=8), alone())
+    stage.begin(0)
+    held = sorted(HELD - {*OTHERS})
+    assert [text for _, text in stage.val_texts] == [LINES[i] for i in held]
+    before = [Image.fromarray(middle(noise(f"before {i}", height=80)).permute(1, 2, 0).numpy())
+              for i in held]
+    calls = []
+    monkeypatch.setattr(model, "generate", lambda prompts, **_: pictures(2, 64, 96))
+    monkeypatch.setattr(model, "edit", lambda *given, **_: calls.append(given) or before[::-1])
+    values = stage.validate(7, tmp_path)
+    assert calls == [(before, [LINES[i] for i in held])]
+    assert not any(name.startswith("edits") for name in values)
+    drawn = [noise(name) for name in (5, OTHERS[1])]
+    with torch.no_grad():
+        source, target, other = (model.vae.encode(to_pixels(images)) for images in
+                                 (before, [noise(i) for i in held], drawn))
+        losses = scores.losses_by_time(model, other,
+                                       model.tokenizer.batch([CAPTIONS[5], OTHERS[1]]))
+        assert values["val_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
+        tokens = model.tokenizer.batch([LINES[i] for i in held])
+        losses = scores.losses_by_time(model, target, tokens, to_pixels(before), source)
+        wanted = [to_image(picture) for picture in model.vae.decode(target)]
+    assert values["val_edit"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    sheet = Image.open(tmp_path / "edited_000007.png")
+    assert sheet.size == (196, 200)
+    rows = [[sheet.crop((left, top, left + 96, top + 64)) for left in (0, 100)]
+            for top in (0, 68, 136)]
+    assert same(sum(rows, []), [*before, *before[::-1], *wanted])
+
+
+@pytest.mark.parametrize("change, message", (
+    (dict(source=None), "no line of a metadata.jsonl has a source"),
+    (dict(source="laion"), "no line of a metadata.jsonl has a source"),  # where a picture is from
+    (dict(caption=None), "nothing to draw from text: every line is an edit"),
+    (dict(source="gone.png"), "6 of 6 samples cannot be used.*0.png: its source is not there"),
+    (dict(source="flat.png"), "0.png: its source: a side below 32 pixels"),
+    (dict(text=None), "0.png: its caption is empty"), (dict(source=5), "no line of a metadata")))
+def test_own_edits_that_cannot_be_used(change, message, own):
+    """A folder without edits, without anything to draw from text, or with broken sources."""
+    Image.new("RGB", (64, 16)).save(own / "flat.png")
+    rows = [json.loads(line) for line in (own / "metadata.jsonl").read_text().splitlines()]
+    rows = [{"caption": "a star"} | row | change for row in rows[:6]]
+    (own / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=message):
+        open_pairs(own)
+    tarfile.open(own / "a.tar", "w").close()
+    with pytest.raises(ValueError, match="no line of a metadata.jsonl has a source"):
+        open_pairs(own / "a.tar")
+
+
+def test_other_instructions_are_another_run(own):
+    """What a run has learned from is told by its instructions, too."""
+    first = Mixture([open_pairs(own)]).captions_digest()
+    text = (own / "metadata.jsonl").read_text()
+    (own / "metadata.jsonl").write_text(text.replace("make the circle red", "make the circle blue"))
+    assert Mixture([open_pairs(own)]).captions_digest() != first

@@ -36,7 +36,7 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SAMPLING = ((("schedule", "steps"), [(how, n) for how in SCHEDULES for n in (4, 8, 16, 25, 50)]),
             (("guidance",), [(1.0,), (2.0,), (3.0,), (5.0,)]),
             (("rescale",), [(0.0,), (1.0,)]))
-SHARED = ("memory", "prompt_lengths", "val", "val_prompts")  # arms use those of the first one
+SHARED = ("memory", "prompt_lengths", "val", "val_texts")  # arms use those of the first one
 OVERRIDES = {}  # settings of recipe laptop that tests change
 
 
