@@ -52,6 +52,19 @@ def test_options_of_the_choice_reach_the_model(monkeypatch):
     assert not any(torch.allclose(velocities[0], v, rtol=1e-3, atol=1e-3) for v in velocities[1:])
 
 
+def test_settings_of_sampling():
+    """What is not given comes from the configuration, guidance of edits from their own."""
+    model = make_model(sampling_steps=4, guidance=2.5, edit_guidance=1.25, image_guidance=1.75,
+                       rescale=0.25, schedule="linear-quadratic")
+    plain = dict(steps=4, guidance=2.5, rescale=0.25, schedule="linear-quadratic")
+    assert model.settings() == plain
+    assert model.settings(edit=True) == plain | dict(guidance=1.25, image_guidance=1.75)
+    given = dict(steps=9, guidance=7.0, rescale=0.0, schedule="uniform")
+    assert model.settings(**given) == given
+    edit = given | dict(image_guidance=3.0)
+    assert model.settings(edit=True, **edit) == edit
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("inputs, cls", ((("prompt", "latent", "time"), 1), (("prompt",), 0)))
 @pytest.mark.parametrize("tokenwise", (True, False))
