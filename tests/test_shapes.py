@@ -12,13 +12,14 @@ from itertools import combinations, permutations, product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scenes import ALL, AREAS, COLOUR, FEW, SHAPE, SIZE, facts, shows_held, thing
 
 from conftest import ROOT, make_config
 from data.sources import Mixture, build_tokenizer, collate
 from world import shapes
 from world.dataset import Shapes
-from world.judge import COLOUR_TOLERANCE, judge, same_scene
+from world.judge import judge, same_scene
 from world.scores import score_judge
 from world.shapes import (BACKGROUNDS, COLOURS, HELD_COLOURS, HELD_COUNTS, HELD_PAIRS, HELD_TRIPLES,
                           INVERSE, NUMBERS, RELATIONS, SHAPES, SIZES, TASKS, Prompt, Scene,
@@ -155,11 +156,129 @@ def test_judge_fails_in_between(monkeypatch):
         assert all(o.shape is o.size is None for seen in judge(drawn) for o in seen.objects)
     for a, b in combinations(COLOURS, 2):
         mixed = tuple((u + v) / 2 for u, v in zip(COLOURS[a], COLOURS[b]))
-        if min(math.dist(mixed, c) for c in COLOURS.values()) > COLOUR_TOLERANCE:
+        if min(math.dist(mixed, c) for c in COLOURS.values()) > 21:
             with monkeypatch.context() as patch:
                 patch.setitem(COLOURS, a, mixed)
                 drawn = show([s for s in FEW if s.objects[0].colour == a])
             assert all(o.colour is None for seen in judge(drawn) for o in seen.objects), (a, b)
+
+
+def disc(x, y, radius):
+    """The pixels of a disc."""
+    return torch.hypot(X - x, Y - y) < radius
+
+
+def specks(number, side):
+    """The pixels of squares in three rows of the lower right corner, where TRIO has nothing."""
+    return sum((abs(X - 76.5 - 7 * (i % 7)) < side / 2) & (abs(Y - 75.5 - 9 * (i // 7)) < side / 2)
+               for i in range(number)) > 0
+
+
+FAULTS = {
+    "a pixel": specks(1, 1), "twenty pixels": specks(20, 1), "a speck": specks(1, 3),
+    "twenty specks": specks(20, 3), "a small ghost": disc(96, 96, 3), "a ghost": disc(96, 96, 12),
+    "a large ghost": disc(96, 96, 19), "a line": abs(Y - 120.5) < 1,
+    "a second outline": disc(32, 38.4, 25) & ~disc(32, 38.4, 24),
+    "a pixel in a circle": disc(32.5, 38.5, 0.5), "a dot in a circle": disc(32, 38.4, 4),
+    "a dot in a square": disc(89.6, 38.4, 3), "a dot in a star": disc(38.4, 96, 3)}
+
+
+def shift(picture, where, levels):
+    """The picture, in a part of it lighter by so many levels, the distance of 8-bit RGB values."""
+    return torch.where(where, picture + levels / 3 ** 0.5 / 127.5, picture)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_judge_fails_from_twenty_levels_on(fault):
+    """Nineteen levels too light or dark pass, 21 fail, of any size, beside objects and in them."""
+    scene = Scene(TRIO, "gray")
+    picture, = show([scene])
+    for levels, passes in ((19, True), (21, False), (43, False)):
+        for sign in (1, -1):
+            seen, = judge(shift(picture, FAULTS[fault], sign * levels)[None])
+            assert same_scene(scene, seen, 128) == passes, (levels, sign, seen)
+            assert passes or seen.objects[3:] and None in seen.objects[-1]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_judge_fails_spots_of_other_colours(fault):
+    """Any spot that has the colour of another object or, in an object, of the background fails."""
+    scene = Scene(TRIO, "gray")
+    picture, = show([scene])
+    colours = *(COLOURS[name] for name in ("orange", "yellow", "white")), BACKGROUNDS["gray"]
+    spots = torch.tensor(colours).view(-1, 3, 1, 1) / 127.5 - 1
+    spots = spots if " in " in fault else spots[:-1]
+    for seen in judge(torch.where(FAULTS[fault], spots, picture)):
+        assert not satisfies(Prompt("", "", TRIO), seen), seen
+
+
+def test_judge_sees_from_three_pixels_beside_an_edge():
+    """21 levels in one pixel pass in an edge and up to two pixels beside it, and fail at three."""
+    scene = Scene((thing("large blue square", .5, .5),), "beige")
+    picture, = show([scene])
+    edge = 80  # the last column that the square covers, in part: 64 + 0.85 * 0.15 * 128 is 80.3
+    for row, column in ((64, edge), (edge, 64)):
+        for away in range(-4, 5):
+            y = row + away * (row == edge)
+            x = column + away * (column == edge)
+            pixel = (X == x + 0.5) & (Y == y + 0.5)
+            passes = bool(passing([scene], shift(picture, pixel, 21)[None]))
+            assert passes == (abs(away) <= 2), (away, y, x)
+
+
+@pytest.mark.parametrize("table, style, near, far", (
+    (COLOURS, "filled", 19, 21), (BACKGROUNDS, "filled", 19, 21), (COLOURS, "outlined", 40, 50)))
+def test_judge_names_near_colours(table, style, near, far, monkeypatch):
+    """What is a little greyer than a colour of the palette has its name, beyond that it has none."""
+    scenes = [s._replace(style=style) for s in FEW if s.objects[0].size == "large"]
+    for levels, passes in ((near, True), (far, False)):
+        with monkeypatch.context() as patch:
+            for name, colour in table.items():
+                greyer = tuple(v + math.copysign(levels / 3 ** 0.5, 127 - v) for v in colour)
+                patch.setitem(table, name, greyer)
+            drawn = render(pack(scenes))
+        for scene, seen in zip(scenes, judge(drawn)):
+            name = seen.objects[0].colour if table is COLOURS else seen.background
+            assert bool(name) == same_scene(scene, seen, 128) == passes, (scene, seen)
+
+
+@pytest.mark.parametrize("style", ("filled", "outlined"))
+def test_judge_fails_other_radii(style, monkeypatch):
+    """Radii two percent too small or too large pass, eight percent do not."""
+    scenes = [s._replace(style=style) for s in FEW]
+    for factor, passes in ((0.92, False), (0.98, True), (1.02, True), (1.08, False)):
+        with monkeypatch.context() as patch:
+            for size, radius in tuple(SIZES.items()):
+                patch.setitem(SIZES, size, radius * factor)
+            drawn = show(scenes)
+        for scene, seen in zip(scenes, judge(drawn)):
+            assert same_scene(scene, seen, 128) == passes, (factor, scene)
+
+
+def test_judge_fails_bites_and_blurs():
+    """Bites of two pixels and a little blur pass, bites of four and edges without any line fail."""
+    circles = [s for s in ALL if s.objects[0].shape == "circle"]
+    left = [64 - 128 * SIZES[s.objects[0].size] for s in circles]
+    for radius, passes in ((2, True), (4, False)):  # around the leftmost point
+        bitten = [torch.where(disc(x, 64, radius), picture[:, :1, :1], picture)
+                  for x, picture in zip(left, show(circles))]
+        assert passing(circles, torch.stack(bitten)) == (circles if passes else []), radius
+    for sigma, passes in ((0.5, True), (3, False)):
+        blur = torch.exp(-torch.arange(-9, 10).square() / (2 * sigma ** 2))
+        blur = blur[:, None] * blur / blur.sum() ** 2
+        drawn = F.pad(show(FEW[::3]), [9] * 4, mode="replicate").flatten(0, 1)[:, None]
+        drawn = F.conv2d(drawn, blur[None, None]).view(-1, 3, 128, 128)
+        assert passing(FEW[::3], drawn) == (FEW[::3] if passes else []), sigma
+
+
+def test_judge_fails_five_objects():
+    """More objects than a scene can have are counted, though no drawing can be compared."""
+    corners = tuple(thing("small red circle", x, y) for x in (.2, .8) for y in (.2, .8))
+    middle = thing("small red circle", .5, .5)
+    four, fifth = show([Scene(corners, "gray"), Scene((middle,), "gray")])
+    seen, = judge(torch.where(disc(64, 64, 20), fifth, four)[None])
+    assert [o[:3] for o in seen.objects] == [middle[:3]] * 5
+    assert not satisfies(Prompt("", "", corners), seen)
 
 
 def test_judge_fails_a_fragment_of_another_colour():
@@ -362,8 +481,9 @@ def test_render_does_not_depend_on_the_batch(train):
         assert torch.equal(render(pack(scenes[::-1]), *size).flip(0), drawn)
         assert all(torch.equal(render(pack([s]), *size)[0], d) for s, d in zip(scenes, drawn))
     apart = lambda pairs: min(math.dist(a, b) for a, b in pairs)
-    assert apart(product(COLOURS.values(), BACKGROUNDS.values())) > COLOUR_TOLERANCE
-    assert apart(combinations(COLOURS.values(), 2)) > 2 * COLOUR_TOLERANCE
+    assert apart(product(COLOURS.values(), BACKGROUNDS.values())) > 45  # to be seen at all
+    assert apart(combinations(COLOURS.values(), 2)) > 2 * 45            # of outlines
+    assert apart(combinations(BACKGROUNDS.values(), 2)) > 2 * 20
 
 
 def test_tokenizer_knows_the_world(tokenizer):

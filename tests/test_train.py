@@ -494,7 +494,7 @@ def test_export(light, trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table, rows", (("scale-trap", 12), ("data-weights", 2),
+@pytest.mark.parametrize("table, rows", (("scale-trap", 16), ("data-weights", 2),
                                          ("sampling", 3)))
 def test_ablations(table, rows, light, trained, monkeypatch, capsys):
     """Each table of tools/ablate.py has its rows, with numbers."""
