@@ -489,7 +489,7 @@ def test_what_changes_a_picture(painter):
 def test_what_cannot_be_drawn_is_refused(painter):
     """A ValueError that names the setting."""
     for match, change in (
-            ("size .*48", dict(size=48)), ("size", dict(size=(32, 0))), ("steps", dict(steps=0)),
+            ("size .*32x48", dict(size=(32, 48))), ("size", dict(size=(32, 0))), ("steps", dict(steps=0)),
             ("guidance", dict(guidance=math.nan)), ("rescale", dict(rescale=1.1)),
             ("schedule", dict(schedule="quick")), ("list", dict(prompts="a star")),
             ("words", dict(prompts=["a star", " "])), ("'zebra'", dict(prompts=["a zebra"])),
