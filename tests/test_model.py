@@ -1,4 +1,4 @@
-"""What parts of a model compute, by value: places of tokens, options, sampled words, pixels."""
+"""Parts of a model by value: settings, places of tokens, what the router reads, words, pixels."""
 
 import numpy as np
 import pytest

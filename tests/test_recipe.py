@@ -408,6 +408,7 @@ def test_two_steps_are_adamw_written_out(stage, double, light, init, tmp_path, m
 def test_unseen_scenes_are_of_the_same_world(stage, begun):
     """Validation shows the training's size, tasks and grid, and what the stage trains on."""
     kind = begun(stage, tasks=("colours",), grid=8, seed=3)
+    assert kind.dataset.scenes.seed == 3
     world, = kind.unseen(6).sources
     assert type(world) is WORLDS[stage] and (world.size, world.seed, world.split) == (64, 3, "val")
     assert len(world.sides) == 6
