@@ -221,7 +221,7 @@ def test_crop_to_fill():
     pair = [Image.new("RGB", (300, 200), colour) for colour in ("black", "blue")]
     for image in pair:
         image.paste("red", (150, 100, 180, 110))
-    for height, width in ((64, 64), (96, 64), (64, 96), (128, 128)):
+    for height, width in ((64, 64), (96, 64), (64, 96), (32, 96), (128, 128)):
         found = [np.asarray(crop_to_fill(p, height, width))[..., 0] > 128 for p in pair]
         scale = max(width / 300, height / 200)
         rows, columns = np.nonzero(found[0])

@@ -207,10 +207,11 @@ def test_branches(model, guidance, image_guidance, branches):
         return forward(z, t, context, reference=reference)
 
     model.forward = spy
-    model.edit(pictures(1), TEXTS[:1], steps=1, guidance=guidance, image_guidance=image_guidance)
+    model.edit(pictures(1), TEXTS[:1], steps=1, negative="blue star", guidance=guidance,
+               image_guidance=image_guidance)
     reference, = model.vae.encode(to_pixels(pictures(1)))
     assert [real for real, *_ in seen] == [
-        *(FRONT + n for n in (4, 1)[:branches.count("I")]), *([1] if "0" in branches else [])]
+        *(FRONT + n for n in (4, 3)[:branches.count("I")]), *([3] if "0" in branches else [])]
     for branch, (_, z, own) in zip(branches, seen, strict=True):
         assert torch.equal(z, seen[0][1])
         assert own is None if branch == "0" else torch.equal(own, reference)

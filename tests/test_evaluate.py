@@ -274,6 +274,8 @@ def test_the_judge_sees_what_the_vae_keeps(monkeypatch):
              for rng in (random.Random(f"judge 0 {i}") for i in range(4))]
     true = shapes.render(shapes.pack(world), SIZE, SIZE)
     assert right == 0
+    lined = scores.score_judge(4, SIZE, SIZE, vae=Copy(0.0), split="val", style="outlined")
+    assert abs(lined[1] - decibels) > 0.1  # other pictures
     assert decibels == pytest.approx(10 * math.log10(4 / true.square().mean().item()), abs=1e-3)
     asked = []
     monkeypatch.setattr(scores, "score_judge", lambda number, height=128, width=128, **given: (
@@ -630,7 +632,9 @@ def test_every_flag_reaches_its_score(small, command, monkeypatch, tmp_path):
             positional = [value for value in given if not isinstance(value, MoS)]
             named.pop("failures", None)
             asked.setdefault(name, []).append((positional, named))
-            return 3 if name == "understanding" else {"row": {"seen": [1, 2, 2]}}
+            return 3 if name == "understanding" else {
+                "single object": {"seen": [2, 2, 2]},
+                "position": {"seen": [1, 2, 2], "held-out": [1, 2, 2]}}
         monkeypatch.setattr(scores, f"score_{name}", record)
     command(small, "--number", 6, "--pictures", 2, "--seed", 5, "--batch", 7, "--steps", 4,
             "--rescale", 0.5, "--image-guidance", 1.5, "--schedule", "linear-quadratic",
@@ -645,6 +649,8 @@ def test_every_flag_reaches_its_score(small, command, monkeypatch, tmp_path):
     data = json.loads((tmp_path / "a.json").read_text())
     assert data["scores"]["understanding"] == {
         "questions": {"seen": [3, 6, 6], "held-out": [3, 6, 6]}}
+    tasks = data["scores"]["tasks"]
+    assert tasks["overall"]["seen"][0] == 0.75 and tasks["overall of 1"]["seen"][0] == 0.5
     asked.clear()
     command(small, "--what", "tasks", "edits", "--tasks", "position", "--guidance", 2)
     assert asked.keys() == {"tasks", "edits"}

@@ -1,4 +1,4 @@
-"""What parts of a model compute, by value: places of tokens, options, sampled words, pixels."""
+"""Parts of a model by value: settings, places of tokens, what the router reads, words, pixels."""
 
 import numpy as np
 import pytest
@@ -52,6 +52,33 @@ def test_options_of_the_choice_reach_the_model(monkeypatch):
     assert not any(torch.allclose(velocities[0], v, rtol=1e-3, atol=1e-3) for v in velocities[1:])
 
 
+def test_impossible_settings_are_refused():
+    """Too many states, unknown inputs and options, widths that do not fit: clear ValueErrors."""
+    with pytest.raises(ValueError, match="k=6 .* M=5"):
+        select(torch.rand(1, 1, 5, 1), 6)
+    for match, changes in (("k=6 .* und_depth=5", dict(k=6)), ("k must .* 0", dict(k=0)),
+                           ("state_norm .* pre, post.*'both'", dict(state_norm="both")),
+                           ("epsilon .*1.5", dict(epsilon=1.5)), ("schedule", dict(schedule="no")),
+                           ("inputs.*sound", dict(router_inputs=("prompt", "sound"))),
+                           ("hold .*prompt", dict(router_inputs=("latent",))),
+                           ("heads .*router", dict(router_width=48))):
+        with pytest.raises(ValueError, match=match):
+            make_model(**changes)
+
+
+def test_settings_of_sampling():
+    """What is not given comes from the configuration, guidance of edits from their own."""
+    model = make_model(sampling_steps=4, guidance=2.5, edit_guidance=1.25, image_guidance=1.75,
+                       rescale=0.25, schedule="linear-quadratic")
+    plain = dict(steps=4, guidance=2.5, rescale=0.25, schedule="linear-quadratic")
+    assert model.settings() == plain
+    assert model.settings(edit=True) == plain | dict(guidance=1.25, image_guidance=1.75)
+    given = dict(steps=9, guidance=7.0, rescale=0.0, schedule="uniform")
+    assert model.settings(**given) == given
+    edit = given | dict(image_guidance=3.0)
+    assert model.settings(edit=True, **edit) == edit
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("inputs, cls", ((("prompt", "latent", "time"), 1), (("prompt",), 0)))
 @pytest.mark.parametrize("tokenwise", (True, False))
@@ -66,6 +93,14 @@ def test_where_the_router_reads_its_logits(tokenwise, inputs, cls):
     S = tokens.shape[1]
     read = seen[0][:, -S:] if tokenwise else seen[0][:, [cls] * S]
     close(logits, R.logits(R.norm(read)).view(2, S, 5, 3), **TIGHT)
+
+
+def test_states_are_cast_once(model):
+    """Under autocast the states come in the type of the products, so that no block casts them."""
+    tokens = model.tokenizer.batch(["a red circle", "two stars"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.understand(tokens).states.dtype == torch.bfloat16
+    assert model.understand(tokens).states.dtype == torch.float32
 
 
 @pytest.mark.parametrize("temperature", (0.5, 2.0))

@@ -15,8 +15,9 @@ from training import MODEL, WORDS, alone, prepare, settings, validate_on_few
 
 import config
 import stages
+from common import to_image
 from config import MoSConfig, TrainConfig, read_recipe
-from conftest import ROOT, make_config
+from conftest import ROOT, make_config, same
 from data.sources import Mixture, open_sources
 from data.states import Cache
 from mos import MoS, sample_t, unfilled
@@ -35,8 +36,8 @@ def init(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe") / "init"
     torch.manual_seed(0)
     model = MoS(make_config(**MODEL, epsilon=1.0), Tokenizer(WORDS))
-    for p in model.generation.parameters():
-        p.data.add_(0.05 * torch.randn_like(p))  # its output layer starts at zero
+    for p in [*model.generation.parameters(), *model.router.parameters()]:
+        p.data.add_(0.05 * torch.randn_like(p))  # the output layer starts at zero
     model.save_pretrained(folder)
     return folder
 
@@ -85,6 +86,14 @@ def test_settings_are_the_papers(recipe):
             assert (c.lr, c.final_lr * c.lr, c.warmup) == (1e-4, pytest.approx(1.5e-5), 4000)
             assert (c.batch, c.steps) == (2048, 400_000) and 0.999 <= c.ema < 1
             assert model.guidance == model.edit_guidance == 5.0
+
+
+def test_a_stages_own_value_goes_above_the_shared_one(tmp_path):
+    """[train] is for all stages, a stage's own table for it alone."""
+    text = (ROOT / "recipes" / "laptop.toml").read_text()
+    (tmp_path / "own.toml").write_text(text.replace("[vae]\n", "[vae]\nclip = 3.0\n"))
+    tables = read_recipe(str(tmp_path / "own.toml"))
+    assert [tables[stage]["clip"] for stage in config.STAGES] == [3.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("phase, size, t_sampling, shift, batch", (
@@ -307,6 +316,7 @@ def test_the_loss_of_stage_image(begun):
     stage = begun("image", batch=6)
     drawn = stages.Flow(*stage.inputs(0))._replace(
         t=torch.tensor([0.04, 0.17, 0.55, 0.58, 0.96, 0.999]))
+    assert drawn.tokens.shape[1] == stage.seen[0].bucket.length < MODEL["max_tokens"]
     losses = velocity_loss(stage.model, drawn)
     loss, metrics = stage(*drawn)
     assert loss.item() == pytest.approx(losses.mean(), rel=1e-4)
@@ -398,6 +408,7 @@ def test_two_steps_are_adamw_written_out(stage, double, light, init, tmp_path, m
 def test_unseen_scenes_are_of_the_same_world(stage, begun):
     """Validation shows the training's size, tasks and grid, and what the stage trains on."""
     kind = begun(stage, tasks=("colours",), grid=8, seed=3)
+    assert kind.dataset.scenes.seed == 3
     world, = kind.unseen(6).sources
     assert type(world) is WORLDS[stage] and (world.size, world.seed, world.split) == (64, 3, "val")
     assert len(world.sides) == 6
@@ -491,9 +502,11 @@ def test_the_validation_of_stage_edit(scored, monkeypatch):
     monkeypatch.setattr(scores, "score_tasks", lambda *_, tasks, **__: {
         task: {"seen": [1, 2, 2]} for task in tasks})
     table = {"seen, asked": [7, 8, 8], "seen, kept": [5, 8, 8], "seen, both": [4, 8, 8]}
-    monkeypatch.setattr(scores, "score_edits", lambda *_, **__: {
-        "add": table, "style": {row: [1, 8, 8] for row in table}})
-    stage, values, drawn = scored("edit", batch=8)
+    asked = []
+    monkeypatch.setattr(scores, "score_edits", lambda model, number, **given: asked.append(
+        (number, given["splits"])) or {"add": table, "style": {row: [1, 8, 8] for row in table}})
+    stage, values, drawn = scored("edit", batch=8, eval_prompts=3)
+    assert asked == [(3, ("seen",))]
     named = {name: value for name, value in values.items() if name.startswith("edits")}
     assert named == dict(edits=(4 + 1) / 16, edits_add=0.5, edits_style=0.125)
     world, vae = stage.unseen(8).sources[0], stage.model.vae
@@ -513,5 +526,7 @@ def test_the_validation_of_stage_edit(scored, monkeypatch):
     assert values["val_edit"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert values["val_loss"] == pytest.approx(np.mean(losses_by_time(stage.model, *stage.val)),
                                                rel=1e-4)
-    sources = [edits.edit_benchmark(kind, 1)[0] for kind in edits.TYPES]
-    assert [text for _, text in drawn[-1]] == [edit.text for edit in sources]
+    shown = [edits.edit_benchmark(kind, 1)[0] for kind in edits.TYPES]
+    assert [text for _, text in drawn[-1]] == [edit.text for edit in shown]
+    pictures = shapes.render(shapes.pack([edit.source for edit in shown]), 64, 64)
+    assert same([image for image, _ in drawn[-1]], [*map(to_image, pictures)])
