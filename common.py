@@ -252,9 +252,11 @@ def initialise(tower, seed=None):
     a parameter's values follow from seed and name; otherwise from the global random state.
     """
     for name, p in tower.named_parameters():
+        if p.is_meta:  # it has no memory yet
+            continue
         if seed is not None:
             torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        values = torch.empty(p.shape, device="meta" if p.is_meta else "cpu")
+        values = torch.empty(p.shape, device="cpu")
         tower.init_parameter(name, values)
         assign(p, values)
 

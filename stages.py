@@ -280,6 +280,7 @@ class ImageStage(Stage):
         c = self.c
         self.ahead = deque()
         self.prepare()
+        self.compare_with_vae()
         if c.states == "producer":
             self.states = Producer(self.model, c.init, c.tower_device or self.world.device)
         elif c.states != "step":
@@ -415,10 +416,35 @@ class ImageStage(Stage):
         pieces = data.pieces(self.model.config.max_tokens)
         pieces = [piece for piece in pieces if data.is_validation(piece)] or \
             [piece for piece in pieces if piece.source[0] == 0]
+        return self.load_largest(data, pieces, 256)
+
+    def load_largest(self, data, pieces, most):
+        """Return the tensors and captions of the first samples of the largest of some pieces."""
         piece = max(pieces, key=lambda piece: len(piece.index))
-        piece = piece._replace(source=piece.source[:256], index=piece.index[:256])
+        piece = piece._replace(source=piece.source[:most], index=piece.index[:most])
         (_, tensors, captions), = self.loader(data).batches([piece])
         return tensors, captions
+
+    def compare_with_vae(self):
+        """Print a warning where own pictures are not like those that the VAE was trained on.
+
+        Those have latents of mean 0 and standard deviation 1 in each channel. On average over the
+        channels, the size of the mean must be at most 0.5, and the deviation from 0.5 to 2.
+        """
+        data = self.dataset
+        pieces = [piece for piece in data.pieces(self.model.config.max_tokens)
+                  if piece.bucket.kind and not data.is_validation(piece)]
+        if not pieces:
+            return
+        (latents, *_), _ = self.load_largest(data, pieces, 64)
+        std, mean = torch.std_mean(latents.movedim(-3, 0).flatten(1), 1)       # (C,) each
+        mean = mean.abs().mean().item()
+        std = std.mean().item()
+        if mean > 0.5 or not 0.5 <= std <= 2:
+            self.world.print0(f"warning: the VAE was not trained on pictures like these: their "
+                              f"latents' mean is {mean:.2f} away from 0, and their standard "
+                              f"deviation is {std:.2f}, not 1 (averages over the channels); train "
+                              "it on them first (--stage vae), or take another (--vae-folder)")
 
     @torch.no_grad()
     def routing(self):

@@ -210,7 +210,8 @@ class Understanding(nn.Module):
         self.theta = theta
         self.rope_scaling = rope_scaling
         self.longest = longest
-        self.embedding = nn.Embedding(vocabulary, width)
+        # Not nn.Embedding(...): its own first values import the compiler on the meta device, 2 s.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(vocabulary, width), freeze=False)
         self.vision = vision
         self.image_token = image_token
         self.blocks = nn.ModuleList(

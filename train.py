@@ -125,8 +125,18 @@ class Log:
     def __init__(self, path, first_step):
         self.path, self.rows = path, []
         if first_step and path.is_file():
-            with path.open() as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+            self.rows = [row for row in self.read() if row["step"] <= first_step]
+
+    def read(self):
+        """Return the rows of the file, which a spreadsheet may have saved. Raises ValueError."""
+        try:
+            text = self.path.read_text("utf-8-sig")
+            delimiter = ";" if ";" in text.partition("\n")[0] else ","
+            return [row | {"step": int(float(row["step"]))}
+                    for row in csv.DictReader(text.splitlines(), delimiter=delimiter)]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path} is not the log that this program wrote; move it away, "
+                             "and a new one begins") from None
 
     def add(self, step, **values):
         """Add a row, and write the file anew."""

@@ -98,10 +98,10 @@ class Plan:
 
     def __init__(self, sources, *, lengths, weights, batch, seed, length_step=0):
         sides = [np.reshape(source.sides, (-1, 2)) for source in sources]  # (without end: one row)
-        self.training = [np.flatnonzero(~np.broadcast_to(source.validation, len(rows)))
-                         for source, rows in zip(sources, sides)]  # the samples that are drawn
-        lengths = [np.broadcast_to(length, len(rows))[training]
-                   for length, rows, training in zip(lengths, sides, self.training)]
+        self.training = [np.flatnonzero(~np.broadcast_to(source.validation, len(pairs)))
+                         for source, pairs in zip(sources, sides)]  # the samples that are drawn
+        lengths = [np.broadcast_to(length, len(pairs))[training]
+                   for length, pairs, training in zip(lengths, sides, self.training)]
         longest = max(length.max() for length in lengths)
         rows = []
         for k, (source, length) in enumerate(zip(sources, lengths)):

@@ -96,7 +96,6 @@ def open_as_seen(file):
         with Image.open(file) as image:
             turn = find_turn(image)
             scale_transparent_colour(image)
-            image.load()
             if image.mode[0] in WHITES:
                 image = scale_values(image)
             if image.has_transparency_data:
@@ -210,25 +209,26 @@ def list_entries(path):
     metadata = os.path.join(path, "metadata.jsonl")
     tars = [file for file in files if has_suffix(file, {".tar"})]
     if metadata in files:
-        entries = read_metadata(path, metadata)
-        used = {metadata, *(os.path.normpath(entry.path) for entry in entries)}
+        entries, read_entry = read_metadata(path, metadata), read_pair
+        used = {metadata, *(entry.path for entry in entries)}
     elif tars:
-        return tars, read_tar, [file for file in files if file not in tars]
+        entries, read_entry, used = tars, read_tar, set(tars)
     else:
-        entries = pair_with_texts(path, files)
+        entries, read_entry = pair_with_texts(path, files), read_pair
         used = {str(file) for entry in entries for file in (entry.path, entry.text)}
     if not entries:
         raise ValueError(f"{path} holds no pictures (.png, .jpg, .webp or another format that PIL "
                          "reads) and no *.tar")
-    return entries, read_pair, [file for file in files if file not in used]
+    used = {os.path.normpath(file) for file in used}
+    return entries, read_entry, [file for file in files if os.path.normpath(file) not in used]
 
 
 def read_metadata(folder, metadata):
     """Return the Entries of the lines of a metadata.jsonl. Raises ValueError."""
     def entry(fields):
         name = fields.pop("file_name")
-        text = fields.pop("text", None)
-        if not isinstance(text, str | None):
+        text = fields.pop("text", None) or ""
+        if not isinstance(text, str):
             raise TypeError
         return Entry(os.path.join(folder, name), os.path.normpath(name), text, fields)
     return read_json_lines(metadata, '{"file_name": ..., "text": ...}', entry)
@@ -471,9 +471,10 @@ def choose_validation(name, draws, holdout):
 # --- The data set ---
 
 class StringArray:
-    """Many strings in one block of memory, which data processes share; paths as the system has them.
+    """Many strings in one block of memory, which data processes share.
 
-    A list would be copied into each of them: reading an element writes its reference count.
+    A list would be copied into each of them: reading an element writes its reference count. Paths
+    keep bytes that are not UTF-8.
     """
 
     def __init__(self, texts):

@@ -246,7 +246,7 @@ def build_tower(folder, images=True):
     c = describe_tower(folder)
     config = read_json(folder)
     try:
-        vision = build_encoder(config) if images else None
+        vision = build_encoder({**config, "text_config": c}) if images else None
     except ValueError as e:
         raise ValueError(f"{folder}: {e}") from None
     rope = c["rope"]
@@ -325,8 +325,13 @@ class FolderTokenizer(Tokenizer):
         self.library.no_padding()
         self.library.no_truncation()
         self.folder = folder
+        self.chat = chat
         self.template = read_template(folder) if chat else None
         self.stops = read_stops(folder)
+
+    def __reduce__(self):
+        """Read the folder anew in another process: a template cannot be sent there."""
+        return FolderTokenizer, (self.folder, self.chat)
 
     def __len__(self):
         """Return how many rows an embedding must have: ids may have gaps."""
@@ -376,24 +381,41 @@ def read_stops(folder):
 
 @one_line_errors
 def read_template(folder):
-    """Return the function that puts a user's message into the chat template of a folder.
+    """Return the function that puts a user's message into the chat template of a folder."""
+    source = find_template(folder)
+    special_tokens = read_special_tokens(folder)
+    try:
+        template = make_sandbox().from_string(source)
+    except Exception as e:  # a template is a program of its own
+        raise ValueError(f"the chat template of {folder} is damaged: {e}") from None
 
-    It renders as transformers does. NOTE (ours): a template that asks for today's date gets a fixed
-    one, so that a prompt has the same states every day: that of Llama 3.2's own template.
+    def render(text, **options):
+        try:
+            return template.render(messages=[dict(role="user", content=text)], tools=None,
+                                   documents=None, add_generation_prompt=True, **special_tokens,
+                                   **options)
+        except Exception as e:
+            raise ValueError(f"the chat template of {folder} cannot be filled ({e}); leave out "
+                             "--und-chat") from None
+    return render
+
+
+def make_sandbox():
+    """Return the environment in which chat templates run, as in transformers.
+
+    NOTE (ours): a template that asks for today's date gets a fixed one, that of Llama 3.2's own
+    template, so that a prompt has the same states every day.
     """
     import jinja2.ext  # it comes with torch
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    source = find_template(folder)
-    special_tokens = read_special_tokens(folder)
 
     def raise_exception(message):
         """Templates call this for messages that they do not allow."""
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    def tojson(value, ensure_ascii=False, **options):
         """Jinja's own filter would sort keys, and change characters of HTML."""
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks the model's answers for training; here it changes nothing."""
@@ -407,20 +429,7 @@ def read_template(folder):
                                             extensions=[Generation, "jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = tojson
     sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": FIXED_DATE.strftime}
-    try:
-        template = sandbox.from_string(source)
-    except jinja2.TemplateError as e:
-        raise ValueError(f"the chat template of {folder} is damaged: {e}") from None
-
-    def render(text, **options):
-        try:
-            return template.render(messages=[dict(role="user", content=text)], tools=None,
-                                   documents=None, add_generation_prompt=True, **special_tokens,
-                                   **options)
-        except Exception as e:  # a template is a program of its own
-            raise ValueError(f"the chat template of {folder} cannot be filled ({e}); leave out "
-                             "--und-chat") from None
-    return render
+    return sandbox
 
 
 def find_template(folder):

@@ -64,6 +64,34 @@ def tower_tensors(config, seed=0):
             for name, shape in shapes.items()}
 
 
+def intern_tensors(vision, out_width, seed=0):
+    """Return the random tensors of an InternVL's image encoder, named as in transformers.
+
+    vision: its vision_config. out_width: of the language model.
+    """
+    width, hidden = vision["hidden_size"], vision["intermediate_size"]
+    patches = (vision["image_size"][0] // vision["patch_size"][0]) ** 2
+    shapes = {"vision_tower.embeddings.cls_token": (1, 1, width),
+              "vision_tower.embeddings.position_embeddings": (1, 1 + patches, width),
+              "vision_tower.embeddings.patch_embeddings.projection.weight": (
+                  width, 3, *vision["patch_size"]),
+              "vision_tower.embeddings.patch_embeddings.projection.bias": (width,)}
+    layers = {"multi_modal_projector.layer_norm": (4 * width,),
+              "multi_modal_projector.linear_1": (out_width, 4 * width),
+              "multi_modal_projector.linear_2": (out_width, out_width)}
+    for i in range(vision["num_hidden_layers"]):
+        block = f"vision_tower.encoder.layer.{i}."
+        shapes |= {f"{block}lambda_{n}": (width,) for n in (1, 2)}
+        layers |= {f"{block}layernorm_{place}": (width,) for place in ("before", "after")}
+        layers |= {f"{block}attention.{name}": (width, width)
+                   for name in ("q_proj", "k_proj", "v_proj", "projection_layer")}
+        layers |= {f"{block}mlp.fc1": (hidden, width), f"{block}mlp.fc2": (width, hidden)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
 def write_shards(folder, tensors, shards, name="model"):
     """Write tensors into several numbered files, and the index.json that names them."""
     parts = defaultdict(dict)
@@ -76,15 +104,20 @@ def write_shards(folder, tensors, shards, name="model"):
         tensor: file for file, part in parts.items() for tensor in part}))
 
 
-def write_tokenizer(folder, **config):
-    """Write a tokenizer of WORDS that, unlike ours, pads and truncates, and a chat template."""
+def write_tokenizer(folder, marks=(), **config):
+    """Write a tokenizer of WORDS that, unlike ours, pads and truncates, and a chat template.
+
+    marks: more special tokens.
+    """
+    words = [*WORDS, *marks]
+    special = [*WORDS[:5], *marks]
     options = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     bos = dict(SpecialToken=dict(id="<bos>", type_id=0))
     text = dict(Sequence=dict(id="A", type_id=0))
     write_json(folder, "tokenizer.json", dict(
         version="1.0", pre_tokenizer=dict(type="Whitespace"),
-        added_tokens=[dict(id=i, content=word, **options) for i, word in enumerate(WORDS[:5])],
-        model=dict(type="WordLevel", vocab={word: i for i, word in enumerate(WORDS)},
+        added_tokens=[dict(id=words.index(word), content=word, **options) for word in special],
+        model=dict(type="WordLevel", vocab={word: i for i, word in enumerate(words)},
                    unk_token="<pad>"),
         post_processor=dict(type="TemplateProcessing", single=[bos, text], pair=[bos, text, text],
                             special_tokens={"<bos>": dict(id="<bos>", ids=[1], tokens=["<bos>"])}),
@@ -106,6 +139,18 @@ def write_tower(folder, config=QWEN2, seed=0, shards=1):
         write_shards(folder, tensors, shards)
     write_json(folder, "config.json", config)
     write_tokenizer(folder)
+    return folder
+
+
+def write_internvl(folder, config):
+    """Write a random InternVL with its tokenizer, which marks the places of pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = config["text_config"]
+    tensors = {f"language_model.{name}": p for name, p in tower_tensors(text).items()}
+    save_file(tensors | intern_tensors(config["vision_config"], text["hidden_size"]),
+              folder / "model.safetensors")
+    write_json(folder, "config.json", config)
+    write_tokenizer(folder, marks=("<img>", "</img>", "<IMG_CONTEXT>"))
     return folder
 
 

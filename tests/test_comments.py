@@ -237,10 +237,14 @@ def run_stages(watch, folder):
     """The code of data and of all stages: a validation and a step of each, on a tiny model."""
     torch.manual_seed(0)
     MoS(make_config(**MODEL), Tokenizer(WORDS)).save_pretrained(folder / "init")
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "pictures" / "0.png")
+    (folder / "pictures" / "0.txt").write_text("a star")
     for stage in STAGES:
         flags = {} if stage == "vae" else dict(init=str(folder / "init"))
-        latents = dict(latents=str(folder / "latents")) if stage == "image" else {}
-        for more in ({}, latents)[:1 + bool(latents)]:
+        latents = dict(latents=str(folder / "latents"))
+        pictures = dict(data=str(folder / "pictures"))
+        for more in ({}, latents, pictures) if stage == "image" else ({},):
             trainer = prepare(stage, folder / stage, **flags, **more)
             watch({}, trainer.begin)
             watch({}, trainer.step, 0)

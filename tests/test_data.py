@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import random
 import shutil
 import struct
 import tarfile
@@ -21,13 +23,15 @@ import sample
 import stages
 import train
 from checkpoint import read_vocabulary, save_model
-from common import World
+from common import World, to_image
 from conftest import ROOT, make_config, make_model
 from data import buckets, latents, pictures, sources, states
 from data.buckets import Batch, Bucket, Plan, choose_resolutions, crop_to_fill, resolutions
 from data.pictures import Pictures, Rules, Where
 from data.sources import Mixture, Reader, parse_mixture
 from mos import MoS
+from tools import evaluate
+from world import shapes
 
 SIZES = ((64, 64), (96, 64), (64, 100), (70, 70), (140, 64))  # four buckets at 64 pixels
 
@@ -79,7 +83,8 @@ def make_shards(path, shards=2, each=4):
 
 
 def read(path, where=None, broken=1.0, world=None, holdout=0.0):
-    return Pictures(str(path), [64], world or alone(), Rules(broken, holdout, where and Where(where)))
+    rules = Rules(broken, holdout, where and Where(where))
+    return Pictures(str(path), [64], world or alone(), rules)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -445,7 +450,8 @@ def test_broken_shard(tmp_path, cut, kept, broken):
     ("none of its 1 samples", {"a.png": "junk", "a.txt": "words"}),
     ("none of its 1 samples", {"a.tar": "junk"}), ("no pictures", {"metadata.jsonl": "\n"}),
     ("line 3", {"metadata.jsonl": '{"file_name": "a.png", "text": "a"}\n\n{"file_name": \n'}),
-    ("a.png: no caption", {"metadata.jsonl": '{"file_name": "a.png"}'}),
+    ("b.png: no such file", {"metadata.jsonl": '{"file_name": "b.png"}'}),
+    ("a.png: its caption is empty", {"a.png": "", "metadata.jsonl": '{"file_name": "a.png"}'}),
     ("b.png: no such file", {"metadata.jsonl": '{"file_name": "b.png", "text": "a"}'}),
     ("line 1", {"metadata.jsonl": "[1]"}), ("line 1", {"metadata.jsonl": '{"text": "a"}'}),
     ("line 1", {"metadata.jsonl": '{"file_name": "a.png", "text": 5}'})))
@@ -454,8 +460,309 @@ def test_folder_says_what_is_wrong(tmp_path, message, files):
     for name, text in (files or {}).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
+    broken = 0.0 if ":" in message else 1.0
     with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
-        read(tmp_path / "none" if files is None else tmp_path, broken=0.0 if ":" in message else 1.0)
+        read(tmp_path / "none" if files is None else tmp_path, broken=broken)
+
+
+def test_files_in_folders(tmp_path, capsys):
+    """All formats of PIL, in any case and in subfolders, are found; hidden names are skipped.
+
+    A folder with a picture's name is none, a link to a folder is followed once, a name need not be
+    UTF-8, and what is not used is named.
+    """
+    one = b"\xff\x89" + b".png"  # no UTF-8
+    names = [b"a.PNG", b"b.gif", b"c.tiff", b"d.avif", b"e.jfif", b"sub/f.webp", b"sub/.hidden.png",
+             b"sub/.more/g.png", b"._a.png", b".DS_Store", one, b"x.png/h.bmp"]
+    forms = dict(gif="GIF", tiff="TIFF", avif="AVIF", jfif="JPEG", webp="WEBP", bmp="BMP")
+    folder = os.fsencode(tmp_path / "a")
+    for i, name in enumerate(names):
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        form = forms.get(name.decode("latin-1")[-4:].strip("."), "PNG")
+        with open(path, "wb") as file:
+            file.write(picture(i, (64, 64), form))
+        with open(os.path.splitext(path)[0] + (b".TXT" if i else b".txt"), "w") as file:
+            file.write(f"\ufeffpicture {i}\r\n")
+    for stray in ("notes.md", "clip.mp4", "paper.eps", "lonely.txt"):
+        (tmp_path / "a" / stray).write_text("")
+    (tmp_path / "a" / "sub" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "a" / "b.gif", tmp_path / "elsewhere" / "i.gif")
+    (tmp_path / "elsewhere" / "i.txt").write_text("picture 9")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    data = read(tmp_path / "a")
+    found = sorted(int(text.split()[1]) for text in data.captions)
+    assert found == [0, 1, 2, 3, 4, 5, 9, 10, 11] and not data.broken and data.total == 9
+    assert "not used: 4 (clip.mp4, lonely.txt, notes.md, paper.eps)" in capsys.readouterr().out
+    for i in range(9):
+        assert data.load(i, 64, 64)[0].shape == (3, 64, 64)
+    assert len(set(data.draws)) == 9 and (data.draws == read(f"{tmp_path}/a/").draws).all()
+    (tmp_path / "a" / "a.txt").unlink()
+    os.remove(os.path.splitext(os.path.join(folder, one))[0] + b".TXT")
+    with pytest.raises(ValueError, match=r"2 of 9 samples .*/\?\?.png: no caption .expected"):
+        read(tmp_path / "a", broken=0.1)
+
+
+def test_brackets_in_a_name(tmp_path):
+    """A tar that exists is read, whatever its name would mean as a pattern."""
+    for name in ("t[1].tar", "t1.tar"):
+        make_tar(tmp_path / name, {"0.png": picture(0), "0.txt": name.encode()})
+    assert list(read(tmp_path / "t[1].tar").captions) == ["t[1].tar"]
+    assert list(read(tmp_path / "t[0-9].tar").captions) == ["t1.tar"]
+
+
+def test_one_layout_of_a_folder(tmp_path, monkeypatch, capsys):
+    """metadata.jsonl comes before tars, tars before pairs; the rest is named."""
+    folder = make_folder(tmp_path / "a", 2)
+    make_tar(folder / "backup.tar", {"0.png": picture(0), "0.txt": b"of the tar"})
+    (folder / "8.png").write_bytes(picture(8))
+    (folder / "8.txt").write_text("a pair")
+    assert list(read(folder).captions) == [caption(0), caption(1)]
+    assert "files that are not used: 3 (8.png, 8.txt, backup.tar)" in capsys.readouterr().out
+    monkeypatch.chdir(folder)
+    assert read("./../a/.").paths[0].endswith("0.png")
+    assert "files that are not used: 3 (8.png, 8.txt, backup.tar)" in capsys.readouterr().out
+    (folder / "metadata.jsonl").unlink()
+    assert list(read(folder).captions) == ["of the tar"]
+    assert "not used: 4 (0.png, 1.png, 8.png, 8.txt)" in capsys.readouterr().out
+    (folder / "backup.tar").unlink()
+    with pytest.raises(ValueError, match="2 of 3 samples .*/0.png: no caption .expected 0.txt"):
+        read("./", broken=0.5)
+    assert list(read("./").captions) == ["a pair"]
+    assert "not used" not in capsys.readouterr().out
+
+
+def test_hidden_members_of_a_tar(tmp_path):
+    """What macOS adds to a tar is no sample; a leading ./ hides nothing."""
+    path = make_tar(tmp_path / "a.tar", {"./._0.png": b"", "./0.png": picture(0), "./0.txt": b"a",
+                                         ".git/1.png": picture(1), ".git/1.txt": b"b"})
+    data = read(path)
+    assert list(data.captions) == ["a"] and data.total == 1
+
+
+@pytest.mark.parametrize("content, reason", (
+    ("it\u2019s red".encode("cp1252"), "its caption is not in UTF-8"),
+    ("a red circle".encode("utf-16"), "its caption is not in UTF-8"),
+    ("a red circle".encode("utf-16-le"), "its caption is not in UTF-8"),
+    (b"\xef\xbb\xbf \r\n", "its caption is empty"), (None, "no caption"),
+    (b"a red circle " * 20, "its caption is too long"),
+    (b"a red zinnober", "its caption has words that the tower does not know")))
+def test_one_bad_caption(content, reason, world, tmp_path, capsys):
+    """It is left out and counted by reason; where it is one too many its file is named."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(picture(i))
+        (folder / f"{i}.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\n")
+    (folder / "1.txt").write_bytes(content) if content else (folder / "1.txt").unlink()
+    tokenizer = read_vocabulary(world / "init")
+    config = make_config(max_tokens=16)
+    c = settings("image", data=str(folder), max_broken=0.4)
+    dataset = sources.open_sources(c, config, alone(), tokenizer)
+    assert list(dataset.sources[0].captions) == ["a red circle"] * 2
+    assert f"left out of 3: 1 {reason}\n" in capsys.readouterr().out
+    c = settings("image", data=str(folder), max_broken=0.3)
+    with pytest.raises(ValueError, match=rf"1 of 3 .*--max-broken 0.3 allows: .*1.png: {reason}"):
+        sources.open_sources(c, config, alone(), tokenizer)
+
+
+def test_what_a_stage_needs_of_captions():
+    """The longest that fits; the VAE reads none, the tower's own stage knows every word."""
+    tokenizer = make_model().tokenizer
+    for stage, words in (("image", 15), ("understand", 14)):
+        fault = partial(sources.caption_fault, stage, tokenizer if stage == "image" else None, 16)
+        assert fault("red " * words) == ""
+        assert fault("red " * (words + 1)) == \
+            "its caption is too long (17 tokens; --max-tokens is 16)"
+        assert fault("zinnober").endswith("(unknown word 'zinnober')" * (stage == "image"))
+    assert sources.caption_fault("vae", None, 16, "zinnober " * 99) == ""
+
+
+@pytest.mark.parametrize("name", ("metadata.jsonl", "prompts.jsonl"))
+def test_lines_of_json(name, tmp_path):
+    """A mark in front, Windows' ends of lines and empty lines are read; other encodings are named.
+    """
+    def read_lines():
+        if name == "prompts.jsonl":
+            return [entry["prompt"] for entry in evaluate.read_prompts(tmp_path / name)]
+        return [entry.text for entry in pictures.read_metadata(str(tmp_path), str(tmp_path / name))]
+    row = {"file_name": "0.png", "text": "caf\u00e9\u2028", "prompt": "caf\u00e9\u2028", "tag": "x",
+           "include": []}
+    line = json.dumps(row, ensure_ascii=False)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\r\n{line}\r\n\r\n".encode())
+    assert read_lines() == ["caf\u00e9\u2028"] * 2
+    for encoding, byte in (("utf-16", "0 is 0xff"), ("cp1252", "35 is 0xe9")):
+        content = line.replace("\u2028", "").encode(encoding)
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is not in UTF-8 .byte {byte}.; save it in"):
+            read_lines()
+    (tmp_path / name).write_bytes(line.encode() + b"\n{\n")
+    with pytest.raises(ValueError, match=f"{name}, line 2: expected .*, got '{{'"):
+        read_lines()
+
+
+# ------------------------------------------------------------------------------------------------
+# Validation
+
+def test_which_pictures_are_held_back(tmp_path):
+    """A share by the hash of the name in the data set: a longer list, another place change nothing.
+    """
+    draws = [pictures.draw(f"{i}.png", {}) for i in range(4000)]
+    assert all(0 <= number < 1 for number in draws) and abs(np.mean(draws) - 0.5) < 0.02
+    held = pictures.choose_validation("", draws, 0.05)
+    assert abs(held.mean() - 0.05) < 0.011 and (held == (np.array(draws) < 0.05)).all()
+    assert (pictures.choose_validation("", draws[:1000], 0.05) == held[:1000]).all()
+    assert pictures.draw("0.png", {}) == draws[0] == 0.059170504566282034
+    assert not pictures.choose_validation("", draws, 0.0).any()
+    folder, shards = make_folder(tmp_path / "a", 3), make_shards(tmp_path / "b", 2, 2)
+    assert list(read(folder).draws) == draws[:3]
+    shutil.move(folder, tmp_path / "moved")
+    assert list(read(tmp_path / "moved").draws) == draws[:3]
+    assert list(read(shards).draws) == list(read(f"{shards}/*.tar").draws) == [
+        pictures.draw(f"{i // 2:03d}.tar/{i:04d}.png", {}) for i in range(4)]
+
+
+def test_few_pictures_train():
+    """Where the share is less than one picture, or all of them, none is held back."""
+    for draws, held in (([0.01], 0), ([0.01] * 19, 0), ([0.01] * 20, 0), ([0.01, *[0.9] * 18], 0),
+                        ([0.01, *[0.9] * 19], 1)):
+        assert pictures.choose_validation("", draws, 0.05).sum() == held
+
+
+def test_split_decides(tmp_path):
+    """A field "split" other than train holds a sample back, even with --holdout 0."""
+    folder = make_folder(tmp_path / "a", 4)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().split("\n")]
+    for row, split in zip(rows, ("train", "test", None, "validation")):
+        row["split"] = split
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for holdout in (0.0, 0.5):
+        validation = read(folder, holdout=holdout).validation.tolist()
+        assert validation[:2] + validation[3:] == [False, True, True]
+    (folder / "metadata.jsonl").write_text(json.dumps({**rows[0], "split": "test"}))
+    with pytest.raises(ValueError, match='split of all 1 samples .*some with "split": "train"'):
+        read(folder)
+
+
+def test_plan_without_what_is_held_back():
+    """No held-back sample is drawn, all others are once an epoch; shards and lengths are theirs."""
+    rng = np.random.default_rng(0)
+    validation = rng.random(60) < 0.3
+    one = SimpleNamespace(sides=np.full((60, 2), 64), kind=1, shard=np.arange(60) // 6,
+                          validation=validation)
+    lengths = np.where(validation, 99, np.arange(60) % 20)
+    plan = Plan([one], lengths=[lengths], weights=[1], batch=1, seed=0)
+    training = np.flatnonzero(~validation)
+    drawn = np.concatenate([b.index for b in plan.batches(0, 2 * len(training))])
+    assert (np.sort(drawn.reshape(2, -1), 1) == training).all()
+    assert plan.buckets == [Bucket(1, 64, 64, lengths[training].max())]
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """A folder in which the even pictures train and are dark, and the odd ones are bright."""
+    folder = make_folder(tmp_path_factory.mktemp("halves") / "a", 8)
+    rows = []
+    for i in range(8):
+        Image.new("RGB", (64, 64), (200 * (i % 2),) * 3).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": caption(i),
+                     "split": "val" if i % 2 else "train"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+@pytest.mark.parametrize("where", ("memory", "step", "disk"))
+def test_latents_that_are_held_back(where, halves, world, light, tmp_path, monkeypatch, capsys):
+    """Training never sees them, and validation sees them only, from wherever latents come."""
+    seen = []
+    monkeypatch.setattr(stages.ImageStage, "forward", lambda self, z0, *rest: seen.append(z0) or (
+        self.model.loss(z0, *rest[:4]).mean(), {"bins": torch.ones(10), "counts": torch.ones(10)}))
+    where = str(tmp_path / "latents") if where == "disk" else where
+    for again in range(1 + (where not in ("memory", "step"))):
+        trainer = prepare("image", tmp_path / f"out{again}", init=str(world / "init"), data=halves,
+                          latents=where, steps=2)
+        train.run_stage(trainer)
+        vae = trainer.model.vae
+        dark, bright = (vae.encode(torch.full((1, 3, 64, 64), level / 127.5 - 1)) for level in
+                        (0, 200))
+        z0, tokens = trainer.stage.val
+        torch.testing.assert_close(z0, bright.expand_as(z0), rtol=0.02, atol=0.02)
+        assert len(z0) == 4 and set(trainer.stage.val_prompts) == {caption(1)}
+        for batch in seen:
+            torch.testing.assert_close(batch, dark.expand_as(batch), rtol=0.02, atol=0.02)
+    assert len(seen) == 2 * (again + 1)
+    assert "a: 4 of 8 pictures are held back for validation\n" in capsys.readouterr().out
+
+
+def test_first_stages_hold_back_too(halves, tmp_path, monkeypatch):
+    """The VAE and the tower train on the even pictures and validate on the odd ones.
+
+    The statistics of latents are those of training pictures, the vocabulary that of all captions.
+    """
+    monkeypatch.setattr(train, "product_rate", lambda _: 1e12)
+    trainer = prepare("vae", tmp_path, data=halves, steps=1, max_tokens=16)
+    trainer.begin()
+    stage, vae = trainer.stage, trainer.model.vae
+    assert (stage.inputs(0)[0] == -1).all()
+    stage.complete()
+    assert stage.val.shape == (4, 3, 64, 64) and (stage.val > 0.5).all()
+    dark = vae.posterior(torch.full((4, 3, 64, 64), -1.0))[0]
+    torch.testing.assert_close(vae.latents_mean.flatten(), dark.mean((0, 2, 3)))
+    stage = prepare("understand", tmp_path, data=halves, steps=1, max_tokens=16).stage
+    assert "blue" in stage.model.tokenizer.words  # of held-back captions alone
+    stage.begin(0)
+    assert (stage.inputs(0)[0] == -1).all() and (stage.validation_batch(3)[0] > 0.5).all()
+    assert len(stage.validation_batch(3)[0]) == 3
+
+
+def test_validation_on_training_pictures(world, light, tmp_path, capsys):
+    """With --holdout 0 a line says so, and --holdout cannot change when a run goes on."""
+    go(world, tmp_path / "out", data=f"{world}/a", holdout=0.0, steps=1)
+    text = capsys.readouterr().out
+    assert "0 of 9 pictures are held back" in text
+    assert "no picture is held back: validation is on training pictures\n" in text
+    with pytest.raises(ValueError, match="holdout is 0.0 in .* and cannot become 0.1"):
+        go(world, tmp_path / "out", data=f"{world}/a", holdout=0.1, steps=2, resume=True)
+
+
+def test_shorter_captions_than_those_of_stored_latents(world, light, tmp_path, capsys):
+    """Captions in a folder of latents are left out like others; beside pictures it is refused."""
+    own = tmp_path / "a"
+    shutil.copytree(world / "a", own)
+    changes = dict(data=str(own), latents=str(tmp_path / "latents"), steps=1)
+    go(world, tmp_path / "one", **changes)
+    changes |= dict(max_tokens=6, max_broken=0.5)
+    with pytest.raises(ValueError, match="made with another pictures or captions"):
+        go(world, tmp_path / "two", **changes)
+    shutil.rmtree(own)
+    with pytest.raises(ValueError, match="4 of 9 samples .*: sample 1: its caption is too long"):
+        go(world, tmp_path / "two", **{**changes, "max_broken": 0.4})
+    capsys.readouterr()
+    go(world, tmp_path / "two", **changes)
+    assert "left out of 9: 4 its caption is too long\n" in capsys.readouterr().out
+
+
+def test_pictures_far_from_the_vae(tmp_path, capsys):
+    """The VAE in weights warns of noise, but not of the small world's own pictures."""
+    rng = np.random.default_rng(0)
+    fine = shapes.pack([shapes.draw_scene(random.Random(i), "dense") for i in range(4)])
+    fine = shapes.render(fine, 64, 64)
+    noise = rng.normal(size=(4, 64, 64, 3)).cumsum(1).cumsum(2)  # as smooth as photographs
+    noise = torch.from_numpy(noise / abs(noise).max()).permute(0, 3, 1, 2)
+    model = MoS.from_pretrained(ROOT / "weights", parts=("vae",))
+    for name, images in (("fine", fine), ("noise", noise)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            to_image(image).save(tmp_path / name / f"{i}.png")
+            (tmp_path / name / f"{i}.txt").write_text("a star")
+        c = settings("image", data=str(tmp_path / name), sizes=("64",))
+        dataset = sources.open_sources(c, model.config, alone(), model.tokenizer)
+        stages.ImageStage(model, dataset, c, alone()).compare_with_vae()
+        printed = capsys.readouterr().out
+        assert ("warning: the VAE was not trained on pictures like these" in printed) == (
+            name == "noise")
+        assert ("train it on them first (--stage vae)" in printed) == (name == "noise")
 
 
 def test_processes_share_the_index(tmp_path):
@@ -533,6 +840,9 @@ def test_parse_mixture(tmp_path):
     assert parse_mixture("x/a=3,shapes=0.5") == {"x/a": 3, "shapes": 0.5}
     (tmp_path / "a=1").mkdir()
     assert list(parse_mixture(str(tmp_path / "a=1"))) == [str(tmp_path / "a=1")]
+    for text in ("", "  "):
+        with pytest.raises(ValueError, match="^data is empty; expected shapes, a folder of"):
+            parse_mixture(text)
     for text in ("a=0", "a=-1", "a=x", "a=1,b", "a=1,a=2", "=1", "a=nan", "a=inf"):
         with pytest.raises(ValueError, match="data: expected path=weight"):
             parse_mixture(text)

@@ -481,7 +481,7 @@ def test_what_is_not_overwritten(init, tmp_path):
     can write again.
     """
     (tmp_path / "mos.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="already holds a run of stage edit"):
+    with pytest.raises(ValueError, match="stage edit would overwrite .*mos.safetensors"):
         prepare("edit", tmp_path, init=str(init))
     (tmp_path / "checkpoints/image").mkdir(parents=True)
     trainer = prepare("edit", tmp_path, init=str(init))

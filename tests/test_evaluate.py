@@ -235,16 +235,21 @@ def test_a_caption_that_is_none_is_not_true(monkeypatch):
 def test_the_counts_of_genevals_tasks(monkeypatch):
     """Without a number each task has as many prompts as GenEval has; dense ones are DPG's."""
     asked = []
-    monkeypatch.setattr(shapes, "benchmark", lambda task, count, *_: asked.append(
-        (task, count)) or [])
-    monkeypatch.setattr(scores, "dense_benchmark", lambda count, *_: asked.append(count) or [])
-    monkeypatch.setattr(edits, "edit_benchmark", lambda type, count, *_: asked.append(count) or [])
+    monkeypatch.setattr(shapes, "benchmark", lambda *given: asked.append(given) or [])
+    monkeypatch.setattr(scores, "dense_benchmark", lambda *given: asked.append(given) or [])
+    monkeypatch.setattr(edits, "edit_benchmark", lambda *given: asked.append(given) or [])
     monkeypatch.setattr(scores, "draw_and_judge", lambda *_, **__: [])
-    scores.score_tasks(None, splits=("seen",))
-    scores.score_dense(None, splits=("seen",))
-    scores.score_edits(None, splits=("seen",), types=("add",))
-    assert asked == [("single object", 80), ("two objects", 99), ("counting", 80), ("colours", 94),
-                     ("position", 100), ("attribution", 100), 1065, 100]
+    scores.score_tasks(None, seed=4)
+    counts = {"single object": 80, "two objects": 99, "counting": 80, "colours": 94,
+              "position": 100, "attribution": 100}
+    every = [(task, count, 4, held) for task, count in counts.items() for held in (False, True)]
+    every.remove(("single object", 80, 4, True))  # one shape is no combination
+    assert asked == every
+    del asked[:]
+    scores.score_dense(None, seed=4)
+    scores.score_edits(None, seed=4, types=("add",))
+    assert asked == [(1065, 4, False), (1065, 4, True), ("add", 100, 4, False),
+                     ("add", 100, 4, True)]
 
 
 class Copy(torch.nn.Linear):

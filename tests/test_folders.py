@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from checkpoint import fingerprint, load_parts, read_tokenizer
 from config import read_config
 from conftest import SMALL, make_config
 from mos import MoS
-from pretrained.folders import REQUEST, FolderTokenizer, load_tower, load_vae
+from pretrained.folders import REQUEST, FolderTokenizer, build_tower, load_tower, load_vae
 from tools import evaluate
 from towers import Tokenizer
 
@@ -58,6 +59,8 @@ def test_tokenizer(parts):
     chat = FolderTokenizer(parts["und_folder"], chat=True)
     assert chat.encode("a red") == [1, 3, 5, 6, 2, 4]
     assert chat.encode("") == [1, 3, 2, 4]
+    for one in (tokenizer, chat):  # as a second process gets it, that of --states producer
+        assert pickle.loads(pickle.dumps(one)).encode("a red") == one.encode("a red")
 
 
 SAY = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -194,6 +197,11 @@ def test_vision_without_a_placeholder(parts, tmp_path):
                | dict(downsample_ratio=0.25))
     with pytest.raises(ValueError, match="und: its config.json has downsample_ratio 0.25"):
         load_tower(folder)
+    write_json(folder, "config.json", dict(vision_config=vision, image_token_id=3,
+                                           text_config=dict(model_type="qwen2")))
+    with torch.device("meta"):  # a width that is left out holds for both
+        tower = build_tower(folder)
+    assert tower.vision.projector[2].out_features == len(tower.norm.weight) == 4096
 
 
 def test_hidden_files(parts, tmp_path):
@@ -274,10 +282,10 @@ def test_rewriting(checkpoint, model):
     assert prompts == ["a red circle"]
     assert text == published.rewrite("a red circle")
     assert len({published.rewrite("a red circle", 5.0, seed) for seed in range(4)}) > 1
-    model.tokenizer.stops = ()  # a small tower that was not trained to rewrite continues the prompt
     published.understanding.write = lambda *_: iter(())
     assert published.rewrite("a red circle") == "a red circle"
-    text = model.rewrite("a red circle")
+    model.understanding.write = lambda tokens, limit, *_: iter([5] * limit)
+    text = model.rewrite("a red circle")  # a tower that was not trained to rewrite continues it
     assert text.startswith("a red circle ")
     assert len(model.tokenizer.encode(text)) == model.config.max_tokens
     tokenizer = Tokenizer(["in", "detail", ":", "a", "red", "circle"])  # of one that was
@@ -348,12 +356,18 @@ def test_named_by_folders_alone(smollm2, command, capsys, monkeypatch, tmp_path)
     assert message == (f"error: ../run/config.json names {tmp_path}/parts/tower as its und_folder, "
                        "which is no folder; give its place with --und-folder, or correct it in "
                        "that file")
+    message = stop(command, capsys, sample, *draw, "--und-folder", "no", "--vae-folder", "no")
+    assert message.startswith("error: no tokenizer.json in no: give a model in Hugging Face's")
     command(sample, *draw, "--und-folder", "../moved/tower", "--vae-folder", "../moved/vae")
     assert Path("out.png").read_bytes() == drawn
     monkeypatch.chdir(tmp_path)
     command(train, "--resume", "--out", "run", "--und-folder", "moved/tower", "--steps", 3,
             "--vae-folder", "moved/vae")
     assert read_config("run").und_folder == str(tmp_path / "moved/tower")
+    write_tower(tmp_path / "other", SMOLLM2, seed=1)
+    message = stop(command, capsys, train, "--resume", "--out", "run", "--und-folder", "other",
+                   "--steps", 4)
+    assert "another understanding tower" in message
 
 
 @pytest.mark.parametrize("setting, value, found", (

@@ -315,6 +315,23 @@ def test_pictures_and_logs_do_not_end_a_run(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_logs_from_a_spreadsheet(tmp_path):
+    """A log that a spreadsheet has saved is read; what is no log is refused by its name."""
+    path = tmp_path / "vae.csv"
+    log = train.Log(path, 0)
+    for step in (1, 2, 3):
+        log.add(step, loss=step / 2)
+    saved_again = "\ufeff" + path.read_text().replace(",", ";").replace("1;", "1.0;", 1)
+    for text in (path.read_text(), saved_again):
+        path.write_text(text, "utf-8")
+        rows = train.Log(path, 2).rows
+        assert [(row["step"], row["loss"]) for row in rows] == [(1, "0.5"), (2, "1")]
+    for text in ("step;loss\nx;1\n", "a,b\n1,2\n", "step,loss\n,\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="vae.csv is not the log .* move it away"):
+            train.Log(path, 2)
+
+
 def test_a_lost_reader_does_not_end_a_run(monkeypatch):
     """Where nobody reads standard output any more, training goes on in silence."""
     reading, writing = os.pipe()

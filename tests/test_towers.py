@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from published import tower_tensors, write_json, write_tower
+from published import tower_tensors, write_internvl, write_json, write_tower
 from safetensors.torch import load_file, save_file
 
 from conftest import SMALL as SMALL_MODEL
@@ -177,27 +177,6 @@ def test_no_folder(folder):
         load_tower(folder)
 
 
-def edit_with(folder):
-    """Check that pictures of any size reach the tower of a folder through MoS.edit."""
-    special = {"<img>": 58, "</img>": 59, "<IMG_CONTEXT>": 60}
-    words = {str(i): i for i in range(58)} | special
-    added = [dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False,
-                  normalized=False, special=True) for token, i in special.items()]
-    (folder / "tokenizer.json").write_text(json.dumps(dict(
-        added_tokens=added, pre_tokenizer=dict(type="Whitespace"),
-        model=dict(type="WordLevel", vocab=words, unk_token="0"))))
-    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
-    config = make_config(**SMALL_MODEL | dict(und_width=48, und_depth=3, und_folder=str(folder),
-                                            edit_inputs=("understanding",)))
-    model = MoS(config, FolderTokenizer(folder)).eval()
-    load_tower_weights(folder, model.understanding)
-    torch.nn.init.normal_(model.generation.head.weight)
-    pictures = [Image.new("RGB", (64, 32), colour) for colour in ("red", "blue")]
-    edited = [model.edit([picture], ["3 4 5"])[0] for picture in pictures]
-    assert edited[0].size == (64, 32)
-    assert edited[0].tobytes() != edited[1].tobytes()
-
-
 def test_shards_of_an_index(folder):
     """The files that index.json names are read, and no others; a missing one is named."""
     expected = load_tower(folder).state_dict()
@@ -330,6 +309,26 @@ def test_pictures(tmp_path):
                              max_new_tokens=8, do_sample=False)
     ids = list(tower.write(tokens[:1], 8, (), images=2 * images[:1] - 1))
     assert ids == written[0, -8:].tolist()
-    edit_with(tmp_path)
     with pytest.raises(ValueError, match=r"4 image tokens, but the texts have \[4, 0\] place"):
         tower.embed(tokens.where(torch.tensor([[True], [False]]), 1), images)
+
+
+@pytest.mark.parametrize("named", (True, False))
+def test_edits_with_a_published_tower(named, tmp_path):
+    """Pictures of any size reach the tower of a folder, whose placeholder either file may name."""
+    pytest.importorskip("tokenizers")
+    vision = dict(model_type="internvl_vision", hidden_size=32, num_hidden_layers=2,
+                  num_attention_heads=4, intermediate_size=48, image_size=[56, 56],
+                  patch_size=[14, 14])
+    text = SMALL | dict(model_type="qwen2", vocab_size=17, eos_token_id=2)
+    place = dict(image_token_id=16) if named else {}
+    folder = write_internvl(tmp_path, dict(vision_config=vision, text_config=text, **place))
+    config = make_config(**SMALL_MODEL | dict(und_width=48, und_depth=3, und_folder=str(folder),
+                                              edit_inputs=("understanding",)))
+    model = MoS(config, FolderTokenizer(folder)).eval()
+    load_tower_weights(folder, model.understanding)
+    torch.nn.init.normal_(model.generation.head.weight)
+    pictures = [Image.new("RGB", (64, 32), colour) for colour in ("red", "blue")]
+    edited = [model.edit([picture], ["a red circle"])[0] for picture in pictures]
+    assert edited[0].size == (64, 32)
+    assert edited[0].tobytes() != edited[1].tobytes()

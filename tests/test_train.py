@@ -2,7 +2,6 @@
 
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -190,20 +189,20 @@ def test_four_processes(trained, precise, tmp_path):
 
 
 def test_killed(light, tmp_path):
-    """SIGKILL at a random moment loses less than twice save_every steps, and --resume goes on.
+    """SIGKILL amid a save loses less than twice save_every steps, and --resume goes on.
 
     Twice: the newest checkpoint may still be on its way to the disk, never more than that one.
     """
-    run = start(tmp_path, stage="vae", steps=5000, save_every=2)
-    while not saved(tmp_path):
+    run, folder = start(tmp_path, stage="vae", steps=5000, save_every=2), tmp_path / "checkpoints"
+    while not (saved(tmp_path) and [*folder.glob("vae/.0*")]):
         assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.05)
-    time.sleep(random.random())
+        time.sleep(0.001)
     run.kill()
     run.communicate()
     logged, kept = int(curve(tmp_path)[1]["step"]), state(tmp_path)[0]
     assert logged - 4 < kept <= logged and kept % 2 == 0
     assert go("vae", tmp_path, steps=kept + 2, resume=True) and state(tmp_path)[0] == kept + 2
+    assert not [*folder.glob("vae/.*")]
 
 
 @pytest.mark.slow

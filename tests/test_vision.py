@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from published import intern_tensors
 from safetensors.torch import load_file
 
 from conftest import ROOT
@@ -325,38 +326,16 @@ def as_opengvlab(tensors):
     return stacked
 
 
-def intern_tensors():
-    """Return random tensors named as in transformers' folder of a small InternVL."""
-    shapes = {"vision_tower.embeddings.cls_token": (1, 1, WIDTH),
-              "vision_tower.embeddings.position_embeddings": (1, 1 + SIDE ** 2, WIDTH),
-              "vision_tower.embeddings.patch_embeddings.projection.weight": (WIDTH, 3, 14, 14),
-              "vision_tower.embeddings.patch_embeddings.projection.bias": (WIDTH,)}
-    layers = {"multi_modal_projector.layer_norm": (4 * WIDTH,),
-              "multi_modal_projector.linear_1": (OUT, 4 * WIDTH),
-              "multi_modal_projector.linear_2": (OUT, OUT)}
-    for i in range(2):
-        block = f"vision_tower.encoder.layer.{i}."
-        shapes |= {f"{block}lambda_{n}": (WIDTH,) for n in (1, 2)}
-        layers |= {f"{block}layernorm_{place}": (WIDTH,) for place in ("before", "after")}
-        layers |= {f"{block}attention.{name}": (WIDTH, WIDTH)
-                   for name in ("q_proj", "k_proj", "v_proj", "projection_layer")}
-        layers |= {f"{block}mlp.fc1": (HIDDEN, WIDTH), f"{block}mlp.fc2": (WIDTH, HIDDEN)}
-    for name, shape in layers.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    torch.manual_seed(0)
-    return {name: torch.randn(shape) for name, shape in shapes.items()}
-
-
 def test_random_tensors_are_named_as_theirs(theirs):
     """What other tests use in place of transformers' tensors has their names and shapes."""
     expected = {name: p.shape for name, p in theirs.state_dict().items()
                 if not name.startswith("language_model.")}
-    assert {name: p.shape for name, p in intern_tensors().items()} == expected
+    assert {name: p.shape for name, p in intern_tensors(INTERN, OUT).items()} == expected
 
 
 def test_spellings():
     """Both spellings of InternVL's names, with `model.` in front or not, fill the same encoder."""
-    tensors = intern_tensors()
+    tensors = intern_tensors(INTERN, OUT)
     expected = load(build_encoder(internvl()), tensors).state_dict()
     opengvlab = as_opengvlab(tensors)
     assert "vision_model.encoder.layers.1.attn.qkv.bias" in opengvlab
