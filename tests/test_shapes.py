@@ -229,7 +229,7 @@ def test_judge_sees_from_three_pixels_beside_an_edge():
 @pytest.mark.parametrize("table, style, near, far", (
     (COLOURS, "filled", 19, 21), (BACKGROUNDS, "filled", 19, 21), (COLOURS, "outlined", 40, 50)))
 def test_judge_names_near_colours(table, style, near, far, monkeypatch):
-    """What is a little greyer than a colour of the palette has its name, beyond that it has none."""
+    """What is a little greyer than a colour of the palette has its name, what is more so none."""
     scenes = [s._replace(style=style) for s in FEW if s.objects[0].size == "large"]
     for levels, passes in ((near, True), (far, False)):
         with monkeypatch.context() as patch:

@@ -26,7 +26,7 @@ from world import scores
 from world.dataset import Shapes
 
 # A block's norm removes the scale of the mixture that Proj hands it, unless Proj adds a bias to it.
-# A norm for each state ("pre") comes before the mixture and so does not help. Each arm with its
+# A norm for each state ("pre") comes before the mixture and does not replace it. Each arm with its
 # state_norm, and the factor on the first values of Proj's bias:
 SCALE_TRAP = {"post, bias N(0, 0.02)": ("post", 1.0), "post, bias 0": ("post", 0.0),
               "pre, bias N(0, 0.02)": ("pre", 1.0), "pre, bias 0": ("pre", 0.0)}
