@@ -649,7 +649,7 @@ def test_split_decides(tmp_path):
         read(folder)
 
 
-def test_plan_without_what_is_held_back():
+def test_plan_without_what_is_held_back(monkeypatch):
     """No held-back sample is drawn, all others are once an epoch; shards and lengths are theirs."""
     rng = np.random.default_rng(0)
     validation = rng.random(60) < 0.3
@@ -661,6 +661,9 @@ def test_plan_without_what_is_held_back():
     drawn = np.concatenate([b.index for b in plan.batches(0, 2 * len(training))])
     assert (np.sort(drawn.reshape(2, -1), 1) == training).all()
     assert plan.buckets == [Bucket(1, 64, 64, lengths[training].max())]
+    monkeypatch.setattr(buckets, "WINDOW", 1)
+    shards = one.shard[np.concatenate([b.index for b in plan.batches(0, len(training))])]
+    assert (shards[1:] != shards[:-1]).sum() == len(set(shards)) - 1  # one after the other
 
 
 @pytest.fixture(scope="module")
@@ -679,7 +682,9 @@ def halves(tmp_path_factory):
 @pytest.mark.parametrize("where", ("memory", "step", "disk"))
 def test_latents_that_are_held_back(where, halves, world, light, tmp_path, monkeypatch, capsys):
     """Training never sees them, and validation sees them only, from wherever latents come."""
-    seen = []
+    seen, compared = [], []
+    monkeypatch.setattr(stages.ImageStage, "compare_with_vae",
+                        lambda self: compared.append(self))
     monkeypatch.setattr(stages.ImageStage, "forward", lambda self, z0, *rest: seen.append(z0) or (
         self.model.loss(z0, *rest[:4]).mean(), {"bins": torch.ones(10), "counts": torch.ones(10)}))
     where = str(tmp_path / "latents") if where == "disk" else where
@@ -695,8 +700,10 @@ def test_latents_that_are_held_back(where, halves, world, light, tmp_path, monke
         assert len(z0) == 4 and {text for text, _ in trainer.stage.val_texts} == {caption(1)}
         for batch in seen:
             torch.testing.assert_close(batch, dark.expand_as(batch), rtol=0.02, atol=0.02)
-    assert len(seen) == 2 * (again + 1)
-    assert "a: 4 of 8 pictures are held back for validation\n" in capsys.readouterr().out
+    assert len(seen) == 2 * (again + 1) and len(compared) == again + 1
+    printed = capsys.readouterr().out
+    assert "a: 4 of 8 pictures are held back for validation\n" in printed
+    assert ("encoded 4 samples" in printed) == (where == "memory")
 
 
 def test_first_stages_hold_back_too(halves, tmp_path, monkeypatch):
@@ -718,6 +725,8 @@ def test_first_stages_hold_back_too(halves, tmp_path, monkeypatch):
     stage.begin(0)
     assert (stage.inputs(0)[0] == -1).all() and (stage.validation_batch(3)[0] > 0.5).all()
     assert len(stage.validation_batch(3)[0]) == 3
+    _, index = stage.dataset.samples(9, validation=False)
+    assert sorted(index) == [0, 2, 4, 6] and list(index) != sorted(index)
 
 
 def test_validation_on_training_pictures(world, light, tmp_path, capsys):
@@ -1041,8 +1050,8 @@ def test_latents_of_another_kind(world, light, tmp_path):
     (folder / "index.jsonl").unlink()  # now the samples matter, too
     shutil.copytree(world / "a", tmp_path / "a")
     made = json.loads((folder / "made.json").read_text())
-    (folder / "made.json").write_text(json.dumps({**made, "samples": "others"}))
-    with pytest.raises(ValueError, match="another samples"):
+    (folder / "made.json").write_text(json.dumps({**made, "pictures or captions": []}))
+    with pytest.raises(ValueError, match="another pictures or captions"):
         go(world, tmp_path / "more", latents=str(folder))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").write_text("")
