@@ -288,7 +288,7 @@ def test_warning_outside_the_small_world(model, capsys):
     assert capsys.readouterr().err == ""
     covered = golden.copy()
     covered.paste("navy", (0, 0, 128, 40))  # half of the circle
-    for picture in (covered, Image.new("RGB", (64, 64), "teal"), Image.new("RGB", (64, 64)),
+    for picture in (covered, Image.new("RGB", (64, 64), (60, 150, 160)),
                     Image.effect_noise((300, 200), 90).convert("RGB")):
         sample.warn_outside(model, picture)
         assert re.fullmatch("warning: .* knows only one to four shapes .*\n",
