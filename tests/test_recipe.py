@@ -415,7 +415,10 @@ def test_unseen_scenes_are_of_the_same_world(stage, begun):
     for i in range(6):
         scene, prompt, *_ = world.scene(i)
         assert prompt.task == "colours" and shapes.in_split(scene, "val")
-        assert {o.x * 8 % 1 for o in scene.objects} == {o.y * 8 % 1 for o in scene.objects} == {0}
+        edit = world.edit(i)
+        assert shapes.in_split(edit.source, "val")
+        for shown in (scene, edit.source, edit.target):
+            assert {place * 8 % 1 for o in shown.objects for place in (o.x, o.y)} == {0}
 
 
 @torch.no_grad()
