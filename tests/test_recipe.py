@@ -476,7 +476,7 @@ def test_the_validation_of_stage_image(scored, monkeypatch):
     asked = []
     monkeypatch.setattr(scores, "score_tasks", lambda model, number, *_, **given: asked.append(
         (number, given["splits"], given["tasks"])) or {
-            task: {"seen": [i + 1, 10, 10]} for i, task in enumerate(given["tasks"])})
+            task: {"seen": [i + 1, 10, 7]} for i, task in enumerate(given["tasks"])})
     stage, values, drawn = scored("image", tasks=("counting", "dense", "colours"), eval_prompts=3)
     assert asked == [(3, ("seen",), ["counting", "colours"])]
     assert {name: value for name, value in values.items() if "score" in name} == pytest.approx(
@@ -504,10 +504,10 @@ def test_the_validation_of_stage_edit(scored, monkeypatch):
     """Unseen edits: the loss of the target, given the source; what counts is asked and kept."""
     monkeypatch.setattr(scores, "score_tasks", lambda *_, tasks, **__: {
         task: {"seen": [1, 2, 2]} for task in tasks})
-    table = {"seen, asked": [7, 8, 8], "seen, kept": [5, 8, 8], "seen, both": [4, 8, 8]}
+    table = {"seen, asked": [7, 8, 5], "seen, kept": [5, 8, 5], "seen, both": [4, 8, 5]}
     asked = []
     monkeypatch.setattr(scores, "score_edits", lambda model, number, **given: asked.append(
-        (number, given["splits"])) or {"add": table, "style": {row: [1, 8, 8] for row in table}})
+        (number, given["splits"])) or {"add": table, "style": {row: [1, 8, 5] for row in table}})
     stage, values, drawn = scored("edit", batch=8, eval_prompts=3)
     assert asked == [(3, ("seen",))]
     named = {name: value for name, value in values.items() if name.startswith("edits")}
