@@ -415,7 +415,10 @@ def test_unseen_scenes_are_of_the_same_world(stage, begun):
     for i in range(6):
         scene, prompt, *_ = world.scene(i)
         assert prompt.task == "colours" and shapes.in_split(scene, "val")
-        assert {o.x * 8 % 1 for o in scene.objects} == {o.y * 8 % 1 for o in scene.objects} == {0}
+        edit = world.edit(i)
+        assert shapes.in_split(edit.source, "val")
+        for shown in (scene, edit.source, edit.target):
+            assert {place * 8 % 1 for o in shown.objects for place in (o.x, o.y)} == {0}
 
 
 @torch.no_grad()
@@ -473,7 +476,7 @@ def test_the_validation_of_stage_image(scored, monkeypatch):
     asked = []
     monkeypatch.setattr(scores, "score_tasks", lambda model, number, *_, **given: asked.append(
         (number, given["splits"], given["tasks"])) or {
-            task: {"seen": [i + 1, 10, 10]} for i, task in enumerate(given["tasks"])})
+            task: {"seen": [i + 1, 10, 7]} for i, task in enumerate(given["tasks"])})
     stage, values, drawn = scored("image", tasks=("counting", "dense", "colours"), eval_prompts=3)
     assert asked == [(3, ("seen",), ["counting", "colours"])]
     assert {name: value for name, value in values.items() if "score" in name} == pytest.approx(
@@ -501,10 +504,10 @@ def test_the_validation_of_stage_edit(scored, monkeypatch):
     """Unseen edits: the loss of the target, given the source; what counts is asked and kept."""
     monkeypatch.setattr(scores, "score_tasks", lambda *_, tasks, **__: {
         task: {"seen": [1, 2, 2]} for task in tasks})
-    table = {"seen, asked": [7, 8, 8], "seen, kept": [5, 8, 8], "seen, both": [4, 8, 8]}
+    table = {"seen, asked": [7, 8, 5], "seen, kept": [5, 8, 5], "seen, both": [4, 8, 5]}
     asked = []
     monkeypatch.setattr(scores, "score_edits", lambda model, number, **given: asked.append(
-        (number, given["splits"])) or {"add": table, "style": {row: [1, 8, 8] for row in table}})
+        (number, given["splits"])) or {"add": table, "style": {row: [1, 8, 5] for row in table}})
     stage, values, drawn = scored("edit", batch=8, eval_prompts=3)
     assert asked == [(3, ("seen",))]
     named = {name: value for name, value in values.items() if name.startswith("edits")}

@@ -620,6 +620,8 @@ def test_learning_rate():
     assert rates[99] == rates[100] == max(rates) and rates[-1] == pytest.approx(2e-4, rel=1e-3)
     assert rates[100:] == sorted(rates[100:], reverse=True)
     assert train.learning_rate(0, settings("vae", warmup=0)) == QUICK["lr"]
+    short = settings("vae", steps=40, warmup=100, lr=2e-3)  # a tenth of the steps at most
+    assert train.learning_rate(0, short) == 2e-3 / 4 and train.learning_rate(4, short) == 2e-3
 
 
 def test_decayed_groups(model):
