@@ -335,9 +335,9 @@ def check_same_run(checkpoint, run):
              "vae": "another VAE", "captions": "other captions"}
     for key, name in names.items():
         if key in run and run[key] != kept.get(key):
-            raise ValueError(f"{checkpoint} was trained with {name}"
-                             f"{first_difference(kept.get(key), run[key])}; put that back, or choose "
-                             "another --out")
+            difference = first_difference(kept.get(key), run[key])
+            raise ValueError(f"{checkpoint} was trained with {name}{difference}; put that back, or "
+                             "choose another --out")
 
 
 def read_run(checkpoint):

@@ -480,7 +480,7 @@ def run(main, save_memory="ask for less at once"):
     save_memory: what to do where memory is short, for that line.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started this; no other file may get its number
+        if getattr(sys, name) is None:  # it was closed, and no other file may get its number
             setattr(sys, name, open(os.devnull, "w"))
     try:
         main()
@@ -490,7 +490,7 @@ def run(main, save_memory="ask for less at once"):
         stop("nobody reads the output any more (broken pipe)")
     except (ValueError, OSError) as e:
         stop(e)
-    except (RuntimeError, MemoryError) as e:
+    except (RuntimeError, MemoryError, subprocess.CalledProcessError) as e:
         reason = explain(e, save_memory)
         if not reason:
             raise
@@ -511,6 +511,6 @@ def explain(error, save_memory):
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return f"out of memory; {save_memory}"
-    if re.search(r"No working C\+\+ compiler|Failed to find C compiler", text):
-        return ("there is no C compiler, which torch.compile and Triton need: install gcc, or use "
-                "neither (--no-compile in training, and MOS_PLAIN=1 in the environment)")
+    if re.search(r"No working C\+\+ compiler|find C compiler|Command .*(gcc|clang)", text):
+        return ("there is no working C compiler, which torch.compile and Triton need: install gcc, "
+                "or use neither (--no-compile in training, and MOS_PLAIN=1 in the environment)")

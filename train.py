@@ -32,8 +32,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from common import (CommandLine, World, going_on, interruption, local_bytes, peak_memory, pick_device,
-                    product_rate, replacing, revision, run, tqdm_or_none)
+from common import (CommandLine, World, going_on, interruption, local_bytes, peak_memory,
+                    pick_device, product_rate, replacing, revision, run, tqdm_or_none)
 from config import (DEFAULT_OUT, GENERATING, MoSConfig, TrainConfig, model_config, plan,
                     read_recipe, values_by_stage, write_all_settings, write_settings)
 from data.sources import build_tokenizer, open_sources

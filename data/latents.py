@@ -154,7 +154,7 @@ def made_from(c, config, data, sizes):
 def describe_pictures(sources):
     """Return what stored latents also depend on: own pictures, as far as they are there."""
     digests = [source.digest() for source in sources if isinstance(source, Pictures)]
-    return {"pictures or captions": digests} if digests else {}
+    return {"set of pictures and captions": digests} if digests else {}
 
 
 def read_stored(folder, made, rules, world):

@@ -746,7 +746,7 @@ def test_shorter_captions_than_those_of_stored_latents(world, light, tmp_path, c
     changes = dict(data=str(own), latents=str(tmp_path / "latents"), steps=1)
     go(world, tmp_path / "one", **changes)
     changes |= dict(max_tokens=6, max_broken=0.5)
-    with pytest.raises(ValueError, match="made with another pictures or captions"):
+    with pytest.raises(ValueError, match="made with another set of pictures and captions"):
         go(world, tmp_path / "two", **changes)
     shutil.rmtree(own)
     with pytest.raises(ValueError, match="4 of 9 samples .*: sample 1: its caption is too long"):
@@ -971,7 +971,7 @@ def test_stored_latents_notice_other_pictures(world, light, tmp_path):
         else:
             path.write_bytes(kept.replace(b"red", b"blue", 1))
         assert path.read_bytes() != kept
-        with pytest.raises(ValueError, match="latents: .* another pictures or captions"):
+        with pytest.raises(ValueError, match="latents: .* another set of pictures and captions"):
             go(root, tmp_path / name, **options)
         path.write_bytes(kept)
     go(root, tmp_path / "last", **options)
@@ -1051,7 +1051,7 @@ def test_latents_of_another_kind(world, light, tmp_path):
     shutil.copytree(world / "a", tmp_path / "a")
     made = json.loads((folder / "made.json").read_text())
     (folder / "made.json").write_text(json.dumps({**made, "pictures or captions": []}))
-    with pytest.raises(ValueError, match="another pictures or captions"):
+    with pytest.raises(ValueError, match="another set of pictures and captions"):
         go(world, tmp_path / "more", latents=str(folder))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").write_text("")

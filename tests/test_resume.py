@@ -388,8 +388,9 @@ def test_export_takes_the_last_stage(work, monkeypatch):
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"),
      "out of memory; try this"),
     (MemoryError(), "out of memory; try this"),
-    (RuntimeError("Failed to find C compiler. Please specify"), "there is no C compiler"),
-    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in"), "there is no C comp"),
+    (RuntimeError("Failed to find C compiler. Please specify"), "there is no working C compiler"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in"), "there is no working C"),
+    (subprocess.CalledProcessError(1, ["/opt/gcc/bin/gcc", "a.c"]), "there is no working C comp"),
     (BrokenPipeError(32, "Broken pipe"), "nobody reads the output any more"),
     (ValueError("wrong"), "wrong"), (OSError("disk full"), "disk full")))
 def test_errors_of_a_machine_are_one_line(error, line, monkeypatch, capsys):
