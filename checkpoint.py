@@ -234,9 +234,6 @@ def load_or_initialise(stage, c):
     if not loads_own_weights(c):
         for module in PARTS[TRAINED[c.stage]]:
             initialise(getattr(model, module), c.seed)
-    if c.stage == "vae":  # until validation measures them
-        model.vae.set_statistics(torch.zeros(model.config.vae_channels),
-                                 torch.ones(model.config.vae_channels))
 
 
 # --- Training checkpoints -------------------------------------------------------------------------

@@ -283,6 +283,14 @@ def randomise(device, *modules):
 
 # --- Pictures -------------------------------------------------------------------------------------
 
+def on_white(image):
+    """Return a PIL image in RGB; what is transparent in it is composited on white."""
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def to_tensor(image):
     """Return a PIL image in RGB as a tensor (3, H, W) in [-1, 1]."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import frozen_parts, load_model, save_model
-from common import replayed, to_image, to_tensor
+from common import on_white, replayed, to_image, to_tensor
 from config import check_sampling, check_seeds, check_size
 from dit import Generation, rope_axes
 from kernels import Keys, at_least_fp32, autocast, cast, mix_project, mix_states, pad_keys, rms_norm
@@ -397,4 +397,4 @@ def to_pixels(images):
         raise ValueError("pictures must be a list of one size, got " + (
             ", ".join(f"{height}x{width}" for height, width in sizes) or "none"))
     check_size(sizes[0])
-    return torch.stack([to_tensor(image.convert("RGB")) for image in images])  # (B, 3, H, W)
+    return torch.stack([to_tensor(on_white(image)) for image in images])  # (B, 3, H, W)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import move, read_json_lines
+from common import move, on_white, read_json_lines
 from data.buckets import choose_resolutions, crop_to_fill
 
 NO_PIXELS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # PIL needs other programs for these
@@ -100,10 +100,7 @@ def open_as_seen(file):
             scale_transparent_colour(image)
             if image.mode[0] in WHITES:
                 image = scale_values(image)
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            image = image.convert("RGB")
+            image = on_white(image)
             return image if turn is None else image.transpose(turn)
     except Exception as e:  # PIL raises nearly anything at broken files
         raise Unreadable(" ".join(str(e).split()) or type(e).__name__) from None

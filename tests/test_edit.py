@@ -240,10 +240,13 @@ def test_edit(painter):
 
 
 def test_pixels():
-    """A picture's rows, columns and channels; what is not RGB becomes so."""
-    images = pictures(3)
+    """A picture's rows, columns and channels; what is not RGB becomes so, on white."""
+    images = pictures(4)
     images[2] = images[2].convert("L")
     expected = [np.asarray(image.convert("RGB")) for image in images]
+    images[3] = images[3].convert("RGBA")
+    images[3].putalpha(0)
+    expected[3] = np.full_like(expected[3], 255)
     values = (to_pixels(images) + 1) * 127.5
     assert (values.round().permute(0, 2, 3, 1).numpy() == expected).all()
 

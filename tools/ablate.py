@@ -48,9 +48,9 @@ def prepare(world, **flags):
 
 
 def train_arm(bias, rescaled, shared, world, **flags):
-    """Train one arm; return its validation loss, and three norms of the router's gradient.
+    """Train one arm; return its validation loss, and two norms of the router's gradient.
 
-    The norms are the first step's, and the means of the first and the last tenth of the steps.
+    The norms are the means of the first and the last tenth of the steps.
 
     bias: factor on the first values of Proj's bias. rescaled: whether states grow from 1 to 100
     times by layer, as in large models. shared: a dict that the first arm fills for the others.
@@ -74,25 +74,24 @@ def train_arm(bias, rescaled, shared, world, **flags):
     norms = [torch.stack(values).sum().sqrt().item() for values in squares]
     tenth = math.ceil(len(norms) / 10)
     loss = scores.losses_by_time(model, *stage.val).mean().item()
-    return loss, norms[0], sum(norms[:tenth]) / tenth, sum(norms[-tenth:]) / tenth
+    return loss, sum(norms[:tenth]) / tenth, sum(norms[-tenth:]) / tenth
 
 
 def scale_trap(args, world):
     """Print the table `scale-trap`."""
-    print(f"{'':37} {'':>9} {'gradient norm of the router':>37}")
-    print(f"{'states':12} {'arm':24} {'val loss':>9} {'first step':>12} {'first tenth':>12} "
-          f"{'last tenth':>11}")
+    print(f"{'':37} {'':>9} {'router gradient norm':>24}")
+    print(f"{'states':12} {'arm':24} {'val loss':>9} {'first tenth':>12} {'last tenth':>11}")
     shared = {}
     for k in (2, 1):
         for rescaled in (False, True):
             for name, (norm, bias) in SCALE_TRAP.items():
                 with contextlib.redirect_stdout(None):
-                    loss, first, early, late = train_arm(
+                    loss, early, late = train_arm(
                         bias, rescaled, shared, world, k=k, state_norm=norm, init=args.init,
                         seed=args.seed, steps=args.steps, warmup=100, tasks=("colours",))
                 states = "1 to 100" if rescaled else "as trained"
-                print(f"{states:12} {f'k={k}, {name}':24} {loss:9.4f} {first:12.1e} {early:12.1e} "
-                      f"{late:11.1e}", flush=True)
+                print(f"{states:12} {f'k={k}, {name}':24} {loss:9.4f} {early:12.1e} {late:11.1e}",
+                      flush=True)
 
 
 def pack(folder, scenes, count):
