@@ -5,9 +5,11 @@ each of PARTS. Parts that the configuration names a published folder for stay th
 
 A training checkpoint is what `train.py --resume` goes on from: a folder for each step with all
 tensors in full precision, one file from every process that holds some, and manifest.json with a
-checksum of each file. It is written under a temporary name, in the background, and renamed when it
-is complete. torch.distributed.checkpoint cuts and joins the tensors, so that a checkpoint loads on
-any number of processes, however they share the model.
+checksum of each file and with what the run learns from. It is written under a temporary name, in
+the background, and renamed when it is complete. torch.distributed.checkpoint cuts and joins the
+tensors, so that a checkpoint loads on any number of processes, however they share the model.
+
+The last section copies the tensors of safetensors files into a model; published folders use it too.
 """
 
 import json
@@ -41,8 +43,8 @@ SETTINGS_OF = {"vae": "vae_", "understanding": "und_"}
 def frozen_parts(c, tokenizer):
     """Return the understanding tower and the VAE of a MoSConfig, without trained weights.
 
-    Each is the small world's, or the one of a published folder. Raises ValueError where a folder
-    holds another one than the configuration says, and where the tokenizer is not the tower's.
+    Each is the small world's, or that of a published folder. Raises ValueError where a folder's
+    sizes are not the configuration's, and where the tokenizer has more tokens than the tower.
     """
     if c.und_folder:
         from pretrained.folders import build_tower
@@ -54,8 +56,9 @@ def frozen_parts(c, tokenizer):
             heads=c.und_heads, kv_heads=c.und_kv_heads, hidden=c.und_hidden, tied=c.und_tied,
             vision=Patches(16, c.und_width) if c.und_images else None)
     if len(tokenizer) > tower.embedding.num_embeddings:
-        raise ValueError(f"the tokenizer of {c.und_folder} has ids for {len(tokenizer)} tokens, "
-                         f"its tower only for {tower.embedding.num_embeddings}: not of one model")
+        raise ValueError(f"the tokenizer has ids for {len(tokenizer)} tokens, the understanding "
+                         f"tower only for {tower.embedding.num_embeddings}: they are not of one "
+                         f"model; check {c.und_folder or '--und-vocabulary'}")
     if c.vae_folder:
         from pretrained.folders import build_vae
         vae = build_vae(c.vae_folder)
@@ -69,8 +72,8 @@ def check_folder(c, folder, **found):
     """Raise ValueError unless the configuration says what was found in a published folder."""
     expected = {name: getattr(c, name) for name in found}
     if found != expected:
-        raise ValueError(f"{folder} has {found}, but the configuration {expected}: give another "
-                         "folder, or other settings")
+        raise ValueError(f"{folder} has {found}, but the configuration says {expected}: give "
+                         "another folder, or other settings")
 
 
 def published_folder(c, part):
@@ -81,7 +84,7 @@ def published_folder(c, part):
 def fingerprint(c, folder, part):
     """Return a SHA-256 in hex that tells the weights of a frozen part from all others.
 
-    c: the MoSConfig. part: "vae" or "understanding", which is in the model's folder unless the
+    c: the MoSConfig. part: "vae" or "understanding". It lies in the model's folder unless the
     configuration names a published one. Raises FileNotFoundError or ValueError.
     """
     published = published_folder(c, part)
@@ -157,8 +160,7 @@ def words_of(tokenizer):
 
 
 def unloaded(kind, config, tokenizer):
-    """Return a model (`kind` is MoS) on the meta device: without memory, which may be shared out.
-    """
+    """Return a model (`kind` is MoS) on the meta device, where parameters have no memory yet."""
     with torch.device("meta"):
         return kind(config, tokenizer)
 
@@ -223,15 +225,13 @@ def load_or_initialise(stage, c):
     """Allocate the parts that a stage needs, then load their weights or initialise them."""
     model = stage.model
     stage.to_empty(device=stage.world.device)
-    loaded = []
     if c.stage in GENERATING:
         model.vae.to_empty(device=stage.world.device)
-        loaded = ["vae", "understanding"]
+        load_part(model, c.init, "vae")
+        load_part(model, c.init, "understanding")
     if loads_own_weights(c):
-        loaded.append(TRAINED[c.stage])
-    for part in loaded:
-        load_part(model, c.init, part)
-    if not loads_own_weights(c):
+        load_part(model, c.init, TRAINED[c.stage])
+    else:
         for module in PARTS[TRAINED[c.stage]]:
             initialise(getattr(model, module), c.seed)
 
@@ -255,7 +255,7 @@ def parts_to_write(c):
 
 
 def overwritten(c):
-    """Return the files in --out, sorted, that a first run of a stage would overwrite."""
+    """Return the files in --out that a run of a stage from step 0 would overwrite, sorted."""
     files = {Path(c.out) / f"{part}.safetensors" for part in parts_to_write(c)}
     if c.stage == "edit" and folder_of(c, "image").is_dir():
         files.remove(Path(c.out) / "mos.safetensors")  # `--export --stage image` writes it again
@@ -300,16 +300,16 @@ def exported_step(c):
 
 
 def describe_run(c, model, dataset):
-    """Return what a run learns from, {name: value as in JSON}: each of its checkpoints holds it.
+    """Return what a run learns from, {name: value as in JSON}, which its checkpoints keep.
 
-    dataset: its Mixture, or None, which leaves the captions out.
+    dataset: its Mixture; None leaves the captions out.
     """
     config = model.config
     settings = asdict(config) | asdict(c)
     run = {"settings": {name: settings[name] for name in settings.keys() - {"out", "init"}}}
     if c.stage != "vae":
         run["tokenizer"] = describe_tokenizer(config, model.tokenizer)
-        if dataset and not dataset.made:  # stored latents say themselves what they are made from
+        if dataset and not dataset.made:  # the folder of stored latents keeps its own record
             run["captions"] = dataset.captions_digest()
     if c.stage in GENERATING:
         run |= {part: fingerprint(config, c.init, part) for part in ("vae", "understanding")}
@@ -325,7 +325,10 @@ def describe_tokenizer(c, tokenizer):
 
 
 def check_same_run(checkpoint, run):
-    """Raise ValueError that names what a run would now learn from that it has not begun with."""
+    """Raise ValueError where a run would go on with other things than its checkpoint names.
+
+    run: what `describe_run` returns now.
+    """
     kept = read_run(checkpoint)
     refuse_changes(run["settings"], kept["settings"], checkpoint / MANIFEST)
     names = {"tokenizer": "another tokenizer", "understanding": "another understanding tower",
@@ -343,7 +346,7 @@ def read_run(checkpoint):
 
 
 def first_difference(before, after):
-    """Return in brackets a word that only one of two vocabularies has, or ""."""
+    """Return a word that only one of two vocabularies has, as " (...)"; "" for other values."""
     if not isinstance(before, list) or not isinstance(after, list):
         return ""
     gone = [word for word in before if word not in after]
@@ -352,7 +355,7 @@ def first_difference(before, after):
 
 
 def is_replicated(tensors):
-    """Return whether every process holds all of the tensors: then one can write or read alone."""
+    """Return whether every process holds all tensors in full, so that one can write them alone."""
     return not any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
 
 
@@ -364,10 +367,11 @@ class Writer:
 
     def __init__(self, folder, world, keep, run):
         self.folder, self.world, self.keep, self.run = folder, world.for_background(), keep, run
-        self.thread, self.pending, self.fault = ThreadPoolExecutor(1), None, None
+        self.thread = ThreadPoolExecutor(1)
+        self.pending = self.fault = None
 
     def save(self, step, tensors):
-        """Copy {name: tensor} to host memory and begin to write it, after the last checkpoint."""
+        """Copy {name: tensor} to host memory, and write the copies in the background."""
         from torch.distributed.checkpoint.staging import BlockingAsyncStager
         self.wait()
         copies = BlockingAsyncStager().stage(tensors)
@@ -375,7 +379,7 @@ class Writer:
                                           self.run)
 
     def wait(self):
-        """Wait until the last checkpoint is written; where it could not be, say so and go on."""
+        """Wait until the last checkpoint is written; if that failed, print why."""
         pending, self.pending = self.pending, None
         if pending:
             self.fault = None
@@ -386,7 +390,7 @@ class Writer:
                 self.world.print0(f"\nwarning: {e}; training goes on")
 
     def check(self):
-        """Say it, if it is known by now that the last checkpoint could not be written."""
+        """Print why the last checkpoint could not be written, if that is known by now."""
         if self.pending and self.pending.done():
             self.wait()
 
@@ -394,8 +398,8 @@ class Writer:
 def save(folder, step, tensors, world, keep, run):
     """Write {name: tensor} as the checkpoint of a step, then delete all but the newest `keep`.
 
-    Every process calls it. Later checkpoints, which were passed over as damaged, are deleted, too.
-    run: see `describe_run`. Raises OSError in every process where one of them fails; older
+    Every process calls it. Later checkpoints, which `newest` has passed over, are deleted too.
+    run: see `describe_run`. If one process fails every process raises OSError, and older
     checkpoints stay as they are.
     """
     import torch.distributed.checkpoint as dcp  # it takes most of a second
@@ -449,8 +453,7 @@ def save(folder, step, tensors, world, keep, run):
 
 
 def checkpoints(folder):
-    """Return the folders of the checkpoints in a folder, the newest first; others may lie beside.
-    """
+    """Return the folders of the checkpoints in a folder, the newest first."""
     return sorted(filter(Path.is_dir, folder.glob(EIGHT_DIGITS)), reverse=True)
 
 
@@ -491,14 +494,15 @@ def newest(folder, world):
 def find_last(c, world, export):
     """Return the last checkpoint of a stage to go on from, or None where the stage has to begin.
 
-    Raises ValueError where there are trained weights without one, and where there is none to
-    export.
+    Raises ValueError where there is none to export, and where there is none to go on from although
+    --out holds trained weights.
     """
     last = newest(folder_of(c), world)
     if last:
         return last
     if export:
-        raise ValueError(f"no checkpoint in {folder_of(c)} to export")
+        raise ValueError(f"no checkpoint in {folder_of(c)} to export; train first, or choose "
+                         "another --out")
     for path in overwritten(c):
         raise ValueError(f"{path} is trained, but there is no checkpoint of stage {c.stage} to go "
                          "on from: move that file away to begin anew, or choose another --out")
@@ -581,7 +585,7 @@ def find_tensors(targets, files, our_name):
         for theirs in file.keys():
             try:
                 source = our_name(theirs)
-            except KeyError:
+            except KeyError:  # no name of ours: refused below
                 source = theirs, 0
             if source is None:
                 continue
@@ -599,6 +603,7 @@ def find_tensors(targets, files, our_name):
             sources[name][part] = path, theirs
     for name, parts in sources.items():
         if not parts:
+            path = next(iter(files))
             origin = path if len(files) == 1 else path.parent
             raise ValueError(f"{origin}: tensor {name} is missing")
     return sources

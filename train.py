@@ -6,7 +6,7 @@
 
 From here the path leads to:
 
-    recipe and flags -> settings of a stage        config.py, recipes/
+    recipe and flags -> settings of each stage     config.py, recipes/
     data             -> batches                    data/sources.py, data/latents.py
     batch            -> loss                       stages.py, and from there mos.py: MoS.loss
     loss             -> optimizer step, average    Trainer.step, below
@@ -123,12 +123,13 @@ class Log:
     """A CSV with a row for each log point and for each validation; rank 0 writes it."""
 
     def __init__(self, path, first_step):
-        self.path, self.rows = path, []
+        self.path = path
+        self.rows = []
         if first_step and path.is_file():
             self.rows = [row for row in self.read() if row["step"] <= first_step]
 
     def read(self):
-        """Return the rows of the file, which a spreadsheet may have saved. Raises ValueError."""
+        """Return the rows of the file, even if a spreadsheet has saved it. Raises ValueError."""
         try:
             text = self.path.read_text("utf-8-sig")
             delimiter = ";" if ";" in text.partition("\n")[0] else ","
@@ -180,8 +181,7 @@ class Trainer:
         self.first_step = 0
 
     def resume(self, last):
-        """Go on from a checkpoint. Raises ValueError where the run would learn from other things.
-        """
+        """Go on from a checkpoint. Raises ValueError where it is not one of the same run."""
         checkpoint.check_same_run(last, self.run)
         self.first_step = checkpoint.load(last, self.tensors())
         for values in self.optimizer.state.values():
@@ -189,7 +189,7 @@ class Trainer:
 
     def tensors(self):
         """Return all that a bit-exact resume needs, by name; random states follow from the step."""
-        if not self.optimizer.state:  # as AdamW itself begins
+        if not self.optimizer.state:  # as AdamW itself does at its first step
             device = self.world.device if self.optimizer.defaults["fused"] else "cpu"
             for _, p in self.named:
                 self.optimizer.state[p] = {
@@ -217,7 +217,10 @@ class Trainer:
 
     def reset(self, step):
         """Begin to collect the next row of the log."""
-        self.sums, self.row_start, self.clock, self.waited = {}, step, time.time(), 0.0
+        self.sums = {}
+        self.row_start = step
+        self.waited = 0.0
+        self.clock = time.time()
 
     def step(self, step):
         """One optimizer step: batch, loss, backward, clip, step, average."""
@@ -248,7 +251,10 @@ class Trainer:
             self.wrapped.require_backward_grad_sync = last  # as DDP's own no_sync() does
 
     def train(self):
-        """Train to the last step, log, validate and save. Returns whether it got there."""
+        """Train, log, validate and save. Returns whether the last step was reached.
+
+        Raises OSError where the last checkpoint or the model could not be written.
+        """
         c = self.c
         with interruption() as interrupted, self.bar or contextlib.nullcontext():
             for step in range(self.first_step, c.steps):
@@ -260,7 +266,8 @@ class Trainer:
                 if save or done % c.log_every == 0 or done % c.eval_every == 0:
                     self.write_row(done)  # first: it stops at a loss that is not finite
                 if save:
-                    self.save(done)
+                    self.writer.save(done, self.tensors())
+                    self.clock = time.time()
                 if last or stop:
                     self.writer.wait()  # before anything else can fail
                 if done % c.eval_every == 0 or last:
@@ -278,7 +285,7 @@ class Trainer:
         return True
 
     def write_row(self, step):
-        """Write the averages since the last row; stop where the loss is not finite."""
+        """Write the averages since the last row; end the run where the loss is not finite."""
         steps = step - self.row_start
         world = self.world
         self.writer.check()
@@ -307,7 +314,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Have the averaged weights in the model, in one piece if they are sharded."""
+        """Put the averaged weights into the model, in one piece if they are sharded."""
         with self.average.applied():
             if self.sharded:
                 self.stage.unshard()
@@ -322,7 +329,7 @@ class Trainer:
                               self.world.first, f"{self.c.stage} {step}")
 
     def validate(self, step):
-        """Export the averaged weights, then validate them; log and print what was found."""
+        """Export the model with averaged weights and validate it; log and print the scores."""
         with self.averaged():
             with going_on(f"export the model to {self.folder}"):
                 self.export(step)
@@ -333,11 +340,6 @@ class Trainer:
                      if not name.startswith(("usage", "entropy"))]
             self.world.print0(f"\n{self.c.stage} step {step}: {', '.join(shown)}")
         self.world.wait()
-        self.clock = time.time()
-
-    def save(self, step):
-        """Begin to write the checkpoint from which --resume goes on."""
-        self.writer.save(step, self.tensors())
         self.clock = time.time()
 
 
@@ -366,8 +368,8 @@ def introduce(trainer):
 def prepare(c, values, flags, world, resume=False, export=False):
     """Return the Trainer of a stage, with weights and the last checkpoint; nothing is written yet.
 
-    values: of the model, by the recipe. flags: settings of the model that were given. export: only
-    to write the model, for which data are needed where they belong to it alone.
+    values: the recipe's settings of the model. flags: {name: value} of those given on the command
+    line. export: only to write the model, which needs no data but for the VAE's statistics.
     """
     several = dist.is_initialized()
     c.parallel = c.parallel or ("ddp" if several else "none")
@@ -376,15 +378,16 @@ def prepare(c, values, flags, world, resume=False, export=False):
             "torchrun started this: ddp, fsdp or hsdp" if several else
             "there is one process: start several with torchrun --nproc-per-node N train.py"))
     if c.shards and c.parallel != "hsdp":
-        raise ValueError(f"shards is for --parallel hsdp, which is {c.parallel} here")
+        raise ValueError(f"shards is for --parallel hsdp, but parallel is {c.parallel}; leave it "
+                         "out")
     last = checkpoint.find_last(c, world, export) if resume or export else None
     config = model_config(c, values, flags)
     tokenizer = None
-    if c.stage in GENERATING:  # what is wrong with the frozen parts shows before data is read
+    if c.stage in GENERATING:  # before data is read, to refuse wrong frozen parts at once
         tokenizer = checkpoint.read_tokenizer(config, c.init)
         model = checkpoint.unloaded(MoS, config, tokenizer)
     dataset = None
-    if not export or c.stage == "vae":  # which measures its statistics on pictures
+    if not export or c.stage == "vae":  # its statistics are measured on pictures
         dataset = open_sources(c, config, world, tokenizer)
     if c.stage not in GENERATING:
         tokenizer = build_tokenizer(dataset) if dataset else \
@@ -409,7 +412,7 @@ def run_stage(trainer, export=False):
         world.print0(f"wrote the model of stage {c.stage} at step {trainer.first_step} to {c.out}")
         return True
     if trainer.first_step >= c.steps:
-        if checkpoint.exported_step(c) < trainer.first_step:  # ended before it could
+        if checkpoint.exported_step(c) < trainer.first_step:  # the run ended before the export
             trainer.begin()
             trainer.validate(trainer.first_step)
         world.print0(f"stage {c.stage}: finished at step {trainer.first_step} already")
@@ -423,7 +426,7 @@ def run_stage(trainer, export=False):
 
 
 def parse(arguments=None):
-    """Return the flags that are settings, the recipe, and whether to resume and to export."""
+    """Return {name: value} of the settings given, the recipe, whether to resume and to export."""
     machine = "tiny" if pick_device().type == "cuda" else "laptop"
     first = CommandLine("", add_help=False)
     first.add_argument("--recipe", default=machine)
@@ -450,9 +453,10 @@ def main():
     if export:
         runs = [(c, values) for c, values in runs if checkpoint.folder_of(c).is_dir()]
         if not runs:
-            raise ValueError(f"no checkpoint in {flags.get('out', DEFAULT_OUT)} to export")
+            raise ValueError(f"no checkpoint in {flags.get('out', DEFAULT_OUT)} to export; train "
+                             "first, or choose another --out")
         if [c.stage for c, _ in runs[-2:]] == ["image", "edit"]:
-            del runs[-2]  # stage edit has trained its weights further
+            del runs[-2]  # stage edit has trained the weights of stage image further
     if not resume and not export:
         for c, _ in runs:
             checkpoint.check_free(c)
