@@ -73,7 +73,7 @@ class World:
         if self.first:
             try:
                 print(text, flush=True)
-            except OSError:  # the terminal, or who reads the pipe, is gone: training goes on
+            except OSError:  # the terminal or the reader of the pipe is gone: training goes on
                 sys.stdout = open(os.devnull, "w")
 
     def share(self, batch):
@@ -154,8 +154,10 @@ def interruption():
 
 
 def leave_stopping_to_parent(*_):
-    """Ignore Ctrl-C and one SIGTERM in a child process: a terminal or a scheduler sends them to
-    every process at once, and the training process answers for all. It ends a child by another.
+    """Ignore Ctrl-C and the first SIGTERM in a child process; a second SIGTERM ends it.
+
+    A terminal or a scheduler sends them to every process at once, but only the training process may
+    answer; it ends its children by a SIGTERM of its own.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
@@ -374,19 +376,23 @@ class replacing:
 
 @contextlib.contextmanager
 def going_on(what):
-    """Make of an OSError within this block a line on what could not be done: training goes on."""
+    """Print an OSError of this block as a warning, and let training go on.
+
+    what: an infinitive such as "write log.csv", which the warning says could not be done.
+    """
     try:
         yield
     except OSError as e:
         print(f"\nwarning: could not {what}, training goes on: {e}", flush=True)
 
 
-# A folder of things that are made once, latents for example, says in made.json what from.
+# A folder of things that are made once, such as latents, says in made.json what from.
 
 def check_made(folder, made, what):
-    """Raise ValueError unless a folder is free for `what`, or holds what was made from the same.
+    """Raise ValueError unless a folder is empty, or holds what was made from the same things.
 
-    made: {name: value}, as JSON keeps it; names that only one side knows are not compared.
+    made: {name: value} of these, as JSON keeps them; names that only one side has are not compared.
+    what: "latents", for example.
     """
     path = Path(folder) / "made.json"
     if not path.is_file():
@@ -419,8 +425,8 @@ def read_lines(path):
 def read_json_lines(path, expected, take):
     """Return what `take` makes of the JSON value of each line of a file; empty lines are skipped.
 
-    Raises ValueError that names the file and line, and what was expected, where `take` raises an
-    error, and for another encoding than UTF-8.
+    Raises ValueError for another encoding than UTF-8; and where a line is no JSON or `take` raises
+    an error, ValueError that names the line and what was expected.
     """
     taken = []
     try:
@@ -485,7 +491,7 @@ class CommandLine(argparse.ArgumentParser):
 def run(main, save_memory="ask for less at once"):
     """Call main; what a user can mend ends in one line and exit code 2 instead of a traceback.
 
-    save_memory: what to do where memory is short, for that line.
+    save_memory: what that line advises where memory is short.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed, and no other file may get its number

@@ -144,10 +144,10 @@ class TrainConfig(Settings):
     out: str = setting("folder for the model, checkpoints, settings, log and pictures")
     init: str = setting("folder whose weights the first stage starts from: what earlier stages, or "
                         "the phase before, have trained; empty: --out")
-    data: str = setting("shapes, a folder of pictures with captions, one of tar shards or their "
-                        "pattern; several by weight: a=0.7,b=0.3; stage edit: shapes or one folder "
-                        "with edits")
-    where: str = setting("use own pictures whose fields fulfil this: 'aesthetic >= 6'")
+    data: str = setting("shapes, a folder of pictures with captions, or tar shards as a folder or "
+                        "a pattern; several by weight: a=0.7,b=0.3; stage edit: shapes or one "
+                        "folder with edits")
+    where: str = setting("use only own pictures whose fields fulfil this: 'aesthetic >= 6'")
     max_broken: float = setting("largest share of own pictures that cannot be used", 0, 1)
     holdout: float = setting("share of own pictures that is held back from training, for "
                              "validation", 0, 0.5)
@@ -196,7 +196,6 @@ class TrainConfig(Settings):
     keep: int = setting("checkpoints kept", 1, change=True)
     patience: int = setting("seconds after which a process that does not answer is given up", 1,
                             change=True)
-
 
     def __post_init__(self):
         super().__post_init__()
@@ -361,10 +360,10 @@ def read_config(folder):
 def plan(flags, recipe, resume=False):
     """Return [(TrainConfig, model settings)], one for each stage that a command line asks for.
 
-    flags: {name: value} of the settings that are given. resume: stages whose settings are kept in
-    the --out folder have those. A part that a published folder holds needs no stage. Raises
-    ValueError for a stage that the recipe does not train or that nothing needs, and for a flag that
-    would change what a resumed run has learned from.
+    flags: {name: value} of the settings that are given. resume: a stage whose settings are kept in
+    the --out folder gets those. A part that a published folder holds needs no stage. Raises
+    ValueError for a stage that the recipe does not train or that a published folder replaces, and
+    for a flag that would change what a resumed run has learned from.
     """
     out = Path(flags.get("out", DEFAULT_OUT))
     model = recipe["model"] | flags
@@ -405,7 +404,7 @@ def plan(flags, recipe, resume=False):
 
 
 def refuse_changes(flags, kept, path):
-    """Raise ValueError for a flag that a resumed run cannot change; kept: its settings."""
+    """Raise ValueError for a setting in flags that a resumed run cannot change; kept: its own."""
     for f in (*fields(MoSConfig), *fields(TrainConfig)):
         value = flags.get(f.name, kept.get(f.name))
         value = list(value) if isinstance(value, tuple) else value
@@ -415,7 +414,7 @@ def refuse_changes(flags, kept, path):
 
 
 def loads_own_weights(c):
-    """Return whether --init holds weights of the stage's own part, from which it goes on."""
+    """Return whether a stage goes on from weights of its own part in --init."""
     later_phase = c.phase not in ("", "512")
     return c.stage == "edit" or later_phase or c.stage == "vae" and c.init != c.out
 
@@ -431,19 +430,19 @@ def model_values(values, flags):
     for name, settings in (("und_folder", tower_settings), ("vae_folder", vae_settings)):
         folder = values[name]
         found = settings(folder) if folder else {}
-        for setting, value in found.items():
-            if flags.get(setting, value) != value:
-                raise ValueError(f"{setting} is {value} in {folder} and cannot become "
-                                 f"{flags[setting]}; leave the flag out")
+        for key, value in found.items():
+            if flags.get(key, value) != value:
+                raise ValueError(f"{key} is {value} in {folder} and cannot become {flags[key]}; "
+                                 "leave the flag out")
         values |= found
         values[name] = folder and os.path.abspath(folder)
     return values
 
 
 def model_config(c, values, flags):
-    """Return the MoSConfig of a stage: what an earlier stage has trained stays as it was.
+    """Return the MoSConfig of a stage: settings of parts that are trained already stay as they are.
 
-    values: of the recipe, flags: those that were given. Raises ValueError for a flag that
+    values: the recipe's settings. flags: those that were given. Raises ValueError for a flag that
     contradicts the weights in --init, or a published folder.
     """
     if c.stage == "edit":
@@ -451,7 +450,7 @@ def model_config(c, values, flags):
     values = model_values(values, flags)
     trained = []  # beginnings of the names that belong to trained parts
     if c.stage in GENERATING:
-        trained = [part for part in ("vae_", "und_") if not values[f"{part}folder"]]
+        trained = [name for name in ("vae_", "und_") if not values[f"{name}folder"]]
         if loads_own_weights(c):
             trained += ["gen_", "router_", "registers", "tokenwise", "state_norm", "k",
                         "renormalize"]

@@ -91,10 +91,10 @@ def parse(arguments=None):
 
 
 def refuse(args, when, condition, flags):
-    """Raise ValueError if one of the flags is given although it has no meaning then."""
+    """Raise ValueError where the condition holds and one of the flags is given nevertheless."""
     for flag in flags:
         if condition and getattr(args, flag) not in (None, False):
-            raise ValueError(f"--{flag.replace('_', '-')} does not go {when}")
+            raise ValueError(f"--{flag.replace('_', '-')} cannot be used {when}; leave it out")
 
 
 def parse_size(text):
@@ -128,7 +128,8 @@ def read_picture(path, fit=None):
 
 
 def warn_outside(model, picture):
-    """Print a line if the model knows only the small world and the picture shows something else."""
+    """Print a warning if the model knows only the small world, and the picture shows other things.
+    """
     small_world = read_vocabulary(ROOT / "weights").words
     if model.config.und_folder or not {*model.tokenizer.words} <= {*small_world}:
         return
@@ -215,7 +216,7 @@ def main():
             print(f"{prompt!r} became {text!r}")
     prompts = [text for text in texts for _ in range(args.num)]
     images = draw(model, args, prompts, settings, device)
-    if args.image:  # not before: what is refused should end in one line
+    if args.image:  # after it, so that an error is the only line
         warn_outside(model, args.picture)
     save(args, images, texts, settings)
     if device.type == "cuda":

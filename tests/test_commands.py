@@ -73,11 +73,11 @@ def refuse(command, capsys, tmp_path):
 --out folder.png => folder.png | --image missing.png => missing.png cannot be read: .*No such file
 --image out.png => out.png cannot be read
 --image odd.png => odd.png: .*multiple of 32.*got 48x64; or let --fit
---fit => --fit does not go without --image
---image good.png --size 64 => --size does not go with --image | --image good.png --rewrite
---image good.png --drop-tower => --drop-tower does not go with | --image folder.png
+--fit => --fit cannot be used without --image
+--image good.png --size 64 => --size cannot be used with --image | --image good.png --rewrite
+--image good.png --drop-tower => --drop-tower cannot be used with | --image folder.png
 --image good.png --image-guidance nan => image_guidance | --guidance inf --image good.png
---image-guidance 2 => --image-guidance does not go without --image | --image => --image
+--image-guidance 2 => --image-guidance cannot be used without --image | --image => --image
 --image good.png --prompt ' ' => words | --image good.png --prompt zebra => 'zebra'"""))
 def test_sample_refuses(flags, message, refuse, small, tmp_path):
     """What sample.py cannot draw, edit or write."""
