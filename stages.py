@@ -109,15 +109,16 @@ class Stage(nn.Module):
 
     def reset(self):
         """Begin to count anew what batches hold."""
-        self.seen, self.context = [], 0
+        self.seen = []
+        self.context = 0
         self.padding = torch.zeros((), device=self.world.device)
 
     def log_values(self):
         """Return what the batches held since the last call; every process calls it.
 
-        waiting: samples in buckets that are not full, broken: samples found unreadable so far,
-        padding: share of the context tokens, share_*: of the samples. Raises ValueError where too
-        many are broken.
+        waiting: samples in buckets that are not full. broken: samples found unreadable so far.
+        padding: its share of the context tokens. share_*: each source's share of the samples.
+        Raises ValueError where too many samples are broken.
         """
         self.broken = self.world.gather(self.broken)
         self.dataset.check(self.broken, self.c.max_broken)
@@ -145,10 +146,10 @@ class Stage(nn.Module):
     # --- validation ------------------------------------------------------------------------------
 
     def complete(self):
-        """Measure what belongs to the weights when they are exported: here nothing."""
+        """Measure what is exported beside the trained weights: only the VAE has such values."""
 
     def unseen(self, count):
-        """Return a Mixture with scenes that training does not see, or of the own pictures."""
+        """Return a Mixture of scenes that training does not see, or else the own data."""
         scenes = self.dataset.scenes
         if scenes is None:
             return self.dataset
@@ -189,8 +190,10 @@ class VaeStage(Stage):
 
     @torch.no_grad()
     def complete(self):
-        """Measure the statistics by which latents are normalised: on pictures of validation, but of
-        own pictures on those of training, because few of them may be held back.
+        """Measure the mean and deviation by which latents are normalised.
+
+        In the small world this is done on validation pictures, of own data on training pictures:
+        few of them may be held back.
         """
         vae = self.model.vae
         (self.val,) = self.validation_batch(200)
@@ -415,7 +418,10 @@ class ImageStage(Stage):
     # --- validation ------------------------------------------------------------------------------
 
     def validation_samples(self):
-        """Return the tensors and texts of up to 256 unseen samples of one source and size."""
+        """Return the tensors and texts of up to 256 samples of one source and size.
+
+        Training does not see them, unless none of the own pictures are held back.
+        """
         data = self.unseen(256)
         pieces = data.pieces(self.model.config.max_tokens)
         pieces = [piece for piece in pieces if data.is_validation(piece)] or \
@@ -423,17 +429,18 @@ class ImageStage(Stage):
         return self.load_largest(data, pieces, 256)
 
     def load_largest(self, data, pieces, most):
-        """Return the tensors and texts of the first samples of the largest of some pieces."""
+        """Return the tensors and texts of the largest piece's first samples, at most so many."""
         piece = max(pieces, key=lambda piece: len(piece.index))
         piece = piece._replace(source=piece.source[:most], index=piece.index[:most])
         (_, tensors, texts), = self.loader(data).batches([piece])
         return tensors, texts
 
     def compare_with_vae(self):
-        """Print a warning where own pictures are not like those that the VAE was trained on.
+        """Print a warning where own pictures are unlike those that the VAE was trained on.
 
-        Those have latents of mean 0 and standard deviation 1 in each channel. On average over the
-        channels, the size of the mean must be at most 0.5, and the deviation from 0.5 to 2.
+        The latents of the latter have mean 0 and standard deviation 1 in each channel. A warning
+        comes where, averaged over the channels, the mean is more than 0.5 away from 0, or the
+        deviation is outside 0.5 to 2.
         """
         data = self.dataset
         pieces = [piece for piece in data.pieces(self.model.config.max_tokens)
@@ -501,9 +508,10 @@ class EditStage(ImageStage):
 
     The stage's own batch counts pairs of both. Prompt dropout takes the instruction from an edit,
     and its picture stays; in the other half nothing stays: guidance with two scales compares them.
-    In the small world the latents of a pair's three pictures stay in memory, and what the tower
-    reads is drawn anew. Own pictures are read and encoded when their batch comes. Raises ValueError
-    for a tower that reads no pictures.
+    A sample has three pictures: before and after the edit, and the one to be drawn from text. In
+    the small world their latents stay in memory, and the picture that the tower reads is drawn
+    anew. Own pictures are read and encoded when their batch comes. Raises ValueError for a tower
+    that reads no pictures.
     """
 
     samples_per_row = 2
@@ -580,7 +588,7 @@ class EditStage(ImageStage):
             yield batch, (latents, prompts, self.images(sources), instructions)
 
     def from_memory(self, batch):
-        """Return the packed scenes that a batch edits, and the instructions."""
+        """Return the packed scenes that a batch edits, and its instructions."""
         index = torch.from_numpy(batch.index[self.share])
         length = batch.bucket.length + self.placeholders
         rows = index.to(self.world.device, non_blocking=True)
@@ -650,10 +658,10 @@ class EditStage(ImageStage):
         return values
 
     def examples(self):
-        """Return pictures, instructions, and rows of pictures as they should become.
+        """Return pictures to edit, instructions, and rows of what the pictures should become.
 
-        These are one edit of each type of the small world, without such a row, or the first of the
-        own pairs that are kept for validation.
+        In the small world these are one edit of each type, and no row. Of own data they are the
+        first edits that are kept for validation, and one row.
         """
         if self.dataset.scenes:
             examples = [edits.edit_benchmark(kind, 1)[0] for kind in edits.TYPES]
@@ -677,7 +685,7 @@ def trim(tokens):
 
 
 def save_sheet(path, *rows):
-    """Write rows of pictures, tensors (3, H, W) or PIL images, as one PNG, if there is room."""
+    """Write rows of pictures, tensors (3, H, W) or PIL images, as one PNG, or print why not."""
     rows = [[to_image(picture) if isinstance(picture, torch.Tensor) else picture
              for picture in row] for row in rows]
     with going_on(f"write {path}"), replacing(path) as temporary:
