@@ -100,7 +100,7 @@ def open_shard(folder, number):
 class Stored:
     """A source whose latents lie in a folder; rows: its lines of index.jsonl.
 
-    rules: of pictures.Pictures. Raises ValueError where too many captions cannot be used.
+    rules: see pictures.Rules. Raises ValueError where too many captions cannot be used.
     """
 
     shard = None
@@ -116,7 +116,8 @@ class Stored:
         leave_out(self, rules.max_broken, world)
         rows = [row for row, fault in zip(rows, faults) if not fault]
         if not rows:
-            raise ValueError(f"{name}: none of the captions in {folder} can be used")
+            raise ValueError(f"{name}: none of the captions in {folder} can be used; give "
+                             "--latents another folder")
         self.captions = StringArray([row["text"] for row in rows])
         self.sides = np.array([(row["height"], row["width"]) for row in rows])
         self.locations = np.array([(row["file"], row["row"]) for row in rows])
@@ -144,7 +145,9 @@ class Stored:
 
 
 def made_from(c, config, data, sizes):
-    """Return what stored latents depend on; config: the model's, data: paths, sizes: of own ones.
+    """Return what stored latents depend on, {name: value}.
+
+    config: the model's. data: the paths of `--data`. sizes: of own pictures, in pixels.
     """
     vae = fingerprint(config, c.init, "vae")
     world = [config.size, c.seed, c.scenes, list(c.tasks), c.grid] if "shapes" in data else []
@@ -152,13 +155,16 @@ def made_from(c, config, data, sizes):
 
 
 def describe_pictures(sources):
-    """Return what stored latents also depend on: own pictures, as far as they are there."""
+    """Return what stored latents also depend on: the own pictures of the sources, if any."""
     digests = [source.digest() for source in sources if isinstance(source, Pictures)]
     return {"set of pictures and captions": digests} if digests else {}
 
 
 def read_stored(folder, made, rules, world):
-    """Return the Stored sources of a folder, [] if it is not complete. Raises ValueError."""
+    """Return the Stored sources of a folder, or [] if it is not complete.
+
+    Raises ValueError where it was made from other things.
+    """
     check_made(folder, made, "latents")
     if not (folder / "index.jsonl").is_file():
         return []
@@ -169,7 +175,7 @@ def read_stored(folder, made, rules, world):
 
 
 def store(folder, dataset, loader, pieces, *, rules, world):
-    """Encode the pieces that a folder lacks, each process its part. Returns the Stored sources.
+    """Encode the pieces that a folder lacks, each process a part. Returns the Stored sources.
 
     Raises ValueError for another data set's folder, and where too many samples are broken.
     """
@@ -199,10 +205,11 @@ def store(folder, dataset, loader, pieces, *, rules, world):
 
 
 def write_shard(path, piece, latents, captions, broken):
-    """Write the latents (n, C, h, w) of a piece, its captions and {(source, index): why} of broken.
+    """Write the latents (n, C, h, w) of a piece, and its captions.
 
-    They are stored in bf16, half the size of fp32: it rounds by up to 2^-9 of a value, far below
-    the noise that training adds, and on a GPU the tower reads bf16 anyway.
+    broken: {(source, index): why} of samples, of which the piece's own are written, too. Latents
+    are stored in bf16, half the size of fp32: it rounds by up to 2^-9 of a value, far below the
+    noise that training adds, and on a GPU the tower reads bf16 anyway.
     """
     number = piece.source[0]
     reasons = {index: broken[number, index] for index in piece.index.tolist()
@@ -218,7 +225,8 @@ def read_about(folder, number):
 
 
 def write_index(folder, dataset, pieces):
-    """Write index.jsonl, a line for each good sample of the pieces: the folder is complete."""
+    """Write index.jsonl, a line for each good sample of the pieces; it makes the folder complete.
+    """
     with replacing(folder / "index.jsonl") as path, open(path, "w") as file:
         for number, piece in enumerate(pieces):
             k = int(piece.source[0])

@@ -1,4 +1,4 @@
-"""Own edits: pairs of pictures and instructions, and beside them pictures to draw from text."""
+"""Own edits: pictures before and after with instructions, and pictures to draw from text."""
 
 import numpy as np
 import torch
@@ -9,9 +9,9 @@ from data.pictures import Pictures, StringArray
 class Pairs:
     """The data source of stage edit: samples of an edit and of a picture with its caption.
 
-    Both come from one folder, see `pictures.entries_for`. Sample i has the edit i, or where there
-    are more pictures than edits, one of the edits in turn. Arguments: as for Pictures. Raises
-    ValueError as Pictures does.
+    Both come from one folder, see `pictures.entry_for`. Every edit is in one sample; where there
+    are more pictures than edits, all edits are in the same number of samples. Arguments and errors
+    are those of Pictures.
     """
 
     kind, shard = 1, None  # see buckets.Plan
@@ -34,8 +34,9 @@ class Pairs:
     def choose_pictures(self):
         """Return the picture that is drawn beside each edit, (L,).
 
-        Of those that are kept for validation like the edit, or for training like it, these are in
-        turn all of its size; where there are none, of any size; where there are none, all pictures.
+        A held-back edit takes held-back pictures, another one the others: those of its size; where
+        there are none, of any size. Where there are none at all, it takes any picture. Edits that
+        choose among the same pictures take them in turn.
         """
         pictures = np.column_stack((self.drawn.sides, self.drawn.validation))
         samples = np.column_stack((self.sides, self.validation))
@@ -44,8 +45,8 @@ class Pairs:
             members = np.flatnonzero((samples == row).all(1))
             candidates = [np.flatnonzero((pictures == row).all(1)),
                           np.flatnonzero(pictures[:, 2] == row[2]), np.arange(len(pictures))]
-            nearest = next(index for index in candidates if len(index))
-            chosen[members] = np.resize(nearest, len(members))
+            best = next(index for index in candidates if len(index))
+            chosen[members] = np.resize(best, len(members))
         return chosen
 
     def sample_name(self, index):
@@ -54,9 +55,10 @@ class Pairs:
         return f"{edit} with {self.drawn.sample_name(self.picture[index])}"
 
     def load(self, index, height, width):
-        """Return pictures before and after an edit and another one, bytes (3, 3, height, width).
+        """Return the pictures before and after an edit, and the one drawn beside it, as bytes.
 
-        Also returns the caption of the other one, the instruction, and None. Raises Unreadable.
+        They are one tensor (3, 3, height, width). Also returns the caption of the last picture, the
+        instruction, and None. Raises Unreadable.
         """
         i = self.edit[index]
         before = self.edits.load_source(i, height, width)

@@ -1,15 +1,16 @@
 """Own pictures with captions: the formats, the index of what is there, filtering, and loading.
 
-A data set of own pictures is the first of these that a folder is:
-* a folder with `metadata.jsonl`, each line {"file_name": ..., "text": ..., any further fields};
+A data set of own pictures has one of these formats, the first one that fits:
+* a folder with `metadata.jsonl`, each line {"file_name": ..., "text": ..., any further fields}; a
+  line with "source", the picture before, is an edit, and its text the instruction;
 * tar shards in WebDataset's layout, as a folder with *.tar or as a pattern such as `shards/*.tar`:
   neighbours in a shard such as 0001.jpg with 0001.txt, or with 0001.json ("text" or "caption", and
   any further fields), are one sample;
 * a folder of pairs such as 0001.png and 0001.txt.
-Subfolders count, names that begin with a dot do not, and what is not used is named. The index reads
-every picture's header once. Samples that cannot be used are left out and counted by reason; a
-condition on the fields (`--where`) may leave out more. A share is held back for validation, chosen
-by a hash of each picture's name, or by a field "split".
+Subfolders are read, names that begin with a dot are not, and files that are not used are named. The
+index reads every picture's header once. Samples that cannot be used are left out and counted by
+reason; a condition on the fields (`--where`) may leave out more. A share is held back for
+validation, chosen by a hash of each picture's name, or by a field "split".
 """
 
 import ast
@@ -121,7 +122,7 @@ def find_turn(image):
 
 
 def scale_transparent_colour(image):
-    """Bring the transparent colour of an opened PNG to 8 bits: PIL does so with pixels only."""
+    """Scale the transparent colour of an opened PNG to 8 bits; PIL scales the pixels only."""
     colour = image.info.get("transparency")
     factor = TO_8_BITS.get(image.tile[0].args) if image.format == "PNG" and image.tile else None
     if colour is not None and factor:
@@ -195,7 +196,7 @@ def list_files(folder):
 
 
 def list_entries(path):
-    """Return the entries of a data set, the function that reads one, and the files not used.
+    """Return the entries of a data set, the function that reads one of them, and unused files.
 
     An entry is the path of a tar shard, or an Entry. Raises ValueError where there are none, and
     for a malformed line of metadata.jsonl.
@@ -246,11 +247,11 @@ def pair_with_texts(folder, files):
 
 
 def entry_for(stage, entry):
-    """Return the entry that a stage learns from in place of one of `list_entries`, or None.
+    """Return what a stage learns from an entry of `list_entries`, as an entry; None: nothing.
 
-    Stage edit learns from edits alone. Of an edit the others learn the picture after it: stage vae
-    as it is, stage image from the field "caption", if there is one. Stage understand reads the
-    instruction, and then the caption, about the picture before.
+    Stage edit learns from edits alone, as they are. Of an edit stage vae learns the picture after
+    it, stage image that picture with the field "caption" (nothing without one), and stage
+    understand the picture before it, with the instruction and then the caption as its text.
     """
     if isinstance(entry, str) or not entry.source:  # a tar shard, or no edit
         return None if stage == "edit" else entry
@@ -264,13 +265,12 @@ def entry_for(stage, entry):
 
 
 def entries_for(stage, entries, name, world):
-    """Return what a stage learns from the entries of a data set. Raises ValueError if it is none.
-    """
+    """Return what a stage learns from the entries of a data set. Raises ValueError for nothing."""
     chosen = [entry_for(stage, entry) for entry in entries]
     kept = [entry for entry in chosen if entry]
     if not kept:
         raise ValueError(f"{name}: " + (
-            "no line of a metadata.jsonl has a source, the picture before an edit"
+            "no line of a metadata.jsonl has a source, the picture before an edit; expected some"
             if stage == "edit" else "nothing to draw from text: every line is an edit without a "
             "field caption; add captions of the pictures after the edits, or lines without source"))
     if stage == "image" and len(kept) < len(chosen):
@@ -459,7 +459,7 @@ class Where:
         self.names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
 
     def reason_to_drop(self, fields):
-        """Return why a sample is dropped, or "" if it is kept. Raises ValueError if this fails."""
+        """Return why a sample is left out, or "". Raises ValueError for a condition that fails."""
         for name in self.names:
             if fields.get(name) is None:
                 return f"lack {name}"
@@ -491,7 +491,10 @@ def check_broken(name, broken, total, most):
 
 
 def leave_out(source, most, world):
-    """Check the samples that a source cannot use, and print how many they are, and why."""
+    """Print how many samples a source cannot use, and why. Raises ValueError if they are too many.
+
+    most: the largest share.
+    """
     check_broken(source.name, source.broken, source.total, most)
     if source.broken:
         world.print0(f"{source.name}: left out of {source.total:,}: "
@@ -499,7 +502,7 @@ def leave_out(source, most, world):
 
 
 def count_reasons(reasons):
-    """Return how often each reason occurs, the most frequent first, without what is in brackets."""
+    """Return as a text how often each reason occurs, without the details that are in brackets."""
     kinds = Counter(reason.split(" (")[0] for reason in reasons)
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
@@ -508,7 +511,8 @@ def choose_validation(name, draws, holdout):
     """Return which of L samples are held back from training, for validation: (L,).
 
     draws: of each sample, see `draw`. Where the share `holdout` is less than one sample, or would
-    leave nothing to train on, it is 0. Raises ValueError where the field "split" leaves nothing.
+    leave nothing to train on, only the field "split" holds samples back. Raises ValueError where
+    that field leaves nothing to train on.
     """
     draws = np.array(draws)
     chosen = draws < holdout
@@ -553,8 +557,8 @@ class Pictures:
     """The data source of own pictures with captions, in one of the formats above.
 
     sizes: see buckets.choose_resolutions. The processes of `world` share the reading of headers,
-    and all get the same index, of 49 bytes and three texts a sample. Raises ValueError as
-    `list_entries` does, if more samples cannot be used than the Rules allow, and if none is left.
+    and all get the same index. Raises ValueError as `list_entries` does, if more samples cannot be
+    used than the Rules allow, and if none is left.
     """
 
     kind, shard = 1, None  # see buckets.Plan
@@ -608,7 +612,7 @@ class Pictures:
         return kept
 
     def digest(self):
-        """Return a short digest of the pictures and captions, to notice others."""
+        """Return a short digest of the set of pictures and captions, to notice another one."""
         parts = (self.paths.data, self.captions.data, self.byte_ranges.tobytes(),
                  self.marks.tobytes())
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
@@ -637,8 +641,7 @@ class Pictures:
         return load_picture(content, height, width), self.captions[index], None, None
 
     def load_source(self, index, height, width):
-        """Return the picture before an edit, as `load` returns the one after it. Raises Unreadable.
-        """
+        """Return the picture before an edit, bytes (3, height, width). Raises Unreadable."""
         return load_picture(self.sources[index], height, width)
 
     def to_pixels(self, pictures, device):

@@ -1,4 +1,4 @@
-"""Pictures with captions: the small world without end, image folders, tar shards, mixed by weight.
+"""The data of every stage: the small world, own pictures and edits, mixed by weight, and batches.
 
 A source loads a sample by index and resolution: (picture, caption, question, answer), or what its
 stage needs instead. A picture is whatever the source's `to_pixels` turns into pixels on the device.
@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common import check_made, leave_stopping_to_parent
+from config import GENERATING
 from data.buckets import STRIDE, Batch, Bucket, Plan, permutation
 from data.latents import Stored, describe_pictures, made_from, read_stored
 from data.pairs import Pairs
@@ -144,9 +145,9 @@ def open_sources(c, config, world, tokenizer=None):
         raise ValueError(f"sizes must be multiples of {STRIDE}, got {' '.join(map(str, c.sizes))}")
     if c.stage == "edit" and len(weights) > 1:
         raise ValueError(f"data: stage edit takes shapes or one folder with edits, got {c.data!r}")
-    number = c.scenes if c.stage in ("image", "edit") else None
+    number = c.scenes if c.stage in GENERATING else None
     scenes = WORLDS[c.stage](config.size, c.seed, tasks=c.tasks, grid=c.grid, number=number)
-    # One placeholder, where instructions hold image tokens: what marks their place counts.
+    # One placeholder stands for all image tokens of an instruction: what marks their place counts.
     placeholders = int(c.stage == "edit" and config.und_folder != "" and config.und_images
                        and "understanding" in config.edit_inputs)
     rules = Rules(c.max_broken, c.holdout, where, stage=c.stage, caption_fault=partial(
@@ -185,7 +186,8 @@ def introduce_validation(dataset, world):
 def caption_fault(stage, tokenizer, longest, text, placeholders=0):
     """Return why a stage cannot learn from a caption, or "".
 
-    placeholders: image tokens in the text, which are not counted; what marks them is.
+    longest: the most tokens. placeholders: the number of those for image tokens, which do not
+    count; the tokens around them do.
     """
     if stage == "vae":
         return ""
@@ -214,14 +216,16 @@ def build_tokenizer(dataset, samples=5000):
 
 
 def count_tokens(tokenizer, captions, longest, placeholders=0):
-    """Return the tokens of each caption without placeholders, (L,). Raises ValueError beyond
-    `longest`.
+    """Return the number of tokens of each caption without placeholders, (L,).
+
+    Raises ValueError for one of more than `longest`.
     """
     lengths = np.array([len(tokenizer.encode(text, placeholders)) for text in captions])
     lengths -= placeholders
     if lengths.max() > longest:
         text = captions[int(lengths.argmax())]
-        raise ValueError(f"{text!r} has {lengths.max()} tokens, more than the {longest} allowed")
+        raise ValueError(f"{text!r} has {lengths.max()} tokens, expected at most {longest}; "
+                         "shorten it, or raise --max-tokens")
     return lengths
 
 
@@ -230,8 +234,8 @@ def collate(stage, tokenizer, samples, length, placeholders=0):
 
     "vae": pictures. "image": pictures and prompts (B, S). "understand": pictures, texts with
     targets, and what is said about the picture with targets: the text where a source says no more.
-    "edit": pictures, prompts (B, S), what is to be edited, packed scenes (B, 21) or pictures, and
-    instructions (B, placeholders + S), with so many image tokens.
+    "edit": three pictures each, prompts (B, S), what is edited (packed scenes (B, 21) or pictures),
+    and instructions (B, placeholders + S), with so many placeholders for image tokens.
     """
     pictures = torch.stack([sample[0] for sample in samples])
     if stage == "vae":
@@ -331,4 +335,3 @@ class Loader:
                 pictures = self.encode(pictures)
             others = [tensor.to(self.device, non_blocking=True) for tensor in others]
             yield batch, (pictures, *others), texts
-
