@@ -1,4 +1,4 @@
-"""Load published models: towers in Hugging Face's layout, Wan's VAE in diffusers'.
+"""Load published models: towers and tokenizers in Hugging Face's layout, Wan's VAE in diffusers'.
 
 A folder's config.json says what to build, and its safetensors files hold the weights (no other
 format is read). They are mapped into memory and copied into the model one tensor at a time.
@@ -30,13 +30,13 @@ def read_json(folder, name="config.json"):
         raise FileNotFoundError(f"no {name} in {folder}: --und-folder and --vae-folder name models "
                                 f"in Hugging Face's and diffusers' layout{hint(Path(folder))}")
     try:
-        return json.loads(path.read_text("utf-8-sig"))  # the mark that some editors put in front
+        return json.loads(path.read_text("utf-8-sig"))  # some editors put a mark in front
     except ValueError as e:
         raise ValueError(describe_damage(path, e, "copy it again")) from None
 
 
 def hint(folder):
-    """Return what may help where a folder is not that of a model, to go on a sentence."""
+    """Return the end of a sentence that says where the model of a folder may be, or ""."""
     if (folder / "adapter_config.json").is_file():
         return "; this is a LoRA adapter: merge it into its model first"
     inner = [path.parent.name for path in sorted(folder.glob("*/config.json"))][:5]
@@ -50,7 +50,8 @@ def one_line_errors(function):
         try:
             return function(folder, *arguments)
         except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as e:
-            raise ValueError(f"{folder} holds no model as it is published ({e!r})") from None
+            raise ValueError(f"{folder} holds no model as it is published (missing or wrong in its "
+                             f"JSON files: {e!r}); download it again") from None
     return call
 
 
@@ -68,7 +69,7 @@ def weight_files(folder):
             return indexed_files(folder, index.name)
         plain = index.with_name(f"{name}.safetensors")
         if plain in paths:
-            return [plain, *find_copies(plain, paths)]
+            return [plain, *find_copies(plain, paths)]  # copies are refused by `copy_tensors`
         if shards := [path for path in paths if path.match(f"{name}-*-of-*")]:
             count = int(shards[0].stem.rpartition("-")[2])
             if len(shards) != count:
@@ -76,7 +77,7 @@ def weight_files(folder):
                                         f"...-of-{count:05d}.safetensors; download it again")
             return shards
     if not paths:
-        raise FileNotFoundError(f"no safetensors files in {folder}; convert its weights")
+        raise FileNotFoundError(f"no safetensors files in {folder}; convert its weights to them")
     return paths
 
 
@@ -94,10 +95,10 @@ def indexed_files(folder, name):
 
 
 def find_copies(plain, paths):
-    """Return the other files with a tensor of a folder's plain one: nobody can know which is right.
+    """Return the other files that also hold a tensor of the plain one: which is right is unknown.
 
-    A variant, such as model.fp16.safetensors, is known to be one. What holds other tensors, such as
-    an adapter, belongs to another program.
+    Variants, such as model.fp16.safetensors, are left out, and so are files with other tensors
+    only, such as adapters.
     """
     copies = []
     for path in paths:
@@ -113,7 +114,7 @@ def find_copies(plain, paths):
 
 @lru_cache
 def checksum_as_of(path, changed):
-    """Return the checksum of a file that was last changed at this time: it is read only once."""
+    """Return the checksum of a file, which is read again only if its time of change is another."""
     return checksum(path)
 
 
@@ -121,7 +122,7 @@ def digest(folder, settings):
     """Return a SHA-256 in hex of all that a published model computes with.
 
     settings: what its config.json says, as `describe_tower` or `describe_vae` returns it. The
-    weight files are read in full, several at a time: loading them reads them as well.
+    weight files are read in full, several at a time.
     """
     paths = weight_files(folder)
     with ThreadPoolExecutor() as threads:
@@ -300,9 +301,7 @@ def load_tower(folder, device="cpu", dtype=torch.bfloat16):
 REQUEST = ("Write a caption of the picture that the following text asks for. Think about what it "
            "must show, then name every object with its number, colour, material and place, the "
            "background, light and style, in one paragraph and nothing else.\n\nText: ")
-
-
-FIXED_DATE = date(2024, 7, 26)
+FIXED_DATE = date(2024, 7, 26)  # see `make_sandbox`
 
 
 class FolderTokenizer(Tokenizer):
@@ -483,7 +482,6 @@ WAN_NAMES = (
     (r"\.residual\.0\.", ".norm1."), (r"\.residual\.2\.", ".conv1."),
     (r"\.residual\.3\.", ".norm2."), (r"\.residual\.6\.", ".conv2."),
     (r"\.shortcut\.", ".conv_shortcut."))
-
 
 # What diffusers takes for a value that a config.json leaves out.
 VAE_DEFAULTS = dict(z_dim=16, base_dim=96, decoder_base_dim=None, dim_mult=[1, 2, 4, 4],
