@@ -1,11 +1,12 @@
 """The judge: recognises the objects of a picture from its pixels alone.
 
 Connected pixels that differ from the background are a segment. In its place every shape is drawn,
-in the size whose area is nearest. The best drawing names the object, if its error is small. At last
+in the size whose area is nearest. The best drawing names the object, if its error is small. Last,
 the whole scene is drawn; if the picture differs from that, it has one more object, an unknown one.
 
-"Exactly" means: within the tolerances below. They were chosen from 6,000 pictures after the round
-trip of the VAE in weights/ at 128x128, of which 99.9 % differ less. A picture passes in spite of
+A picture shows a scene "exactly" if it differs by less than the tolerances below. These were chosen
+from 6,000 pictures after the round trip of the VAE in weights/ at 128x128: 99.9 % of them, or of
+their objects, keep each one. A picture passes in spite of
 
 * any fault that differs by less than 20 levels from what should be there;
 * faults within two pixels of an edge, if they leave the shape's error small: bites and bumps of
@@ -25,8 +26,8 @@ import torch.nn.functional as F
 from world import shapes
 from world.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, STYLES, Object, Scene
 
-# Colours differ by the distance of their 8-bit RGB values, in levels. What the VAE's round trip
-# leaves in 99.9 % of pictures or objects is given in brackets.
+# Colours differ by the distance of their 8-bit RGB values, in levels. In brackets: 99.9 % of
+# pictures or objects differ by less after the VAE's round trip.
 NOT_BACKGROUND = 45.0  # from here on a pixel belongs to a segment
 COLOUR_TOLERANCE = {"filled": 20.0, "outlined": 45.0}  # of an object from the palette (5 and 25)
 BACKGROUND_TOLERANCE = 20.0  # (0)
