@@ -408,7 +408,7 @@ def save(folder, step, tensors, world, keep, run):
     final = folder / f"{step:08d}"
     temporary = folder / f".{step:08d}"
     replicated = is_replicated(tensors)
-    sums = {}  # of all files, by name
+    sums = {}  # of all files, by name; or "fault": why a process failed
 
     def make_folder():
         if world.first:
@@ -438,18 +438,16 @@ def save(folder, step, tensors, world, keep, run):
                 shutil.rmtree(old)
 
     for work in (make_folder, write_tensors, finish):
-        result, fault = {}, {}
         try:
             result = work() or {}
         except (OSError, CheckpointException) as e:
-            fault = {"fault": (str(e) or "no reason").splitlines()[-1]}
-        sums |= world.gather(result)
-        fault = world.gather(fault)  # so that all processes go on, or none
-        if fault:
+            result = {"fault": (str(e) or "no reason").splitlines()[-1]}
+        sums |= world.gather(result)  # a fault, too: all processes go on, or none
+        if "fault" in sums:
             if world.first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(f"the checkpoint of step {step} could not be written to {folder}, older "
-                          f"ones are kept: {fault['fault']}")
+                          f"ones are kept: {sums['fault']}")
 
 
 def checkpoints(folder):

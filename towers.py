@@ -42,7 +42,7 @@ class Tokenizer:
                 if word not in Tokenizer.SPECIAL]
 
     def check_prompts(self, prompts):
-        """Raise ValueError unless these are a list of texts that are not read as the empty one."""
+        """Raise ValueError unless prompts are a list of texts, each of which has words."""
         if not isinstance(prompts, (list, tuple)) or not prompts:
             raise ValueError(f"prompts must be a list of texts, got {prompts!r}")
         empty = self.encode("")

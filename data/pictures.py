@@ -115,9 +115,9 @@ def find_turn(image):
     if image.format == "TIFF":  # PIL has exchanged its sides already, and turns it when it loads
         return None
     try:
-        value = Image.Image.getexif(image).get(ORIENTATION)  # a PNG's own would decode the pixels
-        return TURNS.get(value)
-    except Exception:  # PIL raises nearly anything, as above
+        exif = Image.Image.getexif(image)  # a PNG's own getexif would decode the pixels
+        return TURNS.get(exif.get(ORIENTATION))
+    except Exception:  # PIL raises nearly anything at broken files
         return None
 
 
