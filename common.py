@@ -108,7 +108,7 @@ class World:
             dist.monitored_barrier(self.watchers, timedelta(seconds=10), wait_all_ranks=True)
         except RuntimeError as e:
             silent = re.findall(r"Ranks? ([\d, ]+) failed", str(e))
-            who = "process 0 does not answer any more, or says which one does not"
+            who = "process 0 does not answer any more, or its error names the one that does not"
             if silent:
                 who = f"process {silent[0]} of {self.size} does not answer any more"
             return OSError(f"{who}; start again with --resume ({reason})")

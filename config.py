@@ -33,7 +33,7 @@ SCHEDULES = ("uniform", "linear-quadratic")
 
 
 def setting(text, low=-math.inf, high=math.inf, choices=None, change=False):
-    """A field with its help text and the values that it may have.
+    """Return a field with its help text and the values that it may have.
 
     low, high: range of a number. choices: allowed texts. change: a resumed run may change it.
     """
@@ -223,7 +223,7 @@ def check_size(size):
 
 
 def check_seeds(seed, count):
-    """Return `count` seeds: a first one and those after it, or the ones of a list.
+    """Return `count` seeds: those from a first one on, or those of a list.
 
     Raises ValueError for anything else, and for a list of another length.
     """
@@ -233,7 +233,7 @@ def check_seeds(seed, count):
         raise ValueError("seed must be a whole number, or a list of one for each picture, got "
                          f"{seed!r}") from None
     if len(seeds) != count:
-        raise ValueError(f"got {len(seeds)} seeds for {count} pictures")
+        raise ValueError(f"seed must be a list of {count}, one for each picture, got {len(seeds)}")
     return seeds
 
 

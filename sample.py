@@ -26,7 +26,7 @@ from world.judge import judge
 
 
 def read_flags(arguments):
-    """Parse the command line as it stands."""
+    """Return the flags as the command line gives them."""
     parser = CommandLine(__doc__.split("\n\n")[0])
     parser.add_argument("--prompt", nargs="+", default=[], help="one text or several")
     parser.add_argument("--image", type=Path, help="picture to edit: each prompt then says what to "
@@ -46,7 +46,8 @@ def read_flags(arguments):
     parser.add_argument("--rescale", type=float, help="guidance rescale, 0 to 1")
     parser.add_argument("--schedule", help=" or ".join(SCHEDULES))
     parser.add_argument("--size", help="SIDE or HEIGHTxWIDTH in pixels, multiples of 32")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture, then one more")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the others "
+                        "have those after it")
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="file to write")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights",
                         help="folder of a trained model")
@@ -76,7 +77,7 @@ def parse(arguments=None):
     if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature must be a finite number from 0, got {args.temperature}")
     if abs(args.seed) >= 2 ** 62:
-        raise ValueError(f"--seed is too large: {args.seed}")
+        raise ValueError(f"--seed must lie between -2^62 and 2^62, got {args.seed}")
     try:
         torch.zeros(1, device=args.tower_device).item()
     except (RuntimeError, AssertionError):  # unknown, without memory, or not in this PyTorch

@@ -64,7 +64,7 @@ class Stage(nn.Module):
         return torch.Generator(self.world.device).manual_seed(self.c.seed * 1_000_003 + step)
 
     def count_lengths(self):
-        """Return the tokens of each sample's prompts: an array or the most for each source."""
+        """Return for each source its samples' numbers of tokens, (L,), or the largest of them."""
         return self.dataset.lengths(self.model.tokenizer, self.model.config.max_tokens)
 
     # --- data ------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class Stage(nn.Module):
             padding = self.world.sum(self.padding).item()
             values["padding"] = padding / (self.context * self.world.size)
         sources = self.dataset.sources
-        if len(sources) > 1 and self.seen:  # a producer's batches are read ahead
+        if len(sources) > 1 and self.seen:  # none since then where a producer's are read ahead
             counts = np.bincount(np.concatenate([batch.source for batch in self.seen]),
                                  minlength=len(sources))
             for source, count in zip(sources, counts):

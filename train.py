@@ -111,7 +111,7 @@ def shard(stage, mesh):
         for name, module in list(part.named_modules()):
             if re.search(r"blocks\.\d+$", name):
                 fully_shard(module, **options)
-        if not any(p.requires_grad for p in part.parameters()):  # a shard has one type: apart
+        if not any(p.requires_grad for p in part.parameters()):  # frozen: a type of its own
             fully_shard(part, **options)
             register_fsdp_forward_method(part, "embed")
     fully_shard(stage, reshard_after_forward=False, **options)
@@ -264,7 +264,7 @@ class Trainer:
                 stop = self.world.any(interrupted, done)
                 save = done % c.save_every == 0 or last or stop
                 if save or done % c.log_every == 0 or done % c.eval_every == 0:
-                    self.write_row(done)  # first: it stops at a loss that is not finite
+                    self.write_row(done)  # before saving: it stops at a loss that is not finite
                 if save:
                     self.writer.save(done, self.tensors())
                     self.clock = time.time()
