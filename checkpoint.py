@@ -109,9 +109,9 @@ def read_vocabulary(folder):
     try:
         words = json.loads(path.read_text())
     except ValueError as e:
-        raise ValueError(f"{path} is damaged: {e}") from None
+        raise ValueError(f"{path} is damaged: {e}; copy it again") from None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"{path} is not a vocabulary: expected a list of words")
+        raise ValueError(f"{path} is not a vocabulary: expected a list of words; copy it again")
     return Tokenizer(words)
 
 

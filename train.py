@@ -276,11 +276,11 @@ class Trainer:
                     self.world.print0(f"\nstopped at step {done}; go on with --resume; --export "
                                       "writes the model of this step, to draw with")
                     return False
+        remedy = f"make room in {c.out}, then: python train.py --resume --out {c.out}"
         if self.writer.fault:
-            raise OSError(self.writer.fault)
+            raise OSError(f"{self.writer.fault}; {remedy}")
         if self.world.first and checkpoint.exported_step(c) < c.steps:
-            raise OSError(f"the model could not be exported; make room in {c.out}, then: python "
-                          f"train.py --resume --out {c.out}")
+            raise OSError(f"the model could not be exported; {remedy}")
         self.world.print0(f"peak memory {peak_memory(self.world.device) / 2**30:.2f} GiB")
         return True
 

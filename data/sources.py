@@ -139,7 +139,7 @@ def open_sources(c, config, world, tokenizer=None):
     weights = parse_mixture(c.data)
     where = Where(c.where) if c.where else None
     if where and "shapes" in weights:
-        raise ValueError("where filters by fields of own pictures; shapes has none")
+        raise ValueError("where filters by fields of own pictures; shapes has none: leave it out")
     sizes = [int(text) if str(text).isdecimal() else 0 for text in c.sizes] or [config.size]
     if any(side < STRIDE or side % STRIDE for side in sizes):
         raise ValueError(f"sizes must be multiples of {STRIDE}, got {' '.join(map(str, c.sizes))}")
