@@ -562,8 +562,10 @@ class EditStage(ImageStage):
         return 3 * visual, 2 * context + self.placeholders + before
 
     def encoder(self):
-        return lambda pictures: encode(self.model.vae, pictures.flatten(0, 1)).unflatten(
-            0, pictures.shape[:2])
+        def encode_three(pictures):
+            latents = encode(self.model.vae, pictures.flatten(0, 1))            # (3*B, C, h, w)
+            return latents.unflatten(0, (-1, 3))                                # (B, 3, C, h, w)
+        return encode_three
 
     def prepare(self):
         if self.c.latents == "memory":
