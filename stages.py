@@ -127,7 +127,8 @@ class Stage(nn.Module):
             padding = self.world.sum(self.padding).item()
             values["padding"] = padding / (self.context * self.world.size)
         sources = self.dataset.sources
-        if len(sources) > 1 and self.seen:  # none since then where a producer's are read ahead
+        # A producer's batches are read ahead, so that there may be none since the last row.
+        if len(sources) > 1 and self.seen:
             counts = np.bincount(np.concatenate([batch.source for batch in self.seen]),
                                  minlength=len(sources))
             for source, count in zip(sources, counts):
