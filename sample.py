@@ -131,8 +131,10 @@ def read_picture(path, fit=None):
 def warn_outside(model, picture):
     """Print a warning if the model knows only the small world, and the picture shows other things.
     """
-    small_world = read_vocabulary(ROOT / "weights").words
-    if model.config.und_folder or not {*model.tokenizer.words} <= {*small_world}:
+    weights = ROOT / "weights"
+    if model.config.und_folder or not weights.is_dir():
+        return
+    if not {*model.tokenizer.words} <= {*read_vocabulary(weights).words}:
         return
     picture = picture.reduce(max(1, min(picture.size) // 128))  # the judge was measured near 128
     scene, = judge(to_tensor(picture)[None])
@@ -216,10 +218,9 @@ def main():
         for prompt, text in zip(args.prompt, texts):
             print(f"{prompt!r} became {text!r}")
     prompts = [text for text in texts for _ in range(args.num)]
-    images = draw(model, args, prompts, settings, device)
-    if args.image:  # after it, so that an error is the only line
+    save(args, draw(model, args, prompts, settings, device), texts, settings)
+    if args.image:  # at last, so that an error is the only line
         warn_outside(model, args.picture)
-    save(args, images, texts, settings)
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

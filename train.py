@@ -272,13 +272,15 @@ class Trainer:
                     self.writer.wait()  # before anything else can fail
                 if done % c.eval_every == 0 or last:
                     self.validate(done)
-                if stop and not last:
-                    self.world.print0(f"\nstopped at step {done}; go on with --resume; --export "
-                                      "writes the model of this step, to draw with")
-                    return False
+                if stop:
+                    break
         remedy = f"make room in {c.out}, then: python train.py --resume --out {c.out}"
         if self.writer.fault:
             raise OSError(f"{self.writer.fault}; {remedy}")
+        if not last:
+            self.world.print0(f"\nstopped at step {done}; go on with --resume; --export writes the "
+                              "model of this step, to draw with")
+            return False
         if self.world.first and checkpoint.exported_step(c) < c.steps:
             raise OSError(f"the model could not be exported; {remedy}")
         self.world.print0(f"peak memory {peak_memory(self.world.device) / 2**30:.2f} GiB")
@@ -293,8 +295,8 @@ class Trainer:
         norm = (self.sums.pop("grad_norm") / steps).item()
         if not math.isfinite(loss + norm):
             self.writer.wait()
-            world.print0(f"the loss is {loss}, its gradient's norm {norm} at step {step}; the last "
-                         f"good checkpoint is kept in {self.writer.folder}; try a smaller --lr")
+            world.print0(f"the loss is {loss}, its gradient's norm {norm} at step {step}; try a "
+                         "smaller --lr; the checkpoints of earlier steps stay")
             sys.exit(1)
         elapsed = time.time() - self.clock
         rate = steps * self.c.batch / elapsed
