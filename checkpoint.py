@@ -12,6 +12,8 @@ tensors, so that a checkpoint loads on any number of processes, however they sha
 The last section copies the tensors of safetensors files into a model; published folders use it too.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -270,6 +272,7 @@ def check_free(c):
     if folder_of(c).exists():
         raise ValueError(f"{c.out} already holds a run of stage {c.stage}; add --resume to go on, "
                          "or choose another --out")
+    check_unused(c)
 
 
 def check_unused(c):
@@ -281,7 +284,23 @@ def check_unused(c):
         uses += [folder_of(c, "image"), Path(c.out) / "mos.safetensors"]
     for path in filter(Path.exists, uses):
         raise ValueError(f"{path} has learned from {TRAINED[c.stage]}.safetensors in {c.out} as it "
-                         f"is; choose another --out to train stage {c.stage} further")
+                         f"is; choose another --out to train stage {c.stage} further, or name the "
+                         "stage to go on with by --stage")
+
+
+def claim(out):
+    """Keep other processes from training into --out as long as this one lives.
+
+    Two would delete each other's checkpoints. Raises ValueError where another one trains into it.
+    """
+    Path(out).mkdir(parents=True, exist_ok=True)
+    file = os.open(Path(out) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # open until the end
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):  # others: this file system has no locks
+            raise ValueError(f"another process trains into {out}; wait for its end, or choose "
+                             "another --out") from None
 
 
 def exported_step(c):
@@ -290,10 +309,11 @@ def exported_step(c):
     Infinity means that a later stage has trained them further.
     """
     path = Path(c.out) / f"{TRAINED[c.stage]}.safetensors"
-    if not path.is_file():
+    try:
+        with safe_open(path, "pt") as file:
+            stage, _, step = (file.metadata() or {}).get("trained", "").partition(" ")
+    except (FileNotFoundError, SafetensorError):
         return 0
-    with safe_open(path, "pt") as file:
-        stage, _, step = (file.metadata() or {}).get("trained", "").partition(" ")
     if c.stage == "image" and stage == "edit":
         return math.inf
     return int(step) if stage == c.stage else 0
@@ -497,6 +517,8 @@ def find_last(c, world, export):
     """
     last = newest(folder_of(c), world)
     if last:
+        if not export and int(last.name) < c.steps:
+            check_unused(c)
         return last
     if export:
         raise ValueError(f"no checkpoint in {folder_of(c)} to export; train first, or choose "
@@ -504,6 +526,7 @@ def find_last(c, world, export):
     for path in overwritten(c):
         raise ValueError(f"{path} is trained, but there is no checkpoint of stage {c.stage} to go "
                          "on from: move that file away to begin anew, or choose another --out")
+    check_unused(c)
     world.print0(f"no checkpoint of stage {c.stage} in {c.out}: it begins at step 0")
 
 

@@ -143,7 +143,7 @@ class TrainConfig(Settings):
     phase: str = setting("the paper's phase of stage image, where the recipe has phases")
     out: str = setting("folder for the model, checkpoints, settings, log and pictures")
     init: str = setting("folder whose weights the first stage starts from: what earlier stages, or "
-                        "the phase before, have trained; empty: --out")
+                        "the phase before, have trained; empty: --out", change=True)
     data: str = setting("shapes, a folder of pictures with captions, or tar shards as a folder or "
                         "a pattern; several by weight: a=0.7,b=0.3; stage edit: shapes or one "
                         "folder with edits")
@@ -396,6 +396,8 @@ def plan(flags, recipe, resume=False):
             refuse_changes(flags, settings["model"] | settings[stage], out / f"{stage}.toml")
         training = settings[stage] | {name: value for name, value in flags.items()
                                       if name in settings[stage]}
+        if Path(training["init"]).resolve() == out.resolve():
+            training["init"] = ""
         training |= {"stage": stage, "out": str(out), "init": training["init"] or str(out)}
         if training["data"] == "shapes" and "where" not in flags:
             training["where"] = ""  # a phase's condition is about own pictures

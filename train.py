@@ -251,7 +251,7 @@ class Trainer:
             self.wrapped.require_backward_grad_sync = last  # as DDP's own no_sync() does
 
     def train(self):
-        """Train, log, validate and save. Returns whether the last step was reached.
+        """Train, log, validate and save. Returns whether training may go on.
 
         Raises OSError where the last checkpoint or the model could not be written.
         """
@@ -284,6 +284,9 @@ class Trainer:
         if self.world.first and checkpoint.exported_step(c) < c.steps:
             raise OSError(f"the model could not be exported; {remedy}")
         self.world.print0(f"peak memory {peak_memory(self.world.device) / 2**30:.2f} GiB")
+        if self.world.any(interrupted, 0):  # in the last validation
+            self.world.print0(f"stopped at the end of stage {c.stage}; go on with --resume")
+            return False
         return True
 
     def write_row(self, step):
@@ -419,7 +422,6 @@ def run_stage(trainer, export=False):
             trainer.validate(trainer.first_step)
         world.print0(f"stage {c.stage}: finished at step {trainer.first_step} already")
         return True
-    checkpoint.check_unused(c)
     if world.first:
         write_settings(c, trainer.model.config)
     introduce(trainer)
@@ -466,9 +468,13 @@ def main():
     torch.set_float32_matmul_precision("high")
     try:
         for number, (c, values) in enumerate(runs):
+            if resume and checkpoint.exported_step(c) >= c.steps:
+                world.print0(f"stage {c.stage}: finished already")
+                continue
             trainer = prepare(c, values, flags, world, resume, export)
-            if number == 0 and world.first and not export:
-                write_all_settings(runs, flags)  # so that --resume knows the stages to come
+            if world.first and not export and trainer.first_step < c.steps:
+                checkpoint.claim(c.out)
+                write_all_settings(runs[number:], flags)  # --resume then knows those to come
             if not run_stage(trainer, export):
                 break
     except RuntimeError as e:

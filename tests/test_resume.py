@@ -437,3 +437,86 @@ def test_warm_up_is_a_tenth_at_most():
     assert train.learning_rate(10, c) == pytest.approx(1.0)
     assert train.learning_rate(0, settings("image", steps=100, warmup=5, lr=1.0)) == 0.2
     assert train.learning_rate(0, settings("image", steps=5, warmup=5, lr=1.0)) == 1.0
+
+
+def resume_all(folder, patch, *flags):
+    """python train.py --resume --out FOLDER"""
+    patch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(folder), *flags])
+    train.main()
+
+
+def test_a_refused_resume_keeps_all_settings(work, monkeypatch):
+    """More steps for the VAE alone are refused where others have learned from it: no file changes.
+    """
+    for stage in ("vae", "understand", "image"):
+        assert go(stage, work / "run", steps=2)
+    before = contents(work / "run")
+    with pytest.raises(ValueError, match="has learned from vae.* name the stage .* by --stage"):
+        resume_all(work / "run", monkeypatch, "--steps", "4")
+    assert contents(work / "run") == before
+    resume_all(work / "run", monkeypatch, "--steps", "4", "--stage", "image")
+    assert state(work / "run", "image")[0] == 4
+    resume_all(work / "run", monkeypatch)
+
+
+def test_a_finished_stage_needs_no_checkpoint(work, monkeypatch):
+    """A stage whose last weights are exported is passed over; a damaged export is written again."""
+    for stage in ("vae", "understand"):
+        assert go(stage, work / "run", steps=2)
+    before = contents(work / "run", "*.*")
+    shutil.rmtree(work / "run/checkpoints/vae")
+    (work / "run/understanding.safetensors").write_bytes(b"cut")
+    resume_all(work / "run", monkeypatch)
+    assert contents(work / "run", "*.safetensors").items() <= before.items()
+    with pytest.raises(ValueError, match="there is no checkpoint of stage vae"):
+        resume_all(work / "run", monkeypatch, "--steps", "3", "--stage", "vae")
+
+
+def test_two_processes_do_not_train_into_one_folder(work):
+    """The second is refused as long as the first one lives; one process may ask again."""
+    checkpoint.claim(work / "run")
+    checkpoint.claim(work / "run")
+    ask = [sys.executable, "-c", "import sys, checkpoint; checkpoint.claim(sys.argv[1])"]
+    refused = subprocess.run([*ask, work / "run"], cwd=ROOT, capture_output=True, text=True)
+    assert f"ValueError: another process trains into {work / 'run'}" in refused.stderr
+
+
+def test_the_command_claims_its_folder(work, monkeypatch):
+    """A run that is refused so has written no settings."""
+    def refuse(out):
+        raise ValueError(f"claimed {out}")
+    monkeypatch.setattr(checkpoint, "claim", refuse)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "vae", "--out", str(work / "run")])
+    with pytest.raises(ValueError, match=f"claimed {work}/run"):
+        train.main()
+    assert not (work / "run").exists()
+
+
+def test_init_may_be_another_name_of_out(work):
+    """A link to --out is --out: the settings do not name it, and the folder may move."""
+    (work / "link").symlink_to(work / "run")
+    assert settings("vae", work / "run", init=str(work / "link")).init == str(work / "run")
+    assert settings("vae", work / "run", init=f"{work}/run/").init == str(work / "run")
+    assert settings("vae", work / "run", init=str(work / "init")).init == str(work / "init")
+
+
+def test_init_may_move(work, monkeypatch):
+    """--resume takes another --init with the same weights, and refuses one with others."""
+    stopped(work, "image", monkeypatch)
+    (work / "init").rename(work / "moved")
+    flags = dict(data=str(work / "pictures"), init=str(work / "moved"))
+    assert go("image", work / "run", resume=True, **flags)
+    damage = load_file(work / "moved/vae.safetensors")
+    save_file({name: tensor + 1 for name, tensor in damage.items()}, work / "moved/vae.safetensors")
+    with pytest.raises(ValueError, match="another VAE"):
+        go("image", work / "run", resume=True, steps=9, **flags)
+
+
+def test_ctrl_c_in_the_last_validation(work, monkeypatch):
+    """The stage is finished and exported, and the next one does not begin."""
+    monkeypatch.setattr(stages.VaeStage, "validate",
+                        lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {"val_psnr": 1.0})
+    assert not go("vae", work / "run", steps=2)
+    assert checkpoint.exported_step(settings("vae", work / "run")) == 2
+    monkeypatch.undo()
+    assert state(work / "run")[0] == 2
