@@ -288,19 +288,20 @@ def check_unused(c):
                          "stage to go on with by --stage")
 
 
-def claim(out):
-    """Keep other processes from training into --out as long as this one lives.
+def claim(c):
+    """Keep other processes from training this stage in --out as long as this one lives.
 
-    Two would delete each other's checkpoints. Raises ValueError where another one trains into it.
+    Two would delete each other's checkpoints. Raises ValueError where another one trains it.
     """
-    Path(out).mkdir(parents=True, exist_ok=True)
-    file = os.open(Path(out) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # open until the end
+    path = Path(c.out) / f".{c.stage}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # it stays open to the end of the process
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EAGAIN):  # others: this file system has no locks
-            raise ValueError(f"another process trains into {out}; wait for its end, or choose "
-                             "another --out") from None
+            raise ValueError(f"another process trains stage {c.stage} in {c.out}; wait for its "
+                             "end, or choose another --out") from None
 
 
 def exported_step(c):

@@ -473,7 +473,7 @@ def main():
                 continue
             trainer = prepare(c, values, flags, world, resume, export)
             if world.first and not export and trainer.first_step < c.steps:
-                checkpoint.claim(c.out)
+                checkpoint.claim(c)
                 write_all_settings(runs[number:], flags)  # --resume then knows those to come
             if not run_stage(trainer, export):
                 break

@@ -472,19 +472,22 @@ def test_a_finished_stage_needs_no_checkpoint(work, monkeypatch):
         resume_all(work / "run", monkeypatch, "--steps", "3", "--stage", "vae")
 
 
-def test_two_processes_do_not_train_into_one_folder(work):
+def test_two_processes_do_not_train_one_stage(work):
     """The second is refused as long as the first one lives; one process may ask again."""
-    checkpoint.claim(work / "run")
-    checkpoint.claim(work / "run")
-    ask = [sys.executable, "-c", "import sys, checkpoint; checkpoint.claim(sys.argv[1])"]
-    refused = subprocess.run([*ask, work / "run"], cwd=ROOT, capture_output=True, text=True)
-    assert f"ValueError: another process trains into {work / 'run'}" in refused.stderr
+    checkpoint.claim(settings("vae", work / "run"))
+    checkpoint.claim(settings("vae", work / "run"))
+    script = ("import sys, checkpoint, types\n"
+              "for stage in ('understand', 'vae'):\n"
+              "    checkpoint.claim(types.SimpleNamespace(stage=stage, out=sys.argv[1]))")
+    refused = subprocess.run([sys.executable, "-c", script, work / "run"], cwd=ROOT,
+                             capture_output=True, text=True)
+    assert f"ValueError: another process trains stage vae in {work}/run" in refused.stderr
 
 
 def test_the_command_claims_its_folder(work, monkeypatch):
     """A run that is refused so has written no settings."""
-    def refuse(out):
-        raise ValueError(f"claimed {out}")
+    def refuse(c):
+        raise ValueError(f"claimed {c.out}")
     monkeypatch.setattr(checkpoint, "claim", refuse)
     monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "vae", "--out", str(work / "run")])
     with pytest.raises(ValueError, match=f"claimed {work}/run"):
