@@ -468,8 +468,10 @@ def main():
     torch.set_float32_matmul_precision("high")
     try:
         for number, (c, values) in enumerate(runs):
-            if resume and checkpoint.exported_step(c) >= c.steps:
-                world.print0(f"stage {c.stage}: finished already")
+            exported = checkpoint.exported_step(c)
+            if resume and exported >= c.steps:
+                where = f"at step {exported} " if exported < math.inf else ""
+                world.print0(f"stage {c.stage}: finished {where}already")
                 continue
             trainer = prepare(c, values, flags, world, resume, export)
             if world.first and not export and trainer.first_step < c.steps:

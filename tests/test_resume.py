@@ -459,7 +459,7 @@ def test_a_refused_resume_keeps_all_settings(work, monkeypatch):
     resume_all(work / "run", monkeypatch)
 
 
-def test_a_finished_stage_needs_no_checkpoint(work, monkeypatch):
+def test_a_finished_stage_needs_no_checkpoint(work, monkeypatch, capsys):
     """A stage whose last weights are exported is passed over; a damaged export is written again."""
     for stage in ("vae", "understand"):
         assert go(stage, work / "run", steps=2)
@@ -467,6 +467,7 @@ def test_a_finished_stage_needs_no_checkpoint(work, monkeypatch):
     shutil.rmtree(work / "run/checkpoints/vae")
     (work / "run/understanding.safetensors").write_bytes(b"cut")
     resume_all(work / "run", monkeypatch)
+    assert "stage vae: finished at step 2 already" in capsys.readouterr().out
     assert contents(work / "run", "*.safetensors").items() <= before.items()
     with pytest.raises(ValueError, match="there is no checkpoint of stage vae"):
         resume_all(work / "run", monkeypatch, "--steps", "3", "--stage", "vae")
