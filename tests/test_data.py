@@ -1050,7 +1050,7 @@ def test_latents_of_another_kind(world, light, tmp_path):
     (folder / "index.jsonl").unlink()  # now the samples matter, too
     shutil.copytree(world / "a", tmp_path / "a")
     made = json.loads((folder / "made.json").read_text())
-    (folder / "made.json").write_text(json.dumps({**made, "pictures or captions": []}))
+    (folder / "made.json").write_text(json.dumps({**made, "set of pictures and captions": []}))
     with pytest.raises(ValueError, match="another set of pictures and captions"):
         go(world, tmp_path / "more", latents=str(folder))
     (tmp_path / "full").mkdir()
