@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -478,6 +479,7 @@ def main():
                 checkpoint.claim(c)
                 write_all_settings(runs[number:], flags)  # --resume then knows those to come
             if not run_stage(trainer, export):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing now
                 break
     except RuntimeError as e:
         explained = world.explain_hang(e)

@@ -263,7 +263,8 @@ def test_what_cannot_be_edited_is_refused(painter):
             ("must be a list of texts, got 'a star'", dict(instructions="a star")),
             ("must be texts with words, got ' '", dict(instructions=["a star", " "])),
             ("must be texts with words, got '. .'", dict(instructions=["a star", ". ."])),
-            ("'zebra'", dict(instructions=["a zebra", "a star"])), ("seeds", dict(seed=[1])),
+            ("'zebra'", dict(instructions=["a zebra", "a star"])),
+            ("seed must be a list of 2, one for each picture, got 1", dict(seed=[1])),
             ("seed must be a whole number", dict(seed=1.0)),
             ("image_guidance", dict(image_guidance=math.nan)), ("steps", dict(steps=0))):
         with pytest.raises(ValueError, match=match):

@@ -24,7 +24,7 @@ from world import edits
 MODEL = {**SMALL, "max_tokens": 80}
 QUICK = dict(steps=6, batch=4, lr=3e-4, warmup=2, scenes=16, log_every=1, eval_every=100,
              save_every=100, eval_prompts=1)
-LONG = dict(steps=10, lr=1e-3, warmup=0, ema=0.9)
+LONG = dict(steps=6, lr=1e-3, warmup=0, ema=0.9)
 WORDS = [*read_vocabulary(ROOT / "weights").words, *edits.words(), *"in detail : drawn".split()]
 DRIVER = f"""import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
