@@ -470,7 +470,7 @@ def main():
     try:
         for number, (c, values) in enumerate(runs):
             exported = checkpoint.exported_step(c)
-            if resume and exported >= c.steps:
+            if (resume or export and "stage" not in flags) and exported >= c.steps:
                 where = f"at step {exported} " if exported < math.inf else ""
                 world.print0(f"stage {c.stage}: finished {where}already")
                 continue

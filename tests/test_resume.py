@@ -379,6 +379,12 @@ def test_export_takes_the_last_stage(work, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--export", "--out", str(work / "init")])
     train.main()
     assert exported == ["vae", "edit"]
+    save_file({"a": torch.ones(1)}, work / "init/vae.safetensors", {"trained": "vae 6"})
+    train.main()
+    assert exported[2:] == ["edit"]  # the VAE's last weights are written already
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--stage", "vae"])
+    train.main()
+    assert exported[3:] == ["vae"]
 
 
 # --- One line -------------------------------------------------------------------------------------
