@@ -11,6 +11,8 @@ import tarfile
 from collections import Counter
 from dataclasses import replace
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -507,8 +509,10 @@ def test_stages_of_a_whole_run(monkeypatch, tmp_path):
     """All four for the small world, all but edit for own pictures."""
     ran = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "prepare", lambda c, *_: c.stage)
-    monkeypatch.setattr(train, "run_stage", lambda stage, *_: ran.append(stage) or True)
+    monkeypatch.setattr(train, "prepare",
+                        lambda c, *_: SimpleNamespace(c=c, first_step=c.steps))
+    monkeypatch.setattr(train, "run_stage",
+                        lambda trainer, _: ran.append(trainer.c.stage) or True)
     for flags in ([], ["--data", "folder"], ["--stage", "edit"]):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
         train.main()
