@@ -10,7 +10,6 @@ import sys
 import tarfile
 from collections import Counter
 from dataclasses import replace
-
 from types import SimpleNamespace
 
 import numpy as np
