@@ -257,7 +257,7 @@ def initialise(tower, seed=None):
         if p.is_meta:  # it has no memory yet
             continue
         if seed is not None:
-            torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            torch.default_generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         values = torch.empty(p.shape, device="cpu")
         tower.init_parameter(name, values)
         assign(p, values)
