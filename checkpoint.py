@@ -9,9 +9,11 @@ checksum of each file and with what the run learns from. It is written under a t
 the background, and renamed when it is complete. torch.distributed.checkpoint cuts and joins the
 tensors, so that a checkpoint loads on any number of processes, however they share the model.
 
-The last section copies the tensors of safetensors files into a model; published folders use it too.
+The log of a training is a CSV. The last section copies the tensors of safetensors files into a
+model; published folders use it too.
 """
 
+import csv
 import errno
 import fcntl
 import json
@@ -27,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import assign, checksum, full_tensor, initialise, replacing
+from common import assign, checksum, full_tensor, going_on, initialise, replacing
 from config import GENERATING, loads_own_weights, read_config, refuse_changes, require
 from towers import Patches, Tokenizer, Understanding
 from vae import VAE
@@ -550,6 +552,39 @@ def load(checkpoint, tensors):
         raise ValueError(f"{checkpoint} does not fit this run ({str(e).splitlines()[-1]}); "
                          "train into another --out") from None
     return int(checkpoint.name)
+
+
+# --- The log of a training ------------------------------------------------------------------------
+
+class Log:
+    """A CSV with a row for each log point and for each validation; rank 0 writes it."""
+
+    def __init__(self, path, first_step):
+        self.path = path
+        self.rows = []
+        if first_step and path.is_file():
+            self.rows = [row for row in self.read() if row["step"] <= first_step]
+
+    def read(self):
+        """Return the rows of the file, even if a spreadsheet has saved it. Raises ValueError."""
+        try:
+            text = self.path.read_text("utf-8-sig")
+            delimiter = ";" if ";" in text.partition("\n")[0] else ","
+            return [row | {"step": int(float(row["step"]))}
+                    for row in csv.DictReader(text.splitlines(), delimiter=delimiter)]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path} is not the log that this program wrote; move it away, "
+                             "and a new one begins") from None
+
+    def add(self, step, **values):
+        """Add a row, and write the file anew."""
+        self.rows.append({"step": step} | {k: f"{v:.6g}" for k, v in values.items()})
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        with (going_on(f"write {self.path}"), replacing(self.path) as temporary,
+              open(temporary, "w", newline="") as file):
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 # --- Tensors of safetensors files -----------------------------------------------------------------

@@ -122,6 +122,18 @@ class World:
             dist.all_gather_object(parts, values, self.group)
         return {key: value for part in parts for key, value in part.items()}
 
+    def choose_parallel(self, c):
+        """Fill in c.parallel where it is empty. Raises ValueError where it cannot work here."""
+        several = dist.is_initialized()
+        c.parallel = c.parallel or ("ddp" if several else "none")
+        if several != (c.parallel != "none"):
+            raise ValueError(f"parallel is {c.parallel}, but " + (
+                "torchrun started this: ddp, fsdp or hsdp" if several else
+                "there is one process: start several with torchrun --nproc-per-node N train.py"))
+        if c.shards and c.parallel != "hsdp":
+            raise ValueError(f"shards is for --parallel hsdp, but parallel is {c.parallel}; leave "
+                             "it out")
+
     def mesh(self, c):
         """Return the processes as FSDP wants them: one row, or with hsdp a row for each copy."""
         if c.parallel == "fsdp":

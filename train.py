@@ -15,7 +15,6 @@ From here the path leads to:
 
 import argparse
 import contextlib
-import csv
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from common import (CommandLine, World, going_on, interruption, local_bytes, peak_memory,
-                    pick_device, product_rate, replacing, revision, run, tqdm_or_none)
+                    pick_device, product_rate, revision, run, tqdm_or_none)
 from config import (DEFAULT_OUT, GENERATING, MoSConfig, TrainConfig, model_config, plan,
                     read_recipe, values_by_stage, write_all_settings, write_settings)
 from data.sources import build_tokenizer, open_sources
@@ -120,37 +119,6 @@ def shard(stage, mesh):
 
 # --- One stage ------------------------------------------------------------------------------------
 
-class Log:
-    """A CSV with a row for each log point and for each validation; rank 0 writes it."""
-
-    def __init__(self, path, first_step):
-        self.path = path
-        self.rows = []
-        if first_step and path.is_file():
-            self.rows = [row for row in self.read() if row["step"] <= first_step]
-
-    def read(self):
-        """Return the rows of the file, even if a spreadsheet has saved it. Raises ValueError."""
-        try:
-            text = self.path.read_text("utf-8-sig")
-            delimiter = ";" if ";" in text.partition("\n")[0] else ","
-            return [row | {"step": int(float(row["step"]))}
-                    for row in csv.DictReader(text.splitlines(), delimiter=delimiter)]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path} is not the log that this program wrote; move it away, "
-                             "and a new one begins") from None
-
-    def add(self, step, **values):
-        """Add a row, and write the file anew."""
-        self.rows.append({"step": step} | {k: f"{v:.6g}" for k, v in values.items()})
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with (going_on(f"write {self.path}"), replacing(self.path) as temporary,
-              open(temporary, "w", newline="") as file):
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-
 class Trainer:
     """A stage in training: its optimizer, averaged weights and log, from the last checkpoint on."""
 
@@ -210,7 +178,7 @@ class Trainer:
         self.stage.begin(self.first_step)
         self.wrapped = DistributedDataParallel(self.stage) if c.parallel == "ddp" else self.stage
         self.compute = torch.compile(self.wrapped) if c.compile else self.wrapped
-        self.log = Log(self.folder / f"{c.stage}.csv", self.first_step)
+        self.log = checkpoint.Log(self.folder / f"{c.stage}.csv", self.first_step)
         self.bar = tqdm_or_none(total=c.steps, initial=self.first_step, mininterval=5,
                                 disable=not self.world.first)
         self.product_rate = product_rate(self.world.device)
@@ -377,15 +345,7 @@ def prepare(c, values, flags, world, resume=False, export=False):
     values: the recipe's settings of the model. flags: {name: value} of those given on the command
     line. export: only to write the model, which needs no data but for the VAE's statistics.
     """
-    several = dist.is_initialized()
-    c.parallel = c.parallel or ("ddp" if several else "none")
-    if several != (c.parallel != "none"):
-        raise ValueError(f"parallel is {c.parallel}, but " + (
-            "torchrun started this: ddp, fsdp or hsdp" if several else
-            "there is one process: start several with torchrun --nproc-per-node N train.py"))
-    if c.shards and c.parallel != "hsdp":
-        raise ValueError(f"shards is for --parallel hsdp, but parallel is {c.parallel}; leave it "
-                         "out")
+    world.choose_parallel(c)
     last = checkpoint.find_last(c, world, export) if resume or export else None
     config = model_config(c, values, flags)
     tokenizer = None
@@ -456,12 +416,10 @@ def main():
     flags, recipe, resume, export = parse()
     runs = plan(flags, recipe, resume or export)
     if export:
-        runs = [(c, values) for c, values in runs if checkpoint.folder_of(c).is_dir()]
+        runs = [run for run in runs if checkpoint.folder_of(run[0]).is_dir()]
         if not runs:
             raise ValueError(f"no checkpoint in {flags.get('out', DEFAULT_OUT)} to export; train "
                              "first, or choose another --out")
-        if [c.stage for c, _ in runs[-2:]] == ["image", "edit"]:
-            del runs[-2]  # stage edit has trained the weights of stage image further
     if not resume and not export:
         for c, _ in runs:
             checkpoint.check_free(c)
@@ -482,10 +440,7 @@ def main():
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing now
                 break
     except RuntimeError as e:
-        explained = world.explain_hang(e)
-        if explained is e:
-            raise
-        raise explained from None
+        raise world.explain_hang(e) from None
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()

@@ -309,7 +309,7 @@ def test_pictures_and_logs_do_not_end_a_run(tmp_path, monkeypatch, capsys):
         raise OSError("disk full")
     monkeypatch.setattr(common.replacing, "__enter__", full)
     stages.save_sheet(tmp_path / "a.png", [torch.zeros(3, 8, 8)])
-    train.Log(tmp_path / "vae.csv", 0).add(1, loss=0.5)
+    checkpoint.Log(tmp_path / "vae.csv", 0).add(1, loss=0.5)
     text = capsys.readouterr().out
     assert text.count("training goes on: disk full") == 2 and "a.png" in text and "vae.csv" in text
     assert not list(tmp_path.iterdir())
@@ -318,18 +318,18 @@ def test_pictures_and_logs_do_not_end_a_run(tmp_path, monkeypatch, capsys):
 def test_logs_from_a_spreadsheet(tmp_path):
     """A log that a spreadsheet has saved is read; what is no log is refused by its name."""
     path = tmp_path / "vae.csv"
-    log = train.Log(path, 0)
+    log = checkpoint.Log(path, 0)
     for step in (1, 2, 3):
         log.add(step, loss=step / 2)
     saved_again = "\ufeff" + path.read_text().replace(",", ";").replace("1;", "1.0;", 1)
     for text in (path.read_text(), saved_again):
         path.write_text(text, "utf-8")
-        rows = train.Log(path, 2).rows
+        rows = checkpoint.Log(path, 2).rows
         assert [(row["step"], row["loss"]) for row in rows] == [(1, "0.5"), (2, "1")]
     for text in ("step;loss\nx;1\n", "a,b\n1,2\n", "step,loss\n,\n"):
         path.write_text(text)
         with pytest.raises(ValueError, match="vae.csv is not the log .* move it away"):
-            train.Log(path, 2)
+            checkpoint.Log(path, 2)
 
 
 def test_a_lost_reader_does_not_end_a_run(monkeypatch):
@@ -372,6 +372,7 @@ def test_export_takes_the_last_stage(work, monkeypatch):
     monkeypatch.setattr(train, "run_stage", lambda trainer, export: exported.append(
         trainer.c.stage) or True)
     exported = []
+    save_file({"a": torch.ones(1)}, work / "init/mos.safetensors", {"trained": "image 6"})
     for stage in ("vae", "image", "edit"):
         (work / f"init/checkpoints/{stage}").mkdir(parents=True)
         config.write_settings(settings(stage, work / "init"), make_config(**MODEL))
