@@ -243,7 +243,7 @@ def load_or_initialise(stage, c):
 # --- Training checkpoints -------------------------------------------------------------------------
 
 EIGHT_DIGITS = 8 * "[0-9]"  # the name of a checkpoint is its step
-MANIFEST = "manifest.json"  # {"files": {name: checksum}, "run": see `describe_run`}
+MANIFEST = "manifest.json"  # {"step": ..., "files": {name: checksum}, "run": `describe_run`}
 
 
 def folder_of(c, stage=None):
@@ -363,6 +363,14 @@ def check_same_run(checkpoint, run):
                              "choose another --out")
 
 
+def names_its_step(checkpoint):
+    """Return whether a folder has the manifest of the step that its name says."""
+    try:
+        return json.loads((checkpoint / MANIFEST).read_text())["step"] == int(checkpoint.name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def read_run(checkpoint):
     """Return what `describe_run` has returned for a checkpoint."""
     return json.loads((checkpoint / MANIFEST).read_text())["run"]
@@ -452,13 +460,15 @@ def save(folder, step, tensors, world, keep, run):
 
     def finish():
         if world.first:
-            (temporary / MANIFEST).write_text(json.dumps({"files": sums, "run": run}, indent=1))
+            manifest = {"step": step, "files": sums, "run": run}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
             existing = checkpoints(folder)
             position = existing.index(final)
             for old in existing[:position] + existing[position + keep:]:
-                shutil.rmtree(old)
+                if names_its_step(old):  # or somebody else has put it there
+                    shutil.rmtree(old)
 
     for work in (make_folder, write_tensors, finish):
         try:
@@ -488,6 +498,8 @@ def find_fault(checkpoint):
         return str(e)
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         return f"{MANIFEST}: {e}"
+    if not names_its_step(checkpoint):
+        return f"{MANIFEST} is of another step: this is a copy"
 
 
 def newest(folder, world):

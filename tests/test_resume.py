@@ -211,10 +211,12 @@ def test_copies_beside_checkpoints(light, tmp_path):
     """The program deletes what it wrote, and nothing else."""
     assert go("vae", tmp_path, steps=2, save_every=1)
     shutil.copytree(saved(tmp_path)[0], tmp_path / "checkpoints/vae/00000001_good")
+    shutil.copytree(saved(tmp_path)[0], tmp_path / "checkpoints/vae/20261128")  # named by its day
+    (tmp_path / "checkpoints/vae/20261129").mkdir()
     (tmp_path / "checkpoints/vae/.notes").mkdir()
     assert go("vae", tmp_path, steps=4, save_every=1, resume=True)
     assert {p.name for p in (tmp_path / "checkpoints/vae").iterdir()} == {
-        "00000001_good", ".notes", "00000003", "00000004"}
+        "00000001_good", ".notes", "20261128", "20261129", "00000003", "00000004"}
 
 
 @pytest.mark.parametrize("mask", (0o022, 0o077))

@@ -315,12 +315,17 @@ def test_damaged_state(light, tmp_path, capsys):
     ("manifest.json", lambda path: path.write_text("{}"), "manifest.json: ")))
 def test_damage_is_found(name, harm, fault, tmp_path):
     """A file of a checkpoint that is cut off, changed or missing is named."""
-    (tmp_path / "a.safetensors").write_bytes(b"abcd")
-    sums = {"a.safetensors": checkpoint.checksum(tmp_path / "a.safetensors")}
-    (tmp_path / "manifest.json").write_text(json.dumps({"files": sums, "run": {}}))
-    assert checkpoint.find_fault(tmp_path) is None
-    harm(tmp_path / name)
-    assert fault in checkpoint.find_fault(tmp_path)
+    folder = tmp_path / "00000003"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(b"abcd")
+    sums = {"a.safetensors": checkpoint.checksum(folder / "a.safetensors")}
+    (folder / "manifest.json").write_text(json.dumps({"step": 3, "files": sums, "run": {}}))
+    assert checkpoint.find_fault(folder) is None
+    copy = folder.rename(tmp_path / "20261128")
+    assert "another step: this is a copy" in checkpoint.find_fault(copy)
+    copy.rename(folder)
+    harm(folder / name)
+    assert fault in checkpoint.find_fault(folder)
 
 
 @pytest.mark.parametrize("what, step", (("loss", 2), ("gradient", 3)))
